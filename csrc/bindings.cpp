@@ -1,0 +1,28 @@
+// Module _C (pybind11): what Python asks about the build. No tensor op passes here: see docs/architecture.md.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <string>
+
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+
+namespace {
+
+std::map<std::string, std::string> build_info() {
+  return {
+      {"compiler", BUILD_COMPILER}, {"cuda", BUILD_CUDA},     {"cuda_archs", BUILD_CUDA_ARCHS},
+      {"torch", BUILD_TORCH},       {"torch_target", "2.10"},
+  };
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.def("build_info", &build_info, "Compiler, CUDA toolkit and torch this extension was built with.");
+  m.def(
+      "isa", [] { return bmk::isa_name(bmk::selected_isa()); },
+      "Instruction set the CPU kernels run with: avx512, avx2 or generic (BIGMODEL_ISA chooses a lower one).");
+}

@@ -1,0 +1,232 @@
+// Matrix products in registers. Included by for_each_isa.h inside the namespace of each instruction set.
+//
+//   C[m, n] (+)= sum_k A[m, k] B[k, n]
+//
+// One primitive serves products, convolutions (A is a strided window of the input) and attention: `Tile::multiply`
+// keeps kRows x kColumns of C in vector registers, reads A one broadcast at a time with any two strides, and reads B
+// packed: panels of kColumns consecutive columns, [K][kColumns], so that each step loads kVectors whole vectors.
+//
+// Floor: 2 M N K operations at the machine's multiply-add peak. A step issues kRows * kVectors multiply-adds for
+// kRows + kVectors loads, so both load ports stay below the two multiply-add ports. The columns of a panel past N are
+// zeros, so only stores are masked.
+
+// Accumulators leave room for kVectors of B and one broadcast: 8 x 3 + 3 + 1 of 32 registers, 6 x 2 + 2 + 1 of 16.
+template <class T>
+struct Tile {
+#if ISA_VECTOR_BYTES == 64
+  static constexpr int kRows = 8, kVectors = 3;
+#else
+  static constexpr int kRows = 6, kVectors = 2;
+#endif
+  static constexpr int kColumns = kVectors * kLanes<T>;
+};
+
+// C tile += A B over `depth` steps. A(r, k) = a[r * row_stride + k * step_stride]; b is a packed panel of NV vectors
+// with `b_stride` elements between steps.
+template <int R, int NV, class T, class A>
+INLINE void multiply_tile(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
+                          int64_t depth) {
+  constexpr int W = kLanes<T>;
+  for (int64_t k = 0; k < depth; ++k) {
+    vec<T> bk[NV];
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) bk[v] = load(b + k * b_stride + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec<T> ar = broadcast<T>(to_compute(a[r * row_stride + k * step_stride]));
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) c[r][v] += ar * bk[v];
+    }
+  }
+}
+
+// Packs B[k, n] = b[k * row_stride + n * column_stride] (storage type S) into panels of `panel` columns.
+// The result has ceil(columns / panel) panels of [depth][panel]; columns past the end are 0.
+template <class T, class S>
+inline void pack_panels(T* packed, const S* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t panel,
+                        int64_t first_panel, int64_t last_panel) {
+  constexpr int W = kLanes<T>;
+  for (int64_t p = first_panel; p < last_panel; ++p) {
+    T* out = packed + p * depth * panel;
+    const int64_t n = std::min(panel, columns - p * panel);
+    const S* source = b + p * panel * column_stride;
+    if (column_stride == 1) {
+      for (int64_t k = 0; k < depth; ++k, out += panel, source += row_stride) {
+        int64_t j = 0;
+        for (; j + W <= n; j += W) store(out + j, load(source + j));
+        for (; j < n; ++j) out[j] = to_compute(source[j]);
+        for (; j < panel; ++j) out[j] = 0;
+      }
+    } else {
+      // Transposing: short runs of k for every column, so that reads stay in a few cache lines and writes in one panel.
+      for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+        const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
+        for (int64_t j = 0; j < n; ++j)
+          for (int64_t k = k0; k < k1; ++k) out[k * panel + j] = to_compute(source[j * column_stride + k * row_stride]);
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t j = n; j < panel; ++j) out[k * panel + j] = 0;
+      }
+    }
+  }
+}
+
+template <class T>
+inline int64_t packed_size(int64_t depth, int64_t columns) {
+  constexpr int64_t panel = Tile<T>::kColumns;
+  return (columns + panel - 1) / panel * panel * depth;
+}
+
+// Packs the whole of B for `gemm_packed`, in parallel.
+template <class T, class S>
+inline void pack_b(T* packed, const S* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns) {
+  constexpr int64_t panel = Tile<T>::kColumns;
+  const int64_t panels = (columns + panel - 1) / panel;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * panel));
+  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+    pack_panels<T>(packed, b, row_stride, column_stride, depth, columns, panel, begin, end);
+  });
+}
+
+// R rows x one panel of C, with the tail of columns stored partially. accumulate: C += instead of C =.
+template <int R, class T, class A, class C>
+INLINE void gemm_tile(const A* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
+                      bool accumulate) {
+  constexpr int NV = Tile<T>::kVectors, W = kLanes<T>;
+  vec<T> acc[R][NV] = {};
+  multiply_tile<R, NV, T>(acc, a, a_row, a_step, panel, Tile<T>::kColumns, depth);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    C* row = c + r * c_row;
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) {
+      const int64_t n = columns - v * W;
+      if (n >= W) {
+        store(row + v * W, accumulate ? acc[r][v] + load(row + v * W) : acc[r][v]);
+      } else if (n > 0) {
+        store_partial(row + v * W, accumulate ? acc[r][v] + load_partial(row + v * W, n) : acc[r][v], n);
+      }
+    }
+  }
+}
+
+// The rows that a whole tile does not cover, by a tile of exactly that many rows.
+template <int R, class T, class A, class C>
+inline void gemm_rows(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row,
+                      int64_t columns, bool accumulate) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      gemm_tile<R>(a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
+    else
+      gemm_rows<R - 1>(rows, a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
+  }
+}
+
+// C[rows, columns] (+)= A B on the calling thread, B packed whole by pack_b (or panels `first_panel..` of it).
+// The depth is walked in blocks so that one block of a panel stays in the first-level cache over all rows.
+template <class T, class A, class C>
+inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed,
+                               C* c, int64_t c_row, bool accumulate) {
+  constexpr int R = Tile<T>::kRows;
+  constexpr int64_t panel_columns = Tile<T>::kColumns;
+  // C in bfloat16 must not be rounded between blocks of the depth: then there is one block.
+  const int64_t block = std::is_same_v<C, compute_t<C>> ? 384 : std::max<int64_t>(depth, 1);
+  if (depth == 0 && !accumulate) {
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < columns; ++n) c[m * c_row + n] = from_compute<C>(0);
+    return;
+  }
+  for (int64_t k0 = 0; k0 < depth; k0 += block) {
+    const int64_t steps = std::min(block, depth - k0);
+    const bool add = accumulate || k0 > 0;
+    for (int64_t n = 0; n < columns; n += panel_columns) {
+      const T* panel = packed + n * depth + k0 * panel_columns;
+      int64_t m = 0;
+      for (; m + R <= rows; m += R)
+        gemm_tile<R>(a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+      gemm_rows<R - 1>(rows - m, a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+    }
+  }
+}
+
+// Packs `rows` rows of A into groups of kRows, [group][depth][kRows] of the compute type, rows past the end 0.
+// Worth it when A's steps are not contiguous, or when A is stored in bfloat16 and used for several panels.
+template <class T, class S>
+inline void pack_a(T* packed, const S* a, int64_t row_stride, int64_t step_stride, int64_t rows, int64_t depth) {
+  constexpr int R = Tile<T>::kRows;
+  for (int64_t m = 0; m < rows; m += R) {
+    T* out = packed + m * depth;
+    const int64_t n = std::min<int64_t>(R, rows - m);
+    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+      const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
+      if (step_stride == 1) {
+        for (int64_t r = 0; r < n; ++r)
+          for (int64_t k = k0; k < k1; ++k) out[k * R + r] = to_compute(a[(m + r) * row_stride + k]);
+      } else {
+        for (int64_t k = k0; k < k1; ++k)
+          for (int64_t r = 0; r < n; ++r) out[k * R + r] = to_compute(a[(m + r) * row_stride + k * step_stride]);
+      }
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t r = n; r < R; ++r) out[k * R + r] = 0;
+    }
+  }
+}
+
+// C (+)= A B with all of the threads; A of any strides and storage type, B packed by pack_b.
+// Blocks of rows x chunks of panels are the tasks; each packs its block of A once and runs it over its panels.
+// Sums run over the depth in the same order whatever the number of threads: results do not depend on it.
+template <class T, class A, class C>
+inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed, C* c,
+                        int64_t c_row, bool accumulate = false) {
+  constexpr int R = Tile<T>::kRows;
+  constexpr int64_t panel_columns = Tile<T>::kColumns;
+  const int64_t panels = (columns + panel_columns - 1) / panel_columns;
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t work = rows * columns * depth;
+  // Enough tasks for the threads, rows first: a block of at most 96 rows keeps its packed A in the second-level cache.
+  const int64_t row_block = std::min<int64_t>(96, std::max<int64_t>(R, ((rows + threads - 1) / threads + R - 1) / R * R));
+  const int64_t row_blocks = (rows + row_block - 1) / row_block;
+  const int64_t chunks = std::min(panels, std::max<int64_t>(1, (4 * threads + row_blocks - 1) / std::max<int64_t>(row_blocks, 1)));
+  const int64_t chunk_panels = (panels + chunks - 1) / std::max<int64_t>(chunks, 1);
+  const int64_t tasks = row_blocks * chunks;
+  const int64_t grain = work < 65536 ? tasks : 1;
+  torch::stable::parallel_for(0, tasks, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
+    Scratch<T> block(row_block * depth);
+    int64_t packed_block = -1;
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t m0 = task / chunks * row_block, p0 = task % chunks * chunk_panels;
+      const int64_t m1 = std::min(rows, m0 + row_block), p1 = std::min(panels, p0 + chunk_panels);
+      if (p0 >= p1) continue;
+      if (packed_block != m0) {
+        pack_a<T>(block.get(), a + m0 * a_row, a_row, a_step, m1 - m0, depth);
+        packed_block = m0;
+      }
+      constexpr int64_t kDepthBlock = 384;
+      const int64_t step = std::is_same_v<C, compute_t<C>> ? kDepthBlock : std::max<int64_t>(depth, 1);
+      for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
+        const int64_t steps = std::min(step, depth - k0);
+        const bool add = accumulate || k0 > 0;
+        for (int64_t p = p0; p < p1; ++p) {
+          const int64_t n = p * panel_columns;
+          const T* panel = packed + n * depth + k0 * panel_columns;
+          for (int64_t m = m0; m < m1; m += R) {
+            const T* ap = block.get() + (m - m0) * depth + k0 * R;
+            if (m + R <= m1)
+              gemm_tile<R>(ap, 1, R, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+            else
+              gemm_rows<R - 1>(m1 - m, ap, 1, R, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+          }
+        }
+      }
+    }
+  });
+}
+
+// C[rows, columns] (+)= A B, all three with any row and column stride but C, whose columns are contiguous.
+template <class A, class B, class C>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_row,
+                 int64_t b_column, C* c, int64_t c_row, bool accumulate = false) {
+  using T = compute_t<A>;
+  Scratch<T> packed(packed_size<T>(depth, columns));
+  pack_b<T>(packed.get(), b, b_row, b_column, depth, columns);
+  gemm_packed<T>(rows, columns, depth, a, a_row, a_step, packed.get(), c, c_row, accumulate);
+}
