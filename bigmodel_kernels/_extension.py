@@ -1,0 +1,57 @@
+"""Loads the two binaries once, and keeps the reason when one cannot be loaded.
+
+`_native.so` registers every native op as `torch.ops.bigmodel_native.*`; `_C` tells about the build. The package works
+without either: `auto` then runs PyTorch's own ops, and `python -m bigmodel_kernels info` shows what is missing.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+REMEDY = "build it with: pip install --no-build-isolation .   (in a clone: make build)"
+
+
+def _load_native() -> str | None:
+    path = Path(__file__).with_name("_native.so")
+    if not path.is_file():
+        return f"{path.name} is not built; {REMEDY}"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        return f"{path.name} does not load ({error.__cause__ or error}); {REMEDY}"
+    return None
+
+
+def _load_bindings():
+    try:
+        from bigmodel_kernels import _C
+    except ImportError as error:
+        return None, f"the module _C is not built for this Python ({error}); {REMEDY}"
+    return _C, None
+
+
+native_error = _load_native()
+bindings, bindings_error = _load_bindings()
+
+
+@functools.cache
+def has_kernel(op: str, dispatch_key: str) -> bool:
+    """Whether the loaded binary has a kernel of `bigmodel_native::<op>` for "CPU" or "CUDA"."""
+    name = f"bigmodel_native::{op}"
+    return native_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
+
+
+def build_info() -> dict[str, str]:
+    """What the binaries were built with: compiler, CUDA toolkit, torch, and the instruction set in use.
+
+    Returns:
+        Keys `native` ("ok" or why not), `bindings` likewise and, where `_C` is built, `compiler`, `cuda`, `cuda_archs`,
+        `torch`, `torch_target` and `isa` (avx512, avx2 or generic).
+    """
+    info = {"native": native_error or "ok", "bindings": bindings_error or "ok"}
+    if bindings is not None:
+        info |= bindings.build_info() | {"isa": bindings.isa()}
+    return info

@@ -1,0 +1,189 @@
+"""The one place that knows torch.library: an op's schema, fake, implementation and gradient.
+
+An op `foo` becomes two operators, `bigmodel_kernels::foo_fwd` and `foo_bwd`, each with a last argument `str backend`,
+and one autograd.Function around the pair (half the call cost of register_autograd, and torch.compile sees two opaque
+ops). The backend is chosen on real tensors: before the autograd.Function in eager mode, inside the operator under
+torch.compile, so that a compiled graph never has a device, a shape or an environment variable frozen in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from bigmodel_kernels import _registry
+
+_definitions = torch.library.Library("bigmodel_kernels", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+_ops: dict[str, Op] = {}
+
+
+def needs_grad(*args: Any) -> bool:
+    """Whether a gradient may be asked for through one of these (tensors, lists of tensors, anything else)."""
+    return torch.is_grad_enabled() and any(
+        needs_grad(*a) if isinstance(a, (list, tuple)) else isinstance(a, torch.Tensor) and a.requires_grad
+        for a in args
+    )
+
+
+def autocast(*tensors: Any) -> tuple:
+    """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops of these families do."""
+    first = next(t for t in tensors if isinstance(t, torch.Tensor))
+    kind = first.device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+
+    def cast(t: Any) -> Any:
+        if isinstance(t, (list, tuple)):
+            return type(t)(cast(x) for x in t)
+        castable = isinstance(t, torch.Tensor) and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if castable else t
+
+    return tuple(cast(t) for t in tensors)
+
+
+class Op:
+    """One operation of the library.
+
+    Args:
+        name: the stem, `foo`; the backends are the modules of `bigmodel_kernels.ops.foo`.
+        fwd, bwd: schemas without name and backend: "(Tensor x, Tensor[] weights, int n) -> (Tensor y, Tensor saved)".
+            The last arguments of bwd are all the arguments of fwd, in order, so that both choose the same backend.
+        fake_fwd, fake_bwd: shapes, dtypes and exact strides of the results; called without `backend`.
+        prefer: `prefer(*args)` is the order in which "auto" tries the backends for these arguments.
+        backward: `backward(op, args, outputs, grads, needs, backend)` returns one gradient (None, or a list for a list)
+            per forward argument, by calling `op.bwd(..., backend)`. `outputs` are all outputs of fwd; `grads` holds None for an
+            output that nothing used; `needs` tells per argument (per element of a list) whether its gradient is wanted.
+        differentiable: `differentiable(*args)` gives the same outputs in plain torch ops; gradients of gradients go through it.
+        results: how many of the outputs are the op's results; those after them are saved for the backward only and carry
+            no gradient.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        fwd: str,
+        bwd: str,
+        *,
+        fake_fwd: Callable,
+        fake_bwd: Callable,
+        prefer: Callable[..., tuple[str, ...]],
+        backward: Callable,
+        differentiable: Callable,
+        results: int,
+    ):
+        self.name = name
+        self.prefer = prefer
+        self.arity = len(torch._C.parse_schema(f"{name}{fwd}").arguments)
+        self.fwd = self._define(f"{name}_fwd", fwd, fake_fwd, "fwd")
+        self.bwd = self._define(f"{name}_bwd", bwd, fake_bwd, "bwd")
+        self.backward, self.differentiable, self.results = backward, differentiable, results
+        _ops[name] = self
+
+    def _define(self, name: str, schema: str, fake: Callable, direction: str):
+        arguments, arrow, returns = schema.rpartition(") ->")
+        _definitions.define(f"{name}{arguments}, str backend{arrow}{returns}", tags=_TAGS)
+
+        def implementation(*args: Any):
+            *rest, backend = args
+            forward_args = tuple(rest[-self.arity :])
+            if backend == "auto":
+                backend = _registry.select(self.name, backend, self.prefer, forward_args)
+            else:
+                _registry.require(self.name, backend, forward_args)
+            with torch.no_grad():  # the gradient is _Pair's business, whoever calls the operator
+                return getattr(_registry.module(self.name, backend), direction)(*rest)
+
+        _definitions.impl(name, implementation, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"bigmodel_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_definitions)
+        return getattr(torch.ops.bigmodel_kernels, name).default
+
+    def __call__(self, *args: Any, backend: str):
+        """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
+        if torch.compiler.is_compiling():
+            _registry.check_name(backend)
+        else:
+            backend = _registry.select(self.name, backend, self.prefer, args)
+        if backend == "torch":
+            return _registry.module(self.name, "torch").call(*args)
+        if not needs_grad(*args):
+            return self.fwd(*args, backend)
+        flat, lengths = _flatten(args)
+        return _Pair.apply(self.name, backend, lengths, *flat)
+
+
+def _flatten(args: Sequence) -> tuple[list, tuple[int, ...]]:
+    """Lists of tensors laid out flat (autograd sees tensors only at the top), with their lengths; -1 for a plain argument."""
+    flat: list = []
+    lengths = []
+    for a in args:
+        is_tensors = isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in a)
+        lengths.append(len(a) if is_tensors else -1)
+        flat.extend(a) if is_tensors else flat.append(a)
+    return flat, tuple(lengths)
+
+
+def _unflatten(flat: Sequence, lengths: tuple[int, ...]) -> tuple:
+    args = []
+    i = 0
+    for n in lengths:
+        args.append(flat[i] if n < 0 else list(flat[i : i + n]))
+        i += max(n, 1) if n < 0 else n
+    return tuple(args)
+
+
+class _Pair(torch.autograd.Function):
+    """Any op's fwd and bwd as one differentiable function. The op is found by its name, which dynamo can trace."""
+
+    @staticmethod
+    def forward(name, backend, lengths, *flat):
+        return _ops[name].fwd(*_unflatten(flat, lengths), backend)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.name, ctx.backend, ctx.lengths, *flat = inputs
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
+        ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
+        ctx.save_for_backward(*[a for a, is_tensor in zip(flat, ctx.tensor_at) if is_tensor], *outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*outputs[_ops[ctx.name].results :])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        op = _ops[ctx.name]
+        grads = grads[: op.results]
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
+        inputs = sum(ctx.tensor_at)
+        saved = ctx.saved_tensors
+        tensors = iter(saved[:inputs])
+        flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
+        args = _unflatten(flat, ctx.lengths)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return None, None, None, *_gradient_with_graph(op.differentiable, args, flat, needs, grads)
+        gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
+        out: list = [None, None, None]
+        for g, n in zip(gradients, ctx.lengths):
+            out.extend([g] if n < 0 else (g if g is not None else [None] * n))
+        return tuple(out)
+
+
+def _gradient_with_graph(
+    differentiable: Callable, args: tuple, flat: list, needs: Sequence[bool], grads: Sequence
+) -> list:
+    """The gradient as a differentiable function of inputs and upstream gradients: autograd through the plain formula."""
+    outputs = differentiable(*args)
+    outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
+    used = [(o, g) for o, g in zip(outputs, grads) if g is not None]
+    wanted = [a for a, need in zip(flat, needs) if need]
+    found = iter(
+        torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True)
+    )
+    return [next(found) if need else None for need in needs]

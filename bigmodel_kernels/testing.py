@@ -1,0 +1,138 @@
+"""Inputs, error bounds and the comparison that tests and benchmarks share.
+
+The error rule, for a result in dtype d against the same computation in float64:
+  (a) the relative L2 error is below the cap of d (CAPS), which grows with sqrt(steps / 200) for recurrences past 200 steps,
+      since independent roundings add up as a random walk;
+  (b) the largest error is at most twice (gradients: three times) that of PyTorch's own op in d on the same input, plus one
+      rounding step of d at the size of the result.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+CAPS = {  # relative L2 error: forward, backward
+    torch.float64: (1e-13, 4e-13),
+    torch.float32: (2e-6, 4e-6),
+    torch.float16: (6e-4, 1e-3),
+    torch.bfloat16: (4e-3, 6e-3),
+}
+LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
+
+
+def make(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    layout: str = "contiguous",
+    integer: bool = False,
+    requires_grad: bool = False,
+) -> torch.Tensor:
+    """A reproducible normal (or small-integer-valued) tensor of `shape` in one of LAYOUTS.
+
+    transposed: the last two dimensions are stored swapped; sliced: every second element of a larger tensor along the last
+    dimension; expanded: stride 0 along the first dimension; offset: contiguous, starting one element past an aligned address.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size: int) -> torch.Tensor:
+        if integer:
+            return torch.randint(-3, 4, size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator, dtype=torch.float64).to(dtype)
+
+    if layout == "transposed" and len(shape) >= 2:
+        t = draw(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+    elif layout == "sliced":
+        t = draw(*shape[:-1], 2 * shape[-1])[..., ::2]
+    elif layout == "expanded":
+        t = draw(1, *shape[1:]).expand(shape)
+    elif layout == "offset":
+        t = draw(math.prod(shape) + 1)[1:].view(shape)
+    elif layout in LAYOUTS:
+        t = draw(*shape)
+    else:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}; got {layout!r}")
+    return t.requires_grad_(requires_grad)
+
+
+def relative_l2(actual: torch.Tensor, exact: torch.Tensor, magnitude: float = 0.0) -> float:
+    """|actual - exact| / |exact| in the L2 norm, in float64; 0 for empty tensors.
+
+    Args:
+        magnitude: root mean square below which `exact` counts as cancelled to noise: the size of the terms summed up.
+    """
+    if exact.numel() == 0:
+        return 0.0
+    difference = (actual.double() - exact.double()).norm().item()
+    norm = max(exact.double().norm().item(), magnitude * math.sqrt(exact.numel()))
+    return difference if difference == 0 or math.isnan(difference) else difference / norm if norm else math.inf
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """What check_error found; `message` says which bound was broken, by how much."""
+
+    rel_l2: float
+    max_err: float
+    baseline_max_err: float
+    ok: bool
+    message: str
+
+
+def check_error(
+    actual: torch.Tensor,
+    exact: torch.Tensor,
+    baseline: torch.Tensor | None,
+    *,
+    dtype: torch.dtype,
+    gradient: bool = False,
+    steps: int = 0,
+    magnitude: float = 0.0,
+    name: str = "result",
+) -> ErrorReport:
+    """Applies the error rule of this module.
+
+    Args:
+        actual: our result.
+        exact: the result in float64.
+        baseline: PyTorch's own result in `dtype` on the same input, for rule (b); None leaves that rule out.
+        dtype: what was computed in.
+        gradient: whether this is a gradient.
+        steps: time steps of a recurrence.
+        magnitude: root mean square of the terms summed up, where the exact result cancels to (nearly) nothing.
+    """
+    if actual.shape != exact.shape:
+        return ErrorReport(
+            math.inf, math.inf, 0.0, False, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+        )
+    finite = torch.isfinite(exact)
+    same_elsewhere = torch.equal(
+        torch.nan_to_num(actual.double()[~finite], nan=0.0), torch.nan_to_num(exact.double()[~finite], nan=0.0)
+    ) and torch.equal(actual.isnan(), exact.isnan())
+    if not same_elsewhere:
+        return ErrorReport(math.inf, math.inf, 0.0, False, f"{name}: infinities or NaNs are not where they belong")
+    a, e = actual.double()[finite], exact.double()[finite]
+    growth = math.sqrt(max(1.0, steps / 200))
+    cap = CAPS[dtype][1 if gradient else 0] * growth
+    rel = relative_l2(a, e, magnitude)
+    largest = (a - e).abs().max().item() if e.numel() else 0.0
+    problems = []
+    if not rel <= cap:
+        problems.append(f"relative L2 error {rel:.2e} above the cap {cap:.2e}")
+    baseline_largest = math.nan
+    if baseline is not None and e.numel():
+        baseline_largest = (baseline.double()[finite] - e).abs().max().item()
+        rounding_step = torch.finfo(dtype).eps * max(e.abs().max().item(), magnitude)
+        bound = (3 if gradient else 2) * baseline_largest + rounding_step
+        if not largest <= bound:
+            problems.append(f"largest error {largest:.2e} above {bound:.2e} (torch's own: {baseline_largest:.2e})")
+    return ErrorReport(rel, largest, baseline_largest, not problems, f"{name}: " + ("; ".join(problems) or "ok"))
+
+
+def assert_matches(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor | None, **options) -> None:
+    """check_error as an assertion; same arguments."""
+    report = check_error(actual, exact, baseline, **options)
+    assert report.ok, report.message
