@@ -18,7 +18,7 @@ class WrongBaseline(RuntimeError):
 
 @dataclass(frozen=True)
 class Check:
-    """One compared tensor. Errors are relative to float64; `baseline_max_err` is that of stock eager in the same dtype."""
+    """One tensor against float64; `baseline_max_err` is the error of stock eager in the same dtype."""
 
     tensor: str
     rel_l2: float
@@ -29,16 +29,17 @@ class Check:
 
 
 def results(contestant: Contestant, pass_: str) -> dict[str, Tensor]:
-    """The output, and for training the gradient of every leaf, by name."""
+    """The output or outputs, and for training the gradient of every leaf, by name."""
     if pass_ == FWD:
-        return {"output": contestant.infer()}
+        output = contestant.infer()
+        return {"output": output} if isinstance(output, Tensor) else {f"output {i}": o for i, o in enumerate(output)}
     contestant.prepare_training()
     output, gradients = contestant.train()
     return {"output": output.detach()} | dict(zip(map("grad {}".format, contestant.leaves()), gradients, strict=True))
 
 
 def check(ours: Contestant, stock: list[Contestant], pass_: str, dtype: str, *, steps: int = 0) -> list[Check]:
-    """Compares `ours` with the float64 run of `stock[0]`; raises WrongBaseline if a stock contestant is not the same."""
+    """Compares `ours` with the float64 run of `stock[0]`; raises WrongBaseline if another contestant does not match."""
     exact = results(stock[0].converted("float64", dtype=torch.float64), pass_)
     baseline = results(stock[0], pass_)
     for rival in stock:
@@ -51,7 +52,7 @@ def check(ours: Contestant, stock: list[Contestant], pass_: str, dtype: str, *, 
         raise WrongBaseline(f"ours has {sorted(actual)}, stock has {sorted(exact)}")
     checks = []
     for name, value in actual.items():
-        gradient = name != "output"
+        gradient = name.startswith("grad")
         report = testing.check_error(
             value, exact[name], baseline[name], dtype=DTYPES[dtype], gradient=gradient, steps=steps, name=name
         )

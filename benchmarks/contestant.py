@@ -14,10 +14,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass
 class Contestant:
-    """`forward(*inputs) -> Tensor`; gradients go to the inputs that require them and to the parameters of `forward`."""
+    """`forward(*inputs)` gives a Tensor, or a tuple of them where no gradient is asked for.
+
+    Gradients go to the inputs that require them and to the parameters of `forward`.
+    """
 
     name: str
-    forward: Callable[..., Tensor]
+    forward: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
     grad_output: Tensor | None = field(default=None, repr=False)
 
@@ -52,7 +55,7 @@ class Contestant:
                 forward = forward.to(memory_format=memory_format)
         return Contestant(name, forward, tuple(map(convert, self.inputs)))
 
-    def infer(self) -> Tensor:
+    def infer(self) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
             return self.forward(*self.inputs)
 

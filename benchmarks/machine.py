@@ -3,7 +3,6 @@
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,14 +26,14 @@ class Peaks:
     flops: dict[str, float]
     bandwidth: dict[int, float]
 
-    def bandwidth_for(self, footprint: float) -> float:
-        """A case whose data fits into a cache may find it there: the floor takes the copy of the next larger size."""
+    def bandwidth_for(self, traffic: float) -> float:
+        """Data that fits into a cache may be found there: the copy that moves the next larger amount sets the floor."""
         sizes = sorted(self.bandwidth)
-        return self.bandwidth[next((size for size in sizes if footprint <= size), sizes[-1])]
+        return self.bandwidth[next((size for size in sizes if traffic <= 2 * size), sizes[-1])]
 
-    def floor(self, flops: float, traffic: float, footprint: float, dtype: str) -> tuple[float, str]:
+    def floor(self, flops: float, traffic: float, dtype: str) -> tuple[float, str]:
         """The least time in seconds, and which of the two sets it."""
-        compute, memory = flops / self.flops[dtype], traffic / self.bandwidth_for(footprint)
+        compute, memory = flops / self.flops[dtype], traffic / self.bandwidth_for(traffic)
         return (compute, "compute") if compute >= memory else (memory, "memory")
 
 
@@ -57,7 +56,7 @@ def gemm_peak(dtype: torch.dtype) -> float:
     if dtype is torch.float32:
         image = a.view(1, GEMM_SIZE, 1, GEMM_SIZE).permute(0, 3, 1, 2)  # channels_last: rows of a are the pixels
         contenders.append(lambda: torch.conv2d(image, b.view(GEMM_SIZE, GEMM_SIZE, 1, 1)))  # oneDNN; mm in fp32 is MKL
-    if "cpu" in bmk.backends():
+    if bmk.build_info()["native"] == "ok":
         contenders.append(lambda: torch.ops.bigmodel_native.gemm(a, b))
     return 2 * GEMM_SIZE**3 / min(map(fastest, contenders))
 
@@ -97,14 +96,17 @@ def git_commit() -> str:
 
 def describe() -> dict:
     """Everything that names the machine and the software; goes into every report."""
+    build = bmk.build_info()
     return {
         "device": cpu_model(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
+        "isa": build.get("isa", "not built"),
         "system": f"{platform.system()} {platform.machine()}",
-        "python": sys.version.split()[0],
+        "python": platform.python_version(),
         "torch": torch.__version__,
+        "version": bmk.__version__,
         "commit": git_commit(),
-        "build": bmk.build_info(),
+        "build": build,
     }

@@ -1,7 +1,7 @@
 """Interleaved timing: every round times each contestant once, in an order shuffled per round.
 
 An absolute time on a shared CPU drifts by tens of percent within seconds; the ratio of two times taken within the same
-few milliseconds does not. So the figures that count are ratios formed round by round, and their median and 10-90 % band.
+few milliseconds does not. So the figures that count are ratios formed round by round: their median and 10-90 % band.
 """
 
 import gc
@@ -97,7 +97,7 @@ def measure(
     seed: int = 0,
     clock: Callable[[], int] = time.perf_counter_ns,
 ) -> Timing:
-    """Times `ours` and the rivals in interleaved rounds. Rivals that the trial rounds rule out are not timed further."""
+    """Times `ours` and the rivals in interleaved rounds; rivals that the trial rounds rule out leave."""
     functions = {ours[0]: ours[1], **rivals}
     if len(functions) != 1 + len(rivals):
         raise ValueError(f"a rival has the name of ours, {ours[0]!r}")

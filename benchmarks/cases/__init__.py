@@ -1,18 +1,21 @@
-"""The cases: what is computed, at which size, and by whom. One file per op, named after it."""
+"""The cases: what is computed, at which sizes, and by whom. One file per op, named after it, one for whole models."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
-from benchmarks.contestant import FWD, PASSES, Contestant
+import bigmodel_kernels as bmk
+from benchmarks.baselines import compiled
+from benchmarks.contestant import DTYPES, FWD, PASSES, TRAIN, Contestant
 
 OPS = ("attention", "conv", "lstm")
-MODELS = ("mlp", "cnn", "rnn", "transformer", "autoencoder", "gan")
+MODELS = ("cnn", "rnn", "transformer")
+SEED = 20_26
 
 
-@dataclass(frozen=True)
+@dataclass
 class Problem:
     """One case made concrete: `stock[0]` is what a user writes first, and the formula that float64 is run on."""
 
@@ -20,9 +23,103 @@ class Problem:
     stock: list[Contestant]
     flops: float  # of the forward pass
     backward: float = 2.0  # flops of the backward pass over those of the forward pass
-    weight_bytes: int = 0  # filled in by nothing but the contestants: see traffic()
     steps: int = 0  # time steps of a recurrence: the error caps grow with their square root
-"""
+    compile: list[str] = field(default_factory=lambda: ["eager"])  # the stock contestants that are compiled as well
+
+    def contestants(self) -> list[Contestant]:
+        return [self.ours, *self.stock]
+
+    def backend(self) -> str:
+        """The backend or backends that ours runs on."""
+        return bmk.explain(self.ours.forward, *self.ours.inputs).backend
 
 
-"""
+@dataclass(frozen=True)
+class Case:
+    """`build(dtype, pass)` draws inputs and weights from a fixed seed."""
+
+    group: str  # the op, or the name of a model
+    name: str
+    build: Callable[[torch.dtype, str], Problem]
+    passes: tuple[str, ...] = PASSES
+    dtypes: tuple[str, ...] = ("fp32",)
+    quick: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the report: a case in one pass and one dtype."""
+
+    case: Case
+    pass_: str
+    dtype: str
+
+    @property
+    def id(self) -> str:
+        return f"{self.case.group} {self.case.name} {self.pass_} {self.dtype}"
+
+    def build(self, *, compile: bool) -> Problem:
+        """The contestants of this row; with `compile`, torch.compile joins them."""
+        torch.manual_seed(SEED)
+        problem = self.case.build(DTYPES[self.dtype], self.pass_)
+        for contestant in problem.contestants():
+            if isinstance(contestant.forward, torch.nn.Module):
+                contestant.forward.train(self.pass_ == TRAIN)
+        if compile:
+            problem.stock += [compiled(c, self.pass_) for c in list(problem.stock) if c.name in problem.compile]
+        return problem
+
+    def flops(self, problem: Problem) -> float:
+        return problem.flops * (1.0 if self.pass_ == FWD else 1.0 + problem.backward)
+
+    def traffic(self, problem: Problem) -> float:
+        """The bytes that must move: inputs and weights read and the output written; for training all of them read once
+        more with the output's gradient, and the gradients written."""
+        ours = problem.ours
+        output = ours.infer()
+        results = size_of(output if isinstance(output, tuple) else (output,))
+        operands = size_of((*ours.inputs, *ours.parameters.values()))
+        if self.pass_ == FWD:
+            return operands + results
+        return 2 * operands + size_of(ours.leaves().values()) + 3 * results
+
+
+def all_cases() -> list[Case]:
+    """Every case, ops first."""
+    files = (*OPS, "models")
+    return [case for name in files for case in importlib.import_module(f"benchmarks.cases.{name}").CASES]
+
+
+def rows(
+    groups: tuple[str, ...] = OPS + MODELS,
+    passes: tuple[str, ...] = PASSES,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    *,
+    quick: bool = False,
+) -> list[Row]:
+    """The lines of a report, in the order of the cases."""
+    return [
+        Row(case, pass_, dtype)
+        for case in all_cases()
+        if case.group in groups and (case.quick or not quick)
+        for dtype in case.dtypes
+        if dtype in dtypes
+        for pass_ in case.passes
+        if pass_ in passes
+    ]
+
+
+def size_of(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the elements."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def on_grid(values: torch.Tensor, step: float) -> torch.Tensor:
+    """`values` rounded to multiples of `step`, in place.
+
+    A ReLU at 0 and a tie in a max-pool are jumps of the gradient: where rounding decides the side, two right results
+    differ by one whole gradient. With inputs and weights on a coarse grid the sums before them are exact in every
+    implementation, so every implementation jumps at the same places.
+    """
+    with torch.no_grad():
+        return values.div_(step).round_().mul_(step)

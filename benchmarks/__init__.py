@@ -1,0 +1,1 @@
+"""The benchmark suite: `python -m benchmarks`, or `pytest benchmarks/ --benchmark-enable`. See docs/benchmarking.md."""

@@ -1,0 +1,139 @@
+"""python -m benchmarks: check every case against float64, time it against the best stock PyTorch option, report."""
+
+import argparse
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+import bigmodel_kernels as bmk
+from benchmarks import cases, machine, plot, report, timer
+from benchmarks.check import check
+from benchmarks.contestant import DTYPES, PASSES
+
+OUT = Path(__file__).parent / "out"
+QUICK_ROUNDS = 10
+TABLE_WIDTH = 150  # where the output is no terminal
+
+
+def choices(allowed):
+    """An argparse type: a comma-separated list of `allowed`."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        values = tuple(part.strip() for part in text.split(","))
+        unknown = [value for value in values if value not in allowed]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(allowed)}")
+        return values
+
+    return parse
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--op", type=choices(cases.OPS), help=f"ops, of {','.join(cases.OPS)}")
+    parser.add_argument("--model", type=choices(cases.MODELS), help=f"whole models, of {','.join(cases.MODELS)}")
+    parser.add_argument("--pass", dest="passes", type=choices(PASSES), default=PASSES, help=f"of {','.join(PASSES)}")
+    parser.add_argument("--dtype", type=choices(tuple(DTYPES)), default=tuple(DTYPES), help=f"of {','.join(DTYPES)}")
+    parser.add_argument("--quick", action="store_true", help="one case per op and model, eager baselines, fewer rounds")
+    parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {timer.MIN_ROUNDS})")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default 2)")
+    parser.add_argument("--backend", default="auto", help="backend of ours (default auto)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the JSON report here as well")
+    parser.add_argument("--out", type=Path, default=OUT, metavar="DIR", help="folder of report.{json,csv,md,png}")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.json", help="exit with 1 where a ratio fell since OLD.json"
+    )
+    options = parser.parse_args(argv)
+    for name in ("rounds", "threads"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else timer.MIN_ROUNDS)
+    if options.op is None and options.model is None:
+        options.groups = cases.OPS + cases.MODELS
+    else:
+        options.groups = (options.op or ()) + (options.model or ())
+    return options
+
+
+def run(row: cases.Row, peaks: machine.Peaks, *, rounds: int, compile: bool) -> report.Result:
+    """Check, then time. A wrong result is returned with its errors and without a time."""
+    problem = row.build(compile=compile)
+    ours, stock = problem.ours, problem.stock
+    checks = check(ours, stock, row.pass_, row.dtype, steps=problem.steps)
+    result = report.Result(
+        group=row.case.group,
+        case=row.case.name,
+        pass_=row.pass_,
+        dtype=row.dtype,
+        backend=problem.backend(),
+        checks=[asdict(c) for c in checks],
+        flops=row.flops(problem),
+        traffic=row.traffic(problem),
+    )
+    if result.wrong:
+        return result
+    timing = timer.measure((ours.name, ours.step(row.pass_)), {c.name: c.step(row.pass_) for c in stock}, rounds=rounds)
+    best = timing.best([c.name for c in stock])
+    ratio = timing.ratio(best, ours.name)
+    result.ratio, result.ratio_low, result.ratio_high = ratio.median, ratio.low, ratio.high
+    result.best_stock = best
+    result.median = {name: timing.median(name) / 1e9 for name in timing.trials}
+    result.left_early = [name for name in timing.trials if name not in timing.samples]
+    result.rounds = rounds
+    result.floor, result.floor_by = peaks.floor(result.flops, result.traffic, row.dtype)
+    return result
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=TABLE_WIDTH)
+    torch.set_num_threads(options.threads)
+    rows = cases.rows(options.groups, options.passes, options.dtype, quick=options.quick)
+    if not rows:
+        console.print("no case has this combination of options", style="bold red")
+        return 2
+    started = time.perf_counter()
+    peaks = machine.measure_peaks(sorted({row.dtype for row in rows}, reverse=True))
+    results = []
+    with Progress(console=console, transient=True) as progress, bmk.use_backend(options.backend):
+        task = progress.add_task("", total=len(rows))
+        for row in rows:
+            progress.update(task, description=row.id)
+            results.append(run(row, peaks, rounds=options.rounds, compile=not options.quick))
+            progress.advance(task)
+    header = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]),
+        "seconds": round(time.perf_counter() - started, 1),
+        "rounds": options.rounds,
+        "machine": machine.describe(),
+        "peaks": asdict(peaks),
+    }
+    report.print_table(console, results)
+    console.print(report.machine_text(header["machine"], header["peaks"]), style="dim", markup=False)
+    report.write(options.out, results, header)
+    if options.json:
+        report.write_json(options.json, results, header)
+    plot.draw(
+        results,
+        options.out / "report.png",
+        title="bigmodel_kernels against the best stock PyTorch option",
+        subtitle=report.machine_text(header["machine"], header["peaks"]),
+    )
+    console.print(report.summary_text(results), markup=False)
+    console.print(f"{header['seconds']:.0f} s; report.json, .csv, .md and .png in {options.out}", markup=False)
+    fell = options.compare is not None and report.print_comparison(console, results, report.read_json(options.compare))
+    return 1 if fell or any(result.wrong for result in results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+"""Attention cases under pytest-benchmark."""
+
+GROUPS = ("attention",)
+
+
+def test_time(benchmark, step):
+    benchmark(step)

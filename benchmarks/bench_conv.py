@@ -1,0 +1,7 @@
+"""Convolution cases under pytest-benchmark."""
+
+GROUPS = ("conv",)
+
+
+def test_time(benchmark, step):
+    benchmark(step)

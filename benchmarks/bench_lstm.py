@@ -1,0 +1,7 @@
+"""LSTM cases under pytest-benchmark."""
+
+GROUPS = ("lstm",)
+
+
+def test_time(benchmark, step):
+    benchmark(step)

@@ -1,0 +1,85 @@
+"""Attention against PyTorch's scaled_dot_product_attention."""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import bigmodel_kernels as bmk
+from benchmarks.cases import Case, Problem
+from benchmarks.contestant import FWD, PASSES, TRAIN, Contestant
+
+BACKWARD = 2.5  # five products of the forward's size (S and dP again, dV, dQ, dK) for its two
+
+
+def ours(
+    q: Tensor,  # [B, Hq, Sq, D]
+    k: Tensor,  # [B, Hkv, Sk, D]
+    v: Tensor,  # [B, Hkv, Sk, D]
+    mask: Tensor | None = None,  # broadcasts to [B, Hq, Sq, Sk]
+    *,
+    causal: bool,
+) -> Tensor:
+    return bmk.attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool) -> Tensor:
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+
+
+def grouped_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The rewrite for one query per head: the heads that share a key head become rows of one query block."""
+    b, heads, _, d = q.shape
+    rows = q.reshape(b, k.shape[1], heads // k.shape[1], d)
+    return F.scaled_dot_product_attention(rows, k, v).reshape(b, heads, 1, d)
+
+
+def float_mask(b: int, sq: int, sk: int) -> Tensor:  # [1, 1, Sq, Sk]
+    """A bias that falls with the distance, different for every pair."""
+    distance = (torch.arange(sk) - torch.arange(sq)[:, None]).abs()
+    return (-0.01 * distance).expand(1, 1, sq, sk).contiguous()
+
+
+def padding_mask(b: int, sq: int, sk: int) -> Tensor:  # [B, 1, 1, Sk], True: attend
+    lengths = torch.linspace(sk // 4, sk, b).long()
+    return (torch.arange(sk) < lengths[:, None])[:, None, None, :]
+
+
+def build(dtype, pass_, *, b, heads, sq, d, kv_heads=None, sk=None, causal=False, mask=None) -> Problem:
+    kv_heads, sk = kv_heads or heads, sk or sq
+    train = pass_ == TRAIN
+
+    def draw(h: int, s: int) -> Tensor:
+        return torch.randn(b, h, s, d).to(dtype).requires_grad_(train)
+
+    inputs = [draw(heads, sq), draw(kv_heads, sk), draw(kv_heads, sk)]
+    if mask is not None:
+        values = mask(b, sq, sk)
+        inputs.append(values.to(dtype) if values.is_floating_point() else values)
+    stock = [Contestant("eager", partial(sdpa, causal=causal), tuple(inputs))]
+    if sq == 1 and kv_heads != heads:
+        stock.append(Contestant("grouped queries", grouped_queries, tuple(inputs)))
+    return Problem(
+        ours=Contestant("ours", partial(ours, causal=causal), tuple(inputs)),
+        stock=stock,
+        flops=4.0 * b * heads * sq * sk * d * (0.5 if causal else 1.0),
+        backward=BACKWARD,
+    )
+
+
+def case(name: str, *, passes=PASSES, dtypes=("fp32",), quick=False, **sizes) -> Case:
+    return Case("attention", name, partial(build, **sizes), passes, dtypes, quick)
+
+
+BOTH = ("fp32", "bf16")
+CASES = [
+    case("B1 H8 S1024 D64 causal", b=1, heads=8, sq=1024, d=64, causal=True, dtypes=BOTH, quick=True),
+    case("B1 H8 S1024 D64", b=1, heads=8, sq=1024, d=64),
+    case("B8 H8 S128 D64", b=8, heads=8, sq=128, d=64, dtypes=BOTH),
+    case("B1 H8 S1024 D64 float mask", b=1, heads=8, sq=1024, d=64, mask=float_mask),
+    case("B4 H8 S512 D64 key padding", b=4, heads=8, sq=512, d=64, mask=padding_mask),
+    case("decode B1 H8:1 KV4096 D64", b=1, heads=8, kv_heads=1, sq=1, sk=4096, d=64, passes=(FWD,)),
+    case("decode B8 H32:4 KV4096 D128", b=8, heads=32, kv_heads=4, sq=1, sk=4096, d=128, passes=(FWD,)),
+]
