@@ -1,6 +1,6 @@
 """The data the models train on: real handwritten digits that ship in a package, MNIST, and synthetic sets.
 
-Images are kept as [N, 1, 28, 28] in [0, 1]; what a model needs (standardised, in [-1, 1], as rows) is derived from that.
+Images are kept as [N, 1, 28, 28] in [0, 1]; what a model needs (standardised, in [-1, 1], as rows) is derived later.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import TrainingError
+from .errors import TrainingError, require
 
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
@@ -49,18 +49,12 @@ def load(name: str, data_dir: str | Path = "data") -> DataSet:
 
 def digits() -> DataSet:
     """1,797 handwritten digits of scikit-learn, 8x8 resized to 28x28; a quarter of each class is the test part."""
-    try:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
-    except ImportError as error:
-        raise TrainingError("--data digits needs scikit-learn: pip install scikit-learn") from error
-    bunch = load_digits()
+    bunch = require("sklearn.datasets", "--data digits").load_digits()
+    split = require("sklearn.model_selection", "--data digits").train_test_split
     small = torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 16.0  # ink is counted 0..16
     images = F.interpolate(small, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
     labels = torch.tensor(bunch.target, dtype=torch.int64)
-    train, test = train_test_split(
-        range(len(labels)), test_size=0.25, random_state=SPLIT_SEED, stratify=labels.tolist()
-    )
+    train, test = split(range(len(labels)), test_size=0.25, random_state=SPLIT_SEED, stratify=labels.tolist())
     return DataSet("digits", images[train], labels[train], images[test], labels[test])
 
 
@@ -79,7 +73,7 @@ def mnist(data_dir: str | Path) -> DataSet:
         except RuntimeError as error:
             raise TrainingError(
                 f"--data mnist: no MNIST files under {str(data_dir)!r}. Fetch them once with\n"
-                f"  python -c \"from torchvision.datasets import MNIST; MNIST({str(data_dir)!r}, download=True)\"\n"
+                f'  python -c "from torchvision.datasets import MNIST; MNIST({str(data_dir)!r}, download=True)"\n'
                 "or name their folder with --data-dir, or use --data digits, which needs no files"
             ) from error
         parts += [part.data[:, None].float() / 255.0, part.targets.to(torch.int64)]
