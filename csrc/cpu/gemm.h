@@ -121,6 +121,14 @@ inline void gemm_rows(int64_t rows, const A* a, int64_t a_row, int64_t a_step, c
   }
 }
 
+// Steps summed up before C is updated. A block of a panel fits the first-level cache; and sums of sums round less: one run
+// of 384 steps had three times the largest error of MKL's product, blocks of 192 have the same error as MKL's.
+// C in bfloat16 must not be rounded between blocks: then there is one block.
+template <class C>
+inline int64_t depth_block(int64_t depth) {
+  return std::is_same_v<C, compute_t<C>> ? 192 : std::max<int64_t>(depth, 1);
+}
+
 // C[rows, columns] (+)= A B on the calling thread, B packed whole by pack_b (or panels `first_panel..` of it).
 // The depth is walked in blocks so that one block of a panel stays in the first-level cache over all rows.
 template <class T, class A, class C>
@@ -128,8 +136,7 @@ inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, con
                                C* c, int64_t c_row, bool accumulate) {
   constexpr int R = Tile<T>::kRows;
   constexpr int64_t panel_columns = Tile<T>::kColumns;
-  // C in bfloat16 must not be rounded between blocks of the depth: then there is one block.
-  const int64_t block = std::is_same_v<C, compute_t<C>> ? 384 : std::max<int64_t>(depth, 1);
+  const int64_t block = depth_block<C>(depth);
   if (depth == 0 && !accumulate) {
     for (int64_t m = 0; m < rows; ++m)
       for (int64_t n = 0; n < columns; ++n) c[m * c_row + n] = from_compute<C>(0);
@@ -200,8 +207,7 @@ inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a
         pack_a<T>(block.get(), a + m0 * a_row, a_row, a_step, m1 - m0, depth);
         packed_block = m0;
       }
-      constexpr int64_t kDepthBlock = 384;
-      const int64_t step = std::is_same_v<C, compute_t<C>> ? kDepthBlock : std::max<int64_t>(depth, 1);
+      const int64_t step = depth_block<C>(depth);
       for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
         const int64_t steps = std::min(step, depth - k0);
         const bool add = accumulate || k0 > 0;

@@ -35,7 +35,7 @@ inline constexpr int kLanes = ISA_VECTOR_BYTES / sizeof(compute_t<T>);
 
 template <class T>
 INLINE vec<T> broadcast(T x) {
-  return vec<T>{} + x;
+  return x - vec<T>{};  // x - 0 is x for every x, -0 too, so the compiler drops the subtraction; x + 0 it must keep
 }
 
 // ---- storage ----------------------------------------------------------------------------------------------------
