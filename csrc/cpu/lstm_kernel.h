@@ -1,0 +1,128 @@
+// The forward pass of one LSTM layer, whole sequences in one call.
+//
+//   [i f g o] = x_t W_ih^T + b_ih + h_(t-1) W_hh^T + b_hh        i, f, o through sigmoid, g through tanh
+//   c_t = f c_(t-1) + i g         h_t = o tanh(c_t)              (projected: h_t = W_hr (o tanh(c_t)))
+//
+// Both weight matrices are packed once per call into panels of one vector of hidden units, their four gates side by side:
+// [I + P][4][lanes]. A register tile of kRows sequences x one panel therefore ends with i, f, g and o of the same units,
+// and the pointwise part follows at once, on numbers that never left the first-level cache.
+//
+// Who owns what: with enough sequences for every thread, a thread owns every n-th sequence of one direction from the first
+// step to the last, and meets the others only at the end of the layer. Sequences are sorted by length when packed, so taking
+// every n-th also shares out the tokens. With few sequences and weights too big for one second-level cache, the threads
+// own panels (hidden units) instead and meet after every step. A number is computed by the same operations in the same
+// order either way: results do not depend on the number of threads.
+#include "lstm_step.h"
+
+// h_n and c_n are the states each sequence has after the step it ends with.
+template <class S>
+void store_final_states(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, int64_t d, int64_t row, const compute_t<S>* c) {
+  const int64_t last = d == 0 ? shape.lengths[row] - 1 : 0;
+  const S* h = shape.lengths[row] > 0 ? layer.output + (shape.offsets[last] + row) * shape.width() + d * shape.state
+                                      : layer.h0 + (d * shape.batch + row) * shape.state;
+  std::memcpy(layer.h_n + (d * shape.batch + row) * shape.state, h, shape.state * sizeof(S));
+  S* c_n = layer.c_n + (d * shape.batch + row) * shape.hidden;
+  for (int64_t j = 0; j < shape.hidden; ++j) c_n[j] = from_compute<S>(c[j]);
+}
+
+// The sequences `rows.first`, `rows.first + rows.stride`, ... of direction d, from the first step to the last.
+template <class S>
+void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const PackedCell<compute_t<S>>& cell, int64_t d,
+                       Rows rows, const compute_t<S>* x_product, bool share_panels) {
+  using T = compute_t<S>;
+  const int64_t count = rows.count(shape.batch);
+  const int64_t H = shape.hidden, P = shape.state, G = shape.gates();
+  const int64_t h_row = padded<T>(P), c_row = padded<T>(H);
+  // h_t is written while h_(t-1) is still read. Both start as h0: a sequence that joins later finds it in either.
+  Scratch<T> h_memory(2 * count * h_row), c_memory(count * c_row);
+  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, T> || x_product ? 0 : count * shape.input);
+  T *h = h_memory, *h_next = h + count * h_row;
+  for (int64_t r = 0; r < count; ++r) {
+    load_row<T>(h + r * h_row, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
+    std::memcpy(h_next + r * h_row, h + r * h_row, h_row * sizeof(T));
+    load_row<T>(c_memory + r * c_row, layer.c0 + (d * shape.batch + rows[r]) * H, H, c_row);
+  }
+  for (int64_t s = 0; s < shape.steps; ++s) {
+    const int64_t t = d == 0 ? s : shape.steps - 1 - s;
+    const int64_t active = rows.count(shape.batch_sizes[t]);
+    if (active == 0) continue;
+    const int64_t token = shape.offsets[t] + rows.first;
+    CellStep<S> step{};
+    step.rows = active;
+    step.row_stride = rows.stride;
+    if (x_product) {
+      step.x_product = x_product + token * G;
+    } else if constexpr (std::is_same_v<S, T>) {
+      step.x = layer.x + token * shape.input;
+      step.x_row = rows.stride * shape.input;
+    } else {
+      for (int64_t r = 0; r < active; ++r)
+        load_row<T>(x_memory + r * shape.input, layer.x + (token + r * rows.stride) * shape.input, shape.input, shape.input);
+      step.x = x_memory;
+      step.x_row = shape.input;
+    }
+    step.h = h;
+    step.h_row = h_row;
+    step.c = c_memory;
+    step.c_row = c_row;
+    step.out = shape.projected ? u_memory.get() : h_next;
+    step.out_row = shape.projected ? c_row : h_row;
+    if (!shape.projected) step.output = layer.output + token * shape.width() + d * P;
+    step.output_row = rows.stride * shape.width();
+    if (layer.gates) {
+      step.gates = layer.gates + (d * shape.tokens + token) * G;
+      step.cells = layer.cells + (d * shape.tokens + token) * H;
+    }
+    for_range(share_panels, cell.panels, [&](int64_t first, int64_t last) { lstm_step(shape, cell, step, first, last); });
+    if (shape.projected) {
+      gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell.projection.get(), h_next, h_row, false);
+      for (int64_t r = 0; r < active; ++r)
+        store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
+    }
+    std::swap(h, h_next);
+  }
+  for (int64_t r = 0; r < count; ++r) store_final_states(shape, layer, d, rows[r], c_memory + r * c_row);
+}
+
+template <class S>
+void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer) {
+  using T = compute_t<S>;
+  const Plan plan = make_plan(shape);
+  std::optional<PackedCell<T>> cells[2];
+  for (int64_t d = 0; d < shape.directions; ++d) cells[d].emplace(shape, layer.weights[d]);
+
+  // W_ih x for all tokens at once, where a step has too few sequences to reuse what it loads of W_ih.
+  std::optional<Scratch<T>> products[2];
+  T* x_product[2] = {};
+  for (int64_t d = 0; d < shape.directions && plan.hoist_input; ++d) {
+    if (layer.gates)
+      x_product[d] = layer.gates + d * shape.tokens * shape.gates();
+    else
+      x_product[d] = products[d].emplace(shape.tokens * shape.gates());
+    gemm<S, S, T>(shape.tokens, shape.gates(), shape.input, layer.x, shape.input, 1, layer.weights[d].w_ih, 1, shape.input, x_product[d],
+                  shape.gates());
+  }
+  for_tasks(shape, plan,
+            [&](int64_t d, Rows rows) { lstm_rows_forward<S>(shape, layer, *cells[d], d, rows, x_product[d], plan.share_panels); });
+}
+#include "lstm_backward_kernel.h"
+
+// f(i, n) for every vector of n elements at i.
+template <class S, class F>
+INLINE void for_vectors(int64_t count, F f) {
+  constexpr int64_t W = kLanes<S>;
+  torch::stable::parallel_for(0, (count + W - 1) / W, 4096, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * W; i < std::min(end * W, count); i += W) f(i, std::min(W, count - i));
+  });
+}
+
+// out[i] = a[i] * b[i]: dropout between two layers, and its gradient.
+template <class Out, class A, class B>
+void multiply(Out* out, const A* a, const B* b, int64_t count) {
+  for_vectors<Out>(count, [&](int64_t i, int64_t n) { store_partial(out + i, load_partial(a + i, n) * load_partial(b + i, n), n); });
+}
+
+template <class Out, class In>
+void convert(Out* out, const In* in, int64_t count) {
+  for_vectors<Out>(count, [&](int64_t i, int64_t n) { store_partial(out + i, load_partial(in + i, n), n); });
+}

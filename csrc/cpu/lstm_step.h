@@ -1,0 +1,249 @@
+// One step of an LSTM over some sequences and some hidden units, the packed weights it reads, and how the threads share a
+// layer. Included by lstm_kernel.h.
+
+template <class T>
+INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+template <class T, class S>
+INLINE void load_row(T* out, const S* source, int64_t n, int64_t row) {
+  for (int64_t j = 0; j < n; ++j) out[j] = to_compute(source[j]);
+  for (int64_t j = n; j < row; ++j) out[j] = 0;
+}
+template <class S>
+INLINE void store_row(S* out, const compute_t<S>* source, int64_t n) {
+  for (int64_t j = 0; j < n; ++j) out[j] = from_compute<S>(source[j]);
+}
+
+// ---- sharing a layer among the threads ---------------------------------------------------------------------------
+
+// Every `stride`-th sequence from `first` on.
+struct Rows {
+  int64_t first, stride;
+  int64_t operator[](int64_t r) const { return first + r * stride; }
+  // How many of them are among the first n sequences.
+  int64_t count(int64_t n) const { return n > first ? (n - first + stride - 1) / stride : 0; }
+};
+
+struct Plan {
+  int64_t groups;     // of sequences, per direction
+  bool share_panels;  // one group, every step shared among the threads
+  bool hoist_input;   // W_ih x for all tokens before the time loop (a matter of the shape alone, never of the threads)
+};
+
+inline Plan make_plan(const LstmShape& shape) {
+  const int64_t threads = torch::stable::get_num_threads();
+  Plan plan;
+  plan.hoist_input = shape.batch < 24 || shape.input > 384;
+  const int64_t wanted = threads % shape.directions == 0 ? threads / shape.directions : threads;
+  // More than 64 sequences at a time would push the states out of the first-level cache.
+  const int64_t balanced = (shape.batch + wanted * 64 - 1) / (wanted * 64) * wanted;
+  plan.groups = std::max<int64_t>(1, std::min(shape.batch, balanced));
+  const int64_t weight_bytes = shape.gates() * shape.state * 4;
+  const int64_t rows = (shape.batch + plan.groups - 1) / std::max<int64_t>(plan.groups, 1);
+  plan.share_panels = threads > 1 && !shape.projected && weight_bytes >= (1 << 19) && rows <= 12;
+  if (plan.share_panels) plan.groups = 1;
+  return plan;
+}
+
+// f(first, last) over [0, count): on this thread, or shared among all of them.
+template <class F>
+INLINE void for_range(bool share, int64_t count, F f) {
+  if (share)
+    torch::stable::parallel_for(0, count, 1, f);
+  else
+    f(int64_t{0}, count);
+}
+
+// f(direction, rows) for every direction and group of sequences.
+template <class F>
+void for_tasks(const LstmShape& shape, const Plan& plan, F f) {
+  const int64_t tasks = shape.directions * plan.groups;
+  const bool serial = plan.share_panels || shape.tokens * shape.gates() * (shape.input + shape.state) < 65536;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task / plan.groups, Rows{task % plan.groups, plan.groups});
+  };
+  for_range(!serial, tasks, run);
+}
+
+// ---- packed weights ----------------------------------------------------------------------------------------------
+
+// One panel of gates of one matrix w [4 H, depth]: out[k * 4 lanes + gate * lanes + unit].
+template <class T, class S>
+void pack_gate_panel(T* out, const S* w, int64_t hidden, int64_t depth, int64_t panel) {
+  constexpr int W = kLanes<T>;
+  const int64_t units = std::min<int64_t>(W, hidden - panel * W);
+  for (int64_t gate = 0; gate < 4; ++gate) {
+    const S* source = w + (gate * hidden + panel * W) * depth;
+    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
+      const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
+      for (int64_t j = 0; j < units; ++j)
+        for (int64_t k = k0; k < k1; ++k) out[(k * 4 + gate) * W + j] = to_compute(source[j * depth + k]);
+      for (int64_t k = k0; k < k1; ++k)
+        for (int64_t j = units; j < W; ++j) out[(k * 4 + gate) * W + j] = 0;
+    }
+  }
+}
+
+// The parameters of one direction as the steps read them.
+template <class T>
+struct PackedCell {
+  int64_t panels;
+  Scratch<T> w_ih;        // [panels][I][4][lanes]
+  Scratch<T> w_hh;        // [panels][P][4][lanes]
+  Scratch<T> bias;        // [panels][4][lanes]: b_ih + b_hh
+  Scratch<T> projection;  // W_hr for gemm_packed
+
+  template <class S>
+  PackedCell(const LstmShape& shape, const LstmWeights<const S>& weights)
+      : panels(padded<T>(shape.hidden) / kLanes<T>),
+        w_ih(panels * shape.input * 4 * kLanes<T>),
+        w_hh(panels * shape.state * 4 * kLanes<T>),
+        bias(panels * 4 * kLanes<T>),
+        projection(shape.projected ? packed_size<T>(shape.hidden, shape.state) : 0) {
+    constexpr int W = kLanes<T>;
+    const int64_t H = shape.hidden;
+    const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, (shape.input + shape.state) * 4 * W));
+    torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        pack_gate_panel<T>(w_ih + p * shape.input * 4 * W, weights.w_ih, H, shape.input, p);
+        pack_gate_panel<T>(w_hh + p * shape.state * 4 * W, weights.w_hh, H, shape.state, p);
+        for (int64_t gate = 0; gate < 4; ++gate)
+          for (int64_t j = 0; j < W; ++j) {
+            const int64_t unit = p * W + j;
+            T sum = 0;
+            if (weights.b_ih && unit < H) sum = to_compute(weights.b_ih[gate * H + unit]) + to_compute(weights.b_hh[gate * H + unit]);
+            bias[(p * 4 + gate) * W + j] = sum;
+          }
+      }
+    });
+    if (shape.projected) pack_b<T>(projection.get(), weights.w_hr, 1, H, H, shape.state);
+  }
+};
+
+// ---- one step ----------------------------------------------------------------------------------------------------
+
+template <class S>
+struct CellStep {
+  using T = compute_t<S>;
+  int64_t rows, row_stride;  // active sequences; how far apart their rows are in the tensors indexed by token
+  const T* x;                // the rows' input, or null:
+  int64_t x_row;
+  const T* x_product;  // W_ih x, [.., 4 H] by token
+  const T* h;
+  int64_t h_row;
+  T* c;  // updated in place
+  int64_t c_row;
+  T* out;  // o tanh(c): the new h, or what the projection takes
+  int64_t out_row;
+  S* output;  // the same by token; null with a projection
+  int64_t output_row;
+  T* gates;  // by token; null unless a backward follows
+  T* cells;
+};
+
+template <class T>
+struct CellTile {
+#if ISA_VECTOR_BYTES == 64
+  static constexpr int kRows = 6;  // 24 accumulators, 4 vectors of weights, 1 broadcast: 29 of 32 registers
+#else
+  static constexpr int kRows = 2;  // 8 + 4 + 1 of 16
+#endif
+};
+
+// The gates of R sequences x one panel before their activation, into gates [R][4][lanes].
+template <int R, class S>
+void cell_product(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t row, int64_t panel,
+                  compute_t<S>* gates) {
+  using T = compute_t<S>;
+  constexpr int W = kLanes<T>;
+  vec<T> acc[R][4] = {};
+  if (step.x) {
+    multiply_tile<R, 4, T>(acc, step.x + row * step.x_row, step.x_row, 1, cell.w_ih.get() + panel * shape.input * 4 * W, 4 * W,
+                           shape.input);
+  } else {
+    const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
+    const T* product = step.x_product + row * step.row_stride * shape.gates() + panel * W;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) {
+        const T* p = product + r * step.row_stride * shape.gates() + g * shape.hidden;
+        acc[r][g] = units == W ? load(p) : load_partial(p, units);
+      }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < 4; ++g) {
+    const vec<T> bias = load(cell.bias.get() + (panel * 4 + g) * W);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) acc[r][g] += bias;
+  }
+  multiply_tile<R, 4, T>(acc, step.h + row * step.h_row, step.h_row, 1, cell.w_hh.get() + panel * shape.state * 4 * W, 4 * W, shape.state);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) store(gates + (r * 4 + g) * W, acc[r][g]);
+}
+
+template <int R, class S>
+INLINE void cell_product_rows(int64_t rows, const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step,
+                              int64_t row, int64_t panel, compute_t<S>* gates) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      cell_product<R>(shape, cell, step, row, panel, gates);
+    else
+      cell_product_rows<R - 1>(rows, shape, cell, step, row, panel, gates);
+  }
+}
+
+// Activations, cell update and all stores of `rows` sequences x one panel. Not inlined into the tiles of different
+// heights: one compilation, so that a sequence gets the same bits whichever tile it falls into.
+template <class S>
+__attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const CellStep<S>& step, int64_t row, int64_t rows, int64_t panel,
+                                              const compute_t<S>* pre) {
+  using T = compute_t<S>;
+  constexpr int W = kLanes<T>;
+  const int64_t H = shape.hidden, unit = panel * W, units = std::min<int64_t>(W, H - unit);
+  for (int64_t r = 0; r < rows; ++r, pre += 4 * W) {
+    const vec<T> i = sigmoid(load(pre)), f = sigmoid(load(pre + W)), g = tanh(load(pre + 2 * W)), o = sigmoid(load(pre + 3 * W));
+    T* c_at = step.c + (row + r) * step.c_row + unit;
+    const vec<T> c = f * load(c_at) + i * g;
+    const vec<T> h = o * tanh(c);
+    store(c_at, c);
+    store(step.out + (row + r) * step.out_row + unit, h);
+    const int64_t at = (row + r) * step.row_stride;
+    if (units == W) {
+      if (step.output) store(step.output + (row + r) * step.output_row + unit, h);
+      if (step.gates) {
+        T* gates = step.gates + at * 4 * H + unit;
+        store(gates, i), store(gates + H, f), store(gates + 2 * H, g), store(gates + 3 * H, o);
+        store(step.cells + at * H + unit, c);
+      }
+    } else {
+      if (step.output) store_partial(step.output + (row + r) * step.output_row + unit, h, units);
+      if (step.gates) {
+        T* gates = step.gates + at * 4 * H + unit;
+        store_partial(gates, i, units), store_partial(gates + H, f, units);
+        store_partial(gates + 2 * H, g, units), store_partial(gates + 3 * H, o, units);
+        store_partial(step.cells + at * H + unit, c, units);
+      }
+    }
+  }
+}
+
+// All active sequences x the panels [first, last). Rows are dealt out evenly to the tiles: a tile of one or two rows
+// would wait for its few accumulators.
+template <class S>
+void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t first, int64_t last) {
+  using T = compute_t<S>;
+  constexpr int R = CellTile<T>::kRows;
+  alignas(64) T gates[R * 4 * kLanes<T>];
+  const int64_t tiles = (step.rows + R - 1) / R;
+  for (int64_t panel = first; panel < last; ++panel)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * step.rows / tiles, rows = (tile + 1) * step.rows / tiles - row;
+      cell_product_rows<R>(rows, shape, cell, step, row, panel, gates);
+      cell_pointwise(shape, step, row, rows, panel, gates);
+    }
+}
