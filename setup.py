@@ -47,9 +47,13 @@ def why_no_cuda() -> str | None:
 def compiler_version() -> str:
     compiler = os.environ.get("CXX", "g++")
     try:
-        first_line = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        first_line = subprocess.run(
+            [compiler, "--version"], capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError):
-        sys.exit(f"No working C++ compiler: {compiler} could not be run. Install one (Debian: apt-get install g++) or set CXX.")
+        sys.exit(
+            f"No working C++ compiler: {compiler} could not be run. Install one (Debian: apt-get install g++) or set CXX."
+        )
     return f"{compiler}: {first_line}"
 
 
@@ -59,7 +63,14 @@ def extensions() -> list[Extension]:
     no_cuda = why_no_cuda() if cuda_sources else "this version has no CUDA kernels"
     if no_cuda and os.environ.get("FORCE_CUDA") == "1":
         sys.exit(f"FORCE_CUDA=1, but CUDA kernels cannot be built: {no_cuda}")
-    cxx = ["-std=c++20", "-g1" if not DEBUG else "-g", "-O0" if DEBUG else "-O3", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+    cxx = [
+        "-std=c++20",
+        "-g1" if not DEBUG else "-g",
+        "-O0" if DEBUG else "-O3",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+    ]
     # Contraction to fused multiply-add is wanted; NaN and infinity keep their meaning (no -ffast-math).
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     link = []
@@ -77,7 +88,10 @@ def extensions() -> list[Extension]:
         py_limited_api=True,
     )
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
-        print("warning: Python.h was not found, so the module _C is left out (Debian: apt-get install python3-dev)", file=sys.stderr)
+        print(
+            "warning: Python.h was not found, so the module _C is left out (Debian: apt-get install python3-dev)",
+            file=sys.stderr,
+        )
         return [native]
     info = {
         "BUILD_COMPILER": compiler_version(),

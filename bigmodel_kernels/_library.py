@@ -31,7 +31,7 @@ def needs_grad(*args: Any) -> bool:
 
 
 def autocast(*tensors: Any) -> tuple:
-    """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops of these families do."""
+    """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops do."""
     first = next(t for t in tensors if isinstance(t, torch.Tensor))
     kind = first.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):

@@ -45,7 +45,8 @@ def check_name(name: str, argument: str = "backend") -> str:
     return name
 
 
-_wanted: ContextVar[str] = ContextVar("bigmodel_kernels_backend", default=_environment_backend())
+_environment = _environment_backend()
+_wanted: ContextVar[str | None] = ContextVar("bigmodel_kernels_backend", default=None)
 _record: ContextVar[list[Explanation] | None] = ContextVar("bigmodel_kernels_record", default=None)
 _logged: set[tuple] = set()
 
@@ -102,7 +103,7 @@ def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: 
         RuntimeError: the backend asked for cannot take the call; the message gives every backend's reason.
     """
     if backend == "auto":
-        backend = _wanted.get()
+        backend = _wanted.get() or _environment
     if backend == "auto":
         chosen = next(name for name in (*prefer(*args), "torch") if name == "torch" or reason(op, name, args) is None)
     else:

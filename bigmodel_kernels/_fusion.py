@@ -1,0 +1,279 @@
+"""Finds convolution (+ batch norm) + activation (+ max-pool) in a traced forward, and runs each as one fused call.
+
+A forward is overlaid only where tracing cannot change its meaning: no optional arguments (a branch on one would be frozen
+in), no state changed while tracing, no tensor made from constants. Train and eval are traced apart, so that a branch on
+`self.training` keeps its meaning; in eval the batch norm is folded into the convolution's scale and shift.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from bigmodel_kernels.ops.conv.op import conv
+
+_ACTIVATION_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
+_ACTIVATION_FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.silu: "silu",
+    F.tanh: "tanh",
+    torch.tanh: "tanh",
+    F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
+}
+_ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid"}
+
+
+@dataclass
+class Overlay:
+    """A module whose forward now runs fused calls; `undo()` takes the overlay off."""
+
+    path: str
+    module: nn.Module
+    chains: list[str]
+
+    def undo(self) -> None:
+        self.module.__dict__.pop("forward", None)
+
+
+@dataclass
+class _Chain:
+    """Nodes that become one call, in order: conv, then what follows."""
+
+    nodes: list[fx.Node]
+    names: list[str]
+    norm: fx.Node | None = None
+    activation: str | None = None
+    pool: int | None = None
+
+    def last(self) -> fx.Node:
+        return self.nodes[-1]
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
+        return not isinstance(m, nn.Sequential)
+
+
+class _FusedForward:
+    """The overlay: one traced forward for training, one for eval."""
+
+    def __init__(self, module: nn.Module, train: fx.GraphModule, evaluate: fx.GraphModule):
+        self.module, self.train, self.evaluate = module, train, evaluate
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return (self.train if self.module.training else self.evaluate).forward(*args, **kwargs)
+
+
+def fuse(model: nn.Module, allowed: Callable[[nn.Module, str], bool], backend: str) -> Iterator[Overlay]:
+    """Overlays the forward of `model`, or, where it cannot be traced, of its children; yields what it overlaid."""
+    yield from _fuse_module(model, "", allowed, backend)
+
+
+def _fuse_module(module: nn.Module, path: str, allowed: Callable, backend: str) -> Iterator[Overlay]:
+    if not any(isinstance(m, (nn.Conv1d, nn.Conv2d)) for m in module.modules()) or isinstance(
+        module, (nn.Conv1d, nn.Conv2d)
+    ):
+        return
+    if type(module).__module__.startswith(("bigmodel_kernels.", "torch.")) and not isinstance(module, nn.Sequential):
+        return  # such layers run their own fused calls
+    graphs = {mode: _traced(module, mode) for mode in (True, False)}
+    if all(graphs.values()) and "forward" not in module.__dict__:
+        chains: dict[bool, list[_Chain]] = {}
+        for mode, graph in graphs.items():
+            found = _find_chains(module, graph)
+            chains[mode] = [
+                c for c in found if all(allowed(m, _join(path, name)) for m, name in _modules_of(module, c))
+            ]
+            for chain in chains[mode]:
+                _replace(graph, chain, backend)
+            graph.lint()
+        if any(chains.values()):
+            module.forward = _FusedForward(module, *(fx.GraphModule(module, graphs[mode]) for mode in (True, False)))
+            yield Overlay(path, module, [" + ".join(c.names) for c in (chains[False] or chains[True])])
+    # A traced forward calls all but its nn.Sequential children as they are, so those are looked at on their own.
+    for name, child in module.named_children():
+        if not (all(graphs.values()) and isinstance(child, nn.Sequential)):
+            yield from _fuse_module(child, _join(path, name), allowed, backend)
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _traced(module: nn.Module, training: bool) -> fx.Graph | None:
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        return None
+    modes = {m: m.training for m in module.modules()}
+    before = {m: dict(m.__dict__) for m in module.modules()}
+    try:
+        for m in modes:
+            m.training = training
+        graph = _Tracer().trace(module)
+    except Exception:  # the forward runs with stand-ins for tensors, and may raise anything; then it is not traceable
+        return None
+    finally:
+        changed = any(before[m] != {**m.__dict__, "training": modes[m]} for m in modes)
+        for m, mode in modes.items():
+            m.__dict__.clear()
+            m.__dict__.update(before[m])
+            m.training = mode
+    constants = any(n.op == "get_attr" and n.target.startswith("_tensor_constant") for n in graph.nodes)
+    return None if changed or constants else graph
+
+
+def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
+    layers = dict(module.named_modules())
+
+    def layer(node: fx.Node) -> nn.Module | None:
+        return layers[node.target] if node.op == "call_module" and not _has_hooks(layers[node.target]) else None
+
+    def next_node(node: fx.Node) -> fx.Node | None:
+        return next(iter(node.users)) if len(node.users) == 1 else None
+
+    chains = []
+    for node in graph.nodes:
+        convolution = layer(node)
+        if (
+            not isinstance(convolution, (nn.Conv1d, nn.Conv2d))
+            or convolution.padding_mode != "zeros"
+            or len(node.args) != 1
+        ):
+            continue
+        chain = _Chain([node], [type(convolution).__name__])
+        following = next_node(node)
+        if following is not None and _folds(layer(following), convolution):
+            chain.norm = following
+            chain.nodes.append(following)
+            chain.names.append("BatchNorm")
+            following = next_node(following)
+        if following is not None and (activation := _activation(following, layer)) is not None:
+            chain.activation = activation
+            chain.nodes.append(following)
+            chain.names.append(activation)
+            following = next_node(following)
+        if following is not None and (size := _max_pool(following, layer, convolution)) is not None:
+            chain.pool = size
+            chain.nodes.append(following)
+            chain.names.append(f"max-pool {size}")
+        if len(chain.nodes) > 1:
+            chains.append(chain)
+    return chains
+
+
+def _has_hooks(m: nn.Module) -> bool:
+    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _folds(norm: nn.Module | None, convolution: nn.Module) -> bool:
+    kind = nn.BatchNorm1d if isinstance(convolution, nn.Conv1d) else nn.BatchNorm2d
+    return type(norm) is kind and norm.track_running_stats
+
+
+def _activation(node: fx.Node, layer: Callable) -> str | None:
+    if node.op == "call_function":
+        inplace = node.kwargs.get("inplace", False) or len(node.args) > 1
+        return None if inplace else _ACTIVATION_FUNCTIONS.get(node.target)
+    if node.op == "call_method":
+        return _ACTIVATION_METHODS.get(node.target)
+    module = layer(node)
+    if type(module) is nn.GELU and module.approximate == "none":
+        return "gelu"
+    return _ACTIVATION_MODULES.get(type(module))
+
+
+def _max_pool(node: fx.Node, layer: Callable, convolution: nn.Module) -> int | None:
+    """The window of an unpadded, undilated max-pool whose stride is its window; None for anything else."""
+    one_dimensional = isinstance(convolution, nn.Conv1d)
+    if node.op == "call_function" and node.target in (F.max_pool1d, F.max_pool2d, torch.max_pool1d, torch.max_pool2d):
+        names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        options = dict(zip(names, node.args)) | dict(node.kwargs)
+    else:
+        module = layer(node)
+        if type(module) is not (nn.MaxPool1d if one_dimensional else nn.MaxPool2d):
+            return None
+        options = {
+            key: getattr(module, key)
+            for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        }
+
+    def single(value: Any) -> int | None:
+        values = set(value) if isinstance(value, (tuple, list)) else {value}
+        return values.pop() if len(values) == 1 else None
+
+    size = single(options["kernel_size"])
+    stride = single(options.get("stride") or size)
+    plain = single(options.get("padding", 0)) == 0 and single(options.get("dilation", 1)) == 1
+    whole = not options.get("ceil_mode", False) and not options.get("return_indices", False)
+    return size if isinstance(size, int) and stride == size and plain and whole else None
+
+
+def _modules_of(module: nn.Module, chain: _Chain) -> list[tuple[nn.Module, str]]:
+    return [(module.get_submodule(n.target), n.target) for n in chain.nodes if n.op == "call_module"]
+
+
+def _replace(graph: fx.Graph, chain: _Chain, backend: str) -> None:
+    convolution = chain.nodes[0]
+    with graph.inserting_before(chain.last()):
+        layer = graph.get_attr(convolution.target)
+        norm = graph.get_attr(chain.norm.target) if chain.norm is not None else None
+        call = graph.call_function(
+            _run_chain, (convolution.args[0], layer, norm, chain.activation, chain.pool, backend)
+        )
+    chain.last().replace_all_uses_with(call)
+    for node in reversed(chain.nodes):
+        graph.erase_node(node)
+
+
+def _run_chain(
+    x: torch.Tensor,  # [N, C, L], [N, C, H, W], or without N
+    layer: nn.Module,
+    norm: nn.Module | None,
+    activation: str | None,
+    pool: int | None,
+    backend: str,
+) -> torch.Tensor:
+    if norm is not None and norm.training:
+        return _tail(norm(layer(x)), activation, pool)
+    scale, shift = (None, None) if norm is None else folded_norm(norm)
+    batched = x.dim() == layer.weight.dim()
+    out = conv(
+        x if batched else x.unsqueeze(0),
+        layer.weight,
+        layer.bias,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        scale=scale,
+        shift=shift,
+        activation=activation,
+        pool=None if pool is None else ("max", pool),
+        backend=backend,
+    )
+    return out if batched else out.squeeze(0)
+
+
+def _tail(x: torch.Tensor, activation: str | None, pool: int | None) -> torch.Tensor:
+    if activation is not None:
+        x = getattr(F, activation)(x)
+    if pool is not None:
+        x = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, pool)
+    return x
+
+
+def folded_norm(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The scale and shift, [C] each, that a batch norm in eval mode applies."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
