@@ -1,0 +1,94 @@
+"""python -m bigmodel_kernels info | check, with the binary and without."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import bigmodel_kernels
+from bigmodel_kernels.ops import names
+
+
+def run(*arguments, path=None, **environment):
+    environment = os.environ | environment | ({"PYTHONPATH": str(path)} if path else {})
+    return subprocess.run(
+        [sys.executable, "-m", "bigmodel_kernels", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=path,
+    )
+
+
+def test_info_names_every_op_and_backend():
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    for word in (*names(), "cpu", "cuda", "triton", "torch", "next"):
+        assert word in done.stdout
+
+
+def test_info_as_json():
+    info = json.loads(run("info", "--json").stdout)
+    assert info["status"] == "ok"
+    assert info["build"]["isa"] in ("avx512", "avx2", "generic")
+    for op in names():
+        assert info["ops"][op]["torch"] == "ok"
+        assert info["ops"][op]["cuda"] != ""
+
+
+@pytest.fixture
+def without_binaries(tmp_path):
+    source = Path(bigmodel_kernels.__file__).parent
+    shutil.copytree(source, tmp_path / "bigmodel_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+def test_without_binaries_everything_runs_on_torch_and_says_why(without_binaries):
+    done = run("info", path=without_binaries)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "_native.so is not built; build it with: pip install --no-build-isolation ." in done.stdout
+    code = "import torch, bigmodel_kernels as bmk; q = torch.randn(1, 2, 16, 8); print(bmk.explain(bmk.attention, q, q, q).backend)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(without_binaries)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "torch", done.stderr
+
+
+def test_a_binary_that_does_not_load_is_named(without_binaries):
+    (without_binaries / "bigmodel_kernels" / "_native.so").write_bytes(b"not a library")
+    done = run("info", path=without_binaries)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "_native.so does not load" in done.stdout
+
+
+def test_check_verifies_every_op():
+    done = run("check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for op in names():
+        assert op in done.stdout
+
+
+def test_check_fails_on_a_wrong_kernel():
+    code = (
+        "import sys, torch\n"
+        "from bigmodel_kernels import __main__, _registry\n"
+        "from bigmodel_kernels.ops.conv import cpu\n"
+        "right = cpu.fwd\n"
+        "def wrong(*args):\n"
+        "    out, *rest = right(*args)\n"
+        "    return (out * (1 + 1e-4), *rest)\n"
+        "cpu.fwd = wrong\n"
+        "sys.exit(__main__.main(['check']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "relative L2 error" in done.stdout
