@@ -62,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def run(row: cases.Row, peaks: machine.Peaks, *, rounds: int, compile: bool) -> report.Result:
+def run(row: cases.Row, *, rounds: int, compile: bool) -> report.Result:
     """Check, then time. A wrong result is returned with its errors and without a time."""
     problem = row.build(compile=compile)
     ours, stock = problem.ours, problem.stock
@@ -87,7 +87,6 @@ def run(row: cases.Row, peaks: machine.Peaks, *, rounds: int, compile: bool) -> 
     result.median = {name: timing.median(name) / 1e9 for name in timing.trials}
     result.left_early = [name for name in timing.trials if name not in timing.samples]
     result.rounds = rounds
-    result.floor, result.floor_by = peaks.floor(result.flops, result.traffic, row.dtype)
     return result
 
 
@@ -102,14 +101,18 @@ def main(argv: list[str] | None = None) -> int:
         console.print("no case has this combination of options", style="bold red")
         return 2
     started = time.perf_counter()
-    peaks = machine.measure_peaks(sorted({row.dtype for row in rows}, reverse=True))
+    dtypes = sorted({row.dtype for row in rows}, reverse=True)
+    peaks = machine.measure_peaks(dtypes)
     results = []
     with Progress(console=console, transient=True) as progress, bmk.use_backend(options.backend):
         task = progress.add_task("", total=len(rows))
         for row in rows:
             progress.update(task, description=row.id)
-            results.append(run(row, peaks, rounds=options.rounds, compile=not options.quick))
+            results.append(run(row, rounds=options.rounds, compile=not options.quick))
             progress.advance(task)
+    peaks |= machine.measure_peaks(dtypes)  # once more: the machine may have been busy the first time
+    for result in results:
+        result.floor, result.floor_by = peaks.floor(result.flops, result.traffic, result.dtype)
     header = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]),

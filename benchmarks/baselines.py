@@ -1,7 +1,6 @@
 """The ways a user of stock PyTorch could write a case: the contestants that ours is compared with."""
 
 import torch
-from torch import nn
 
 from benchmarks.contestant import FWD, Contestant
 
@@ -19,12 +18,8 @@ def compiled(contestant: Contestant, pass_: str) -> Contestant:
     """
     name = "compile" if contestant.name == "eager" else f"{contestant.name}+compile"
     twin = contestant.converted(name)
-    settings = {"fullgraph": True, "options": {"freezing": True} if pass_ == FWD else None}
-    if isinstance(twin.forward, nn.Module):
-        twin.forward.compile(**settings)
-    else:
-        twin.forward = torch.compile(twin.forward, **settings)
-    torch._dynamo.reset()  # a code object is recompiled only a few times before dynamo gives up on it
+    options = {"freezing": True} if pass_ == FWD else None
+    twin.compiled = torch.compile(twin.forward, fullgraph=True, options=options)
     with torch._dynamo.config.patch(allow_rnn=True):
         if pass_ == FWD:
             twin.infer()

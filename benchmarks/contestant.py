@@ -22,6 +22,7 @@ class Contestant:
     name: str
     forward: Callable[..., Tensor | tuple[Tensor, ...]]
     inputs: tuple[Tensor, ...]
+    compiled: Callable[..., Tensor] | None = None  # `forward` as torch.compile made it, where that is what runs
     grad_output: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -55,13 +56,17 @@ class Contestant:
                 forward = forward.to(memory_format=memory_format)
         return Contestant(name, forward, tuple(map(convert, self.inputs)))
 
+    def call(self) -> Tensor | tuple[Tensor, ...]:
+        function = self.forward if self.compiled is None else self.compiled
+        return function(*self.inputs)
+
     def infer(self) -> Tensor | tuple[Tensor, ...]:
         with torch.no_grad():
-            return self.forward(*self.inputs)
+            return self.call()
 
     def prepare_training(self, seed: int = 1) -> None:
         """Draws the output's gradient: the same values for every contestant, in the layout of this one's output."""
-        output = self.forward(*self.inputs).detach()
+        output = self.call().detach()
         if output.dim() == 0:  # a loss
             self.grad_output = torch.ones_like(output)
             return
@@ -71,7 +76,7 @@ class Contestant:
     def train(self) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Forward, backward, and an SGD step of length zero: it counts as a new version of the weights, so that nothing
         derived from them can be carried over from call to call, as nothing could in training."""
-        output = self.forward(*self.inputs)
+        output = self.call()
         gradients = torch.autograd.grad(output, tuple(self.leaves().values()), self.grad_output)
         parameters = [p for p in self.parameters.values() if p.requires_grad]
         if parameters:

@@ -26,6 +26,13 @@ class Peaks:
     flops: dict[str, float]
     bandwidth: dict[int, float]
 
+    def __or__(self, other: "Peaks") -> "Peaks":
+        """The higher of two measurements: what else the machine does can only lower them."""
+        return Peaks(
+            {dtype: max(value, other.flops[dtype]) for dtype, value in self.flops.items()},
+            {size: max(value, other.bandwidth[size]) for size, value in self.bandwidth.items()},
+        )
+
     def bandwidth_for(self, traffic: float) -> float:
         """Data that fits into a cache may be found there: the copy that moves the next larger amount sets the floor."""
         sizes = sorted(self.bandwidth)
@@ -100,6 +107,7 @@ def describe() -> dict:
     return {
         "device": cpu_model(),
         "cpus": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "isa": build.get("isa", "not built"),

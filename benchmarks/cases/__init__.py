@@ -66,6 +66,7 @@ class Row:
             if isinstance(contestant.forward, torch.nn.Module):
                 contestant.forward.train(self.pass_ == TRAIN)
         if compile:
+            torch._dynamo.reset()  # a code object is compiled only a few times before dynamo gives up on it
             problem.stock += [compiled(c, self.pass_) for c in list(problem.stock) if c.name in problem.compile]
         return problem
 
