@@ -1,0 +1,54 @@
+// What the attention kernels are told: sizes, strides and flags, the same for every instruction set and dtype.
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace bmk {
+
+enum class MaskType { none, boolean, float32, float64, bfloat16 };
+
+// A tensor of four dimensions; strides count elements, any value.
+struct Strided {
+  const void* data = nullptr;
+  int64_t stride[4] = {};
+
+  template <class T>
+  const T* at(int64_t i, int64_t j, int64_t k) const {
+    return static_cast<const T*>(data) + i * stride[0] + j * stride[1] + k * stride[2];
+  }
+};
+
+struct AttentionArgs {
+  Strided q;     // [B, Hq, Sq, D]
+  Strided k;     // [B, Hkv, Sk, D]
+  Strided v;     // [B, Hkv, Sk, Dv]
+  Strided mask;  // [B, Hq, Sq, Sk], stride 0 along broadcast dimensions
+  MaskType mask_type = MaskType::none;
+  const float* alibi = nullptr;  // [B or 1, Hq], contiguous
+  int64_t alibi_batch_stride = 0;
+  int64_t batch, heads, kv_heads, q_len, k_len, head_dim, value_dim;
+  double scale, dropout_p, softcap;
+  int64_t left, right;  // keys attended before and after the query's own position; -1: all
+  int64_t offset;       // position of query 0 among the keys
+  uint64_t seed = 0;
+
+  int64_t groups() const { return batch * kv_heads; }
+  int64_t group_rows() const { return heads / (kv_heads > 0 ? kv_heads : 1) * q_len; }
+};
+
+// What the backward adds. grad_lse may be null.
+struct AttentionGradArgs {
+  Strided grad_out;      // [B, Hq, Sq, Dv]
+  Strided out;           // [B, Hq, Sq, Dv]
+  Strided lse;           // [B, Hq, Sq, 1]
+  Strided grad_lse;      // [B, Hq, Sq, 1]
+  void* dq;              // [B, Sq, Hq, D], contiguous, like the next two
+  void* dk;              // [B, Sk, Hkv, D]
+  void* dv;              // [B, Sk, Hkv, Dv]
+  void* dmask;           // [B or 1, Hq or 1, Sq or 1, Sk or 1], contiguous, of the mask's dtype; null when not wanted
+  int64_t mask_size[4];  // its sizes
+};
+
+}  // namespace bmk

@@ -1,0 +1,255 @@
+// Gradients, with the probabilities computed once more from lse, and nothing of size Sq x Sk in memory:
+//   p = 2^(s - lse);  dv = p^T do;  dp = do v^T;  ds = p (dp - delta);  dq = ds k;  dk = ds^T q
+//   delta = sum_d do o - dlse    (the derivative of the normalisation, and of lse itself)
+// With dropout the p of dv and the dp are those kept, over 1 - dropout_p. With softcap ds is times 1 - tanh^2.
+//
+// A task is a group (a batch entry and a key/value head) and a part of its keys: it owns dk and dv of those keys and one
+// partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
+// number of parts depends on the shape alone, so the results never depend on the number of threads.
+
+// A block of rows against a block of keys: operands, products and probabilities.
+template <class T>
+struct GradBlock {
+  static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys;
+  const AttentionArgs& a;
+  const AttentionGradArgs& g;
+  const int64_t depth_ld, value_ld;   // padded D and Dv
+  Scratch<T> keys_t, values_t, keys;  // panels of [D][kPanel] and [Dv][kPanel]; rows [kKeys][depth_ld]
+  Scratch<T> q, grad_out;             // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
+  Scratch<T> p, ds;                   // [kRows][kKeys]: first the products q k^T and do v^T
+  SetAside<T> keys_aside, q_aside, grad_out_aside;
+  Scores<T> scores;
+  int64_t k0 = 0, n = 0;       // the block of keys
+  int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
+  T lse[kRows], delta[kRows];  // of the block of rows, lse in units of log2 and +inf where there is none
+
+  GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads)
+      : a(args),
+        g(grads),
+        depth_ld(round_up(a.head_dim, kLanes<T>)),
+        value_ld(round_up(a.value_dim, kLanes<T>)),
+        keys_t(kKeys * a.head_dim),
+        values_t(kKeys * a.value_dim),
+        keys(kKeys * depth_ld),
+        q(kRows * depth_ld),
+        grad_out(kRows * value_ld),
+        p(kRows * kLd),
+        ds(kRows * kLd),
+        scores(args) {}
+
+  template <class S>
+  void load_keys(int64_t group, int64_t first_key) {
+    k0 = first_key, n = std::min(kKeys, a.k_len - k0);
+    const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
+    const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
+    pack_transposed<S, T>(keys_t, k, a.k.stride[2], a.k.stride[3], n, a.head_dim);
+    pack_transposed<S, T>(values_t, v, a.v.stride[2], a.v.stride[3], n, a.value_dim);
+    keys_aside.clear();
+    pack_rows<S, T>(keys, k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, T(1), 0, keys_aside);
+  }
+
+  // Which keys of the block the tiles of `rows` need; false where there are none.
+  bool meet(const RowBlock<T>& rows) {
+    bool any = false;
+    for (int64_t t = 0; t < rows.tiles; ++t) {
+      lo[t] = std::clamp<int64_t>(rows.tile_lo[t] - k0, 0, n);
+      hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
+      any |= lo[t] < hi[t];
+    }
+    return any;
+  }
+
+  template <class S>
+  void load_rows(const RowBlock<T>& rows) {
+    const T infinity = std::numeric_limits<T>::infinity();
+    const int64_t padded = rows.tiles * kTileRows<T>;
+    std::fill(q + rows.count * depth_ld, q + padded * depth_ld, T(0));
+    std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, T(0));
+    vec<T> q_poison = {}, grad_poison = {};
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
+      q_poison += pack_row<S, T>(q + r * depth_ld, a.q.at<S>(b, h, i), a.q.stride[3], a.head_dim, depth_ld, scores.factor);
+      grad_poison += pack_row<S, T>(grad_out + r * value_ld, g.grad_out.at<S>(b, h, i), g.grad_out.stride[3], a.value_dim, value_ld, T(1));
+      const T natural = *g.lse.at<T>(b, h, i);
+      lse[r] = natural == -infinity ? infinity : natural * Scores<T>::kLog2e;
+      delta[r] = row_delta<S>(b, h, i, grad_out + r * value_ld);
+    }
+    q_aside.clear(), grad_out_aside.clear();
+    any_aside = reduce_add(q_poison) != 0 || reduce_add(grad_poison) != 0;
+  }
+
+  template <class S>
+  T row_delta(int64_t b, int64_t h, int64_t i, const T* grad) const {
+    constexpr int64_t W = kLanes<T>;
+    const S* out = g.out.at<S>(b, h, i);
+    vec<T> sum = {};
+    for (int64_t d = 0; d < a.value_dim; d += W)
+      sum += load(grad + d) * load_any(out + d * g.out.stride[3], g.out.stride[3], std::min(W, a.value_dim - d));
+    return reduce_add(sum) - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i) : T(0));
+  }
+
+  bool any_aside = false;
+
+  // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
+  // cap_slope: ds is the gradient of the product (with softcap), not of the score that the mask is added to.
+  void probabilities(const RowBlock<T>& rows, bool cap_slope) {
+    constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
+    for (int64_t j = 0; j < n; j += P)
+      for (int64_t t = 0; t < rows.tiles; ++t) {
+        if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) continue;
+        const int64_t vectors = hi[t] - j > W ? 2 : 1, at = t * R * kLd + j;
+        product<Start::zero, T>(rows.tile_count(t), vectors, q + t * R * depth_ld, depth_ld, 1, keys_t + j * a.head_dim, P, a.head_dim,
+                                p + at, kLd);
+        product<Start::zero, T>(rows.tile_count(t), vectors, grad_out + t * R * value_ld, value_ld, 1, values_t + j * a.value_dim, P,
+                                a.value_dim, ds + at, kLd);
+      }
+    const int64_t end = round_up(n, R > W ? R : W);
+    for (int64_t r = 0; r < rows.tiles * R; ++r) {
+      const int64_t t = r / R;
+      T *p_row = p + r * kLd, *ds_row = ds + r * kLd;
+      const bool used = r < rows.count && lo[t] < hi[t];
+      const int64_t first = used ? lo[t] / W * W : 0, last = used ? round_up(hi[t], W) : 0;
+      std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + std::min(end, kLd), T(0));
+      std::fill(ds_row, ds_row + first, T(0)), std::fill(ds_row + last, ds_row + std::min(end, kLd), T(0));
+      if (!used) continue;
+      scores.read_row(rows, r, k0, first, hi[t]);
+      if (scores.plain() && !scores.dropped)
+        probability_row<false>(p_row, ds_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0, lse[r], delta[r], cap_slope);
+      else
+        probability_row<true>(p_row, ds_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0, lse[r], delta[r], cap_slope);
+    }
+  }
+
+  template <bool featured>
+  INLINE void probability_row(T* p_row, T* ds_row, int64_t first, int64_t last, int64_t row_lo, int64_t row_hi, T row_lse, T row_delta,
+                              bool cap_slope) const {
+    constexpr int64_t W = kLanes<T>;
+    const T kept = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
+    const auto one = [&](int64_t j, bool edge) __attribute__((always_inline)) {
+      vec<T> x = load(p_row + j), dp = load(ds_row + j), slope = broadcast(T(1));
+      if constexpr (featured) {
+        if (scores.capped) {
+          x = tanh(x);
+          if (cap_slope) slope = 1 - x * x;
+          x = x * scores.cap;
+        }
+        x = scores.finish(x, j);
+      }
+      if (edge) x = limit<T>(x, j, row_lo, row_hi);
+      vec<T> probability = exp2_nonpositive(x - row_lse);
+      vec<T> weight = probability;
+      if constexpr (featured) {
+        if (scores.dropped) {
+          const auto drop = load(scores.keep + j) == 0;
+          dp = drop ? vec<T>{} : dp * kept;
+          weight = drop ? vec<T>{} : probability;
+        }
+      }
+      // Selected rather than multiplied: dp is NaN where a masked value is.
+      const vec<T> gradient = probability == 0 ? vec<T>{} : probability * (dp - row_delta) * slope;
+      store(p_row + j, weight);
+      store(ds_row + j, gradient);
+    };
+    const int64_t whole_begin = std::clamp(round_up(row_lo, W), first, last), whole_end = std::clamp(row_hi / W * W, whole_begin, last);
+    for (int64_t j = first; j < whole_begin; j += W) one(j, true);
+#pragma GCC unroll 2
+    for (int64_t j = whole_begin; j < whole_end; j += W) one(j, false);
+    for (int64_t j = whole_end; j < last; j += W) one(j, true);
+  }
+
+  // C[keys, width] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
+  void add_transposed(const RowBlock<T>& rows, const T* w, T* b, int64_t width, SetAside<T>& aside, T* c) {
+    constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
+    if (any_aside) aside.take(b, rows.count, width, 0);
+    for (int64_t d = 0; d < width; d += P)
+      for (int64_t key = 0; key < n; key += R) {
+        int64_t first = rows.tiles, last = 0;
+        for (int64_t t = 0; t < rows.tiles; ++t)
+          if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
+        if (first >= last) continue;
+        const int64_t row = first * R, depth = std::min(rows.count, last * R) - row;
+        product<Start::add, T>(std::min(R, n - key), (width - d) / W, w + row * kLd + key, 1, kLd, b + row * width + d, width, depth,
+                               c + key * width + d, width);
+      }
+    aside.add(c, width, n, width, 0, rows.count, [&](int64_t key, int64_t r) { return w[r * kLd + key]; });
+  }
+
+  // dq[rows, depth_ld] += ds k
+  void add_dq(const RowBlock<T>& rows, T* dq) {
+    constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
+    for (int64_t d = 0; d < depth_ld; d += P)
+      for (int64_t t = 0; t < rows.tiles; ++t)
+        if (lo[t] < hi[t])
+          product<Start::add, T>(rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + lo[t], kLd, 1, keys + lo[t] * depth_ld + d,
+                                 depth_ld, hi[t] - lo[t], dq + t * R * depth_ld + d, depth_ld);
+    keys_aside.add(dq, depth_ld, rows.count, depth_ld, 0, n, [&](int64_t r, int64_t key) { return ds[r * kLd + key]; });
+  }
+};
+
+template <class S, class T>
+INLINE void write_scaled(S* out, const T* row, int64_t n, T factor) {
+  for (int64_t d = 0; d < n; d += kLanes<T>) store_any(out + d, load(row + d) * factor, n - d);
+}
+
+template <class S>
+void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
+  using T = compute_t<S>;
+  constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
+  const int64_t groups = a.groups(), group_rows = a.group_rows(), blocks = (group_rows + kRows - 1) / kRows;
+  const int64_t key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
+  if (groups == 0) return;
+  const int64_t parts = std::clamp<int64_t>((kWantedTasks + groups - 1) / groups, 1, std::max<int64_t>(1, key_blocks));
+  const int64_t padded_rows = round_up(group_rows, kTileRows<T>), depth_ld = round_up(a.head_dim, kLanes<T>);
+  const int64_t value_ld = round_up(a.value_dim, kLanes<T>);
+  const int64_t work = group_rows * std::min(a.k_len, kBlockKeys) * (a.head_dim + a.value_dim);
+  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(work, 1));
+  // dq of every part, [groups][parts][rows][depth_ld]
+  Scratch<T> dq(groups * parts * padded_rows * depth_ld);
+  torch::stable::parallel_for(0, groups * parts, grain, [&](int64_t begin, int64_t end) {
+    GradBlock<T> x(a, g);
+    const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
+    Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
+      T* part_dq = dq + task * padded_rows * depth_ld;
+      std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
+      for (int64_t i = part * key_blocks / parts; i < (part + 1) * key_blocks / parts; ++i) {
+        x.template load_keys<S>(group, from_both_ends(i, key_blocks) * kBlockKeys);
+        std::fill(dk.get(), dk + padded_keys * depth_ld, T(0));
+        std::fill(dv.get(), dv + padded_keys * value_ld, T(0));
+        for (int64_t block = 0; block < blocks; ++block) {
+          const RowBlock<T> rows(a, group, block * kRows);
+          if (!x.meet(rows)) continue;
+          x.template load_rows<S>(rows);
+          x.probabilities(rows, true);
+          x.add_transposed(rows, x.p, x.grad_out, value_ld, x.grad_out_aside, dv);
+          x.add_transposed(rows, x.ds, x.q, depth_ld, x.q_aside, dk);
+          x.add_dq(rows, part_dq + block * kRows * depth_ld);
+        }
+        // q was packed times factor: what is left of the scale.
+        const T dk_factor = x.scores.capped ? static_cast<T>(a.softcap) : Scores<T>::kLn2;
+        const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
+        for (int64_t j = 0; j < x.n; ++j) {
+          const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;
+          write_scaled(static_cast<S*>(g.dk) + row * a.head_dim, dk + j * depth_ld, a.head_dim, dk_factor);
+          write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv + j * value_ld, a.value_dim, dv_factor);
+        }
+      }
+    }
+  });
+  torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / blocks;
+      const RowBlock<T> rows(a, group, i % blocks * kRows);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        T* sum = dq + (group * parts * padded_rows + rows.first + r) * depth_ld;
+        for (int64_t part = 1; part < parts; ++part) {
+          const T* other = sum + part * padded_rows * depth_ld;
+          for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
+        }
+        const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
+        write_scaled(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
+      }
+    }
+  });
+}

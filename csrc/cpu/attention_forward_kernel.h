@@ -1,0 +1,304 @@
+// Online softmax over blocks of keys: a block of rows keeps its running maximum m, sum l and output o, all in units of
+// log2, and meets one block of keys after the other:
+//   s = q k^T;  m' = max(m, max s);  p = 2^(s - m');  o = o 2^(m - m') + p v;  l = l 2^(m - m') + sum p
+//
+// A task is a block of rows and a part of the keys. Parts exist only where there are too few blocks to keep a machine
+// busy (decoding); how many depends on the shape alone, and parts are merged in order: results never depend on the
+// number of threads.
+
+template <class T>
+struct ForwardScratch {
+  static constexpr int64_t kRows = kBlockRows<T>;
+  const int64_t padded_depth, padded_value;
+  Scratch<T> q, p, o;
+  T m[kRows], l[kRows], alpha[kRows];
+
+  explicit ForwardScratch(const AttentionArgs& a)
+      : padded_depth(round_up(a.head_dim, kLanes<T>)),
+        padded_value(round_up(a.value_dim, kLanes<T>)),
+        q(kRows * padded_depth),
+        p(kRows * kBlockKeys),
+        o(kRows * padded_value) {}
+
+  void start() {
+    std::fill(m, m + kRows, -std::numeric_limits<T>::infinity());
+    std::fill(l, l + kRows, T(0));
+    std::fill(o.get(), o.get() + kRows * padded_value, T(0));
+  }
+};
+
+// Keys and values of one group, packed once for all of its rows.
+template <class T>
+struct PackedGroup {
+  Scratch<T> keys;    // panels of [D][kPanel]
+  Scratch<T> values;  // [Sk][padded Dv]
+  SetAside<T> aside;
+  int64_t group = -1, begin = 0, end = 0;
+
+  PackedGroup(const AttentionArgs& a, int64_t most_keys)
+      : keys(round_up(most_keys, kPanel<T>) * a.head_dim), values(most_keys * round_up(a.value_dim, kLanes<T>)) {}
+
+  template <class S>
+  void pack(const AttentionArgs& a, int64_t new_group, int64_t k_begin, int64_t k_end) {
+    if (group == new_group && begin == k_begin && end == k_end) return;
+    group = new_group, begin = k_begin, end = k_end;
+    const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
+    pack_transposed<S, T>(keys, a.k.at<S>(b, h, begin), a.k.stride[2], a.k.stride[3], end - begin, a.head_dim);
+    aside.clear();
+    pack_rows<S, T>(values, a.v.at<S>(b, h, begin), a.v.stride[2], a.v.stride[3], end - begin, a.value_dim,
+                    round_up(a.value_dim, kLanes<T>), T(1), begin, aside);
+  }
+};
+
+// Turns the products s[begin, end) of one row into probabilities and moves its m and l on; alpha is what o is to be
+// multiplied by. begin and end are whole vectors of a block of keys, [lo, hi) the keys attended.
+template <class T>
+INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi, const Scores<T>& scores, T& m, T& l, T& alpha) {
+  constexpr int64_t W = kLanes<T>;
+  const vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
+  const int64_t whole_begin = std::clamp(round_up(lo, W), begin, end), whole_end = std::clamp(hi / W * W, whole_begin, end);
+  vec<T> largest = lowest;
+  const auto partial = [&](int64_t j) {
+    const vec<T> x = limit<T>(scores.finish(load(s + j), j), j, lo, hi);
+    store(s + j, x);
+    largest = maximum(largest, x);
+  };
+  if (scores.capped)
+    for (int64_t j = begin; j < end; j += W) store(s + j, tanh(load(s + j)) * scores.cap);
+  for (int64_t j = begin; j < whole_begin; j += W) partial(j);
+  if (scores.biased) {
+    for (int64_t j = whole_begin; j < whole_end; j += W) {
+      const vec<T> x = scores.finish(load(s + j), j);
+      store(s + j, x);
+      largest = maximum(largest, x);
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int64_t j = whole_begin; j < whole_end; j += W) largest = maximum(largest, load(s + j));
+  }
+  for (int64_t j = whole_end; j < end; j += W) partial(j);
+
+  const vec<T> old_m = broadcast(m);
+  const vec<T> new_m = maximum(old_m, spread_max<T>(largest));
+  const vec<T> reference = new_m == lowest ? vec<T>{} : new_m;
+  vec<T> sum = {};
+#pragma GCC unroll 4
+  for (int64_t j = begin; j < end; j += W) {
+    const vec<T> p = exp2_nonpositive(load(s + j) - reference);
+    sum += p;
+    store(s + j, p);
+  }
+  if (scores.dropped)
+    for (int64_t j = begin; j < end; j += W) {
+      const vec<T> p = load(s + j);
+      store(s + j, load(scores.keep + j) == 0 ? vec<T>{} : p);
+    }
+  alpha = exp2_nonpositive(old_m - reference)[0];
+  m = new_m[0];
+  l = l * alpha + reduce_add(sum);
+}
+
+// A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.
+template <class S, class T>
+inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T>& packed, int64_t k_begin, int64_t k_end,
+                   Scores<T>& scores, ForwardScratch<T>& x) {
+  constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
+  const int64_t D = a.head_dim, ld = x.padded_depth, value_ld = x.padded_value;
+  x.start();
+  for (int64_t r = 0; r < rows.tiles * R; ++r) {
+    if (r < rows.count)
+      pack_row<S, T>(x.q + r * ld, a.q.at<S>(rows.batch, rows.head[r], rows.query[r]), a.q.stride[3], D, ld, scores.factor);
+    else
+      std::fill(x.q + r * ld, x.q + (r + 1) * ld, T(0));
+  }
+  const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
+  for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
+    const int64_t n = std::min(kBlockKeys, k_end - k0);
+    // The part of the block that each tile of rows needs, in keys of the block.
+    int64_t lo[8], hi[8];
+    for (int64_t t = 0; t < rows.tiles; ++t) {
+      lo[t] = std::clamp<int64_t>(rows.tile_lo[t] - k0, 0, n);
+      hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
+    }
+    for (int64_t j = 0; j < n; j += P) {
+      const T* panel = packed.keys.get() + (k0 - k_begin + j) * D;
+      for (int64_t t = 0; t < rows.tiles; ++t)
+        if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
+          product<Start::zero, T>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, 1, panel, P, D,
+                                  x.p + t * R * kBlockKeys + j, kBlockKeys);
+    }
+    for (int64_t t = 0; t < rows.tiles; ++t) {
+      if (lo[t] >= hi[t]) continue;
+      const int64_t begin = lo[t] / W * W, end = round_up(hi[t], W);
+      for (int64_t r = t * R; r < t * R + rows.tile_count(t); ++r) {
+        scores.read_row(rows, r, k0, begin, hi[t]);
+        softmax_row<T>(x.p + r * kBlockKeys, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
+      }
+    }
+    for (int64_t d = 0; d < value_ld; d += P)
+      for (int64_t t = 0; t < rows.tiles; ++t)
+        if (lo[t] < hi[t])
+          product<Start::scaled, T>(rows.tile_count(t), (value_ld - d) / W, x.p + t * R * kBlockKeys + lo[t], kBlockKeys, 1,
+                                    packed.values.get() + (k0 - k_begin + lo[t]) * value_ld + d, value_ld, hi[t] - lo[t],
+                                    x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
+    packed.aside.add(x.o.get(), value_ld, rows.count, value_ld, k0, k0 + n,
+                     [&](int64_t r, int64_t key) { return key >= rows.lo[r] && key < rows.hi[r] ? x.p[r * kBlockKeys + key - k0] : T(0); });
+  }
+}
+
+// The same for a handful of rows, as in decoding, where packing would cost more than the products: keys are read where
+// they lie, each once for all rows. Sums of W keys side by side are transposed to one vector of scores.
+template <class S, class T>
+inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t group, int64_t k_begin, int64_t k_end, Scores<T>& scores,
+                       ForwardScratch<T>& x) {
+  constexpr int64_t W = kLanes<T>;
+  const int64_t D = a.head_dim, ld = x.padded_depth, Dv = a.value_dim, value_ld = x.padded_value;
+  const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
+  x.start();
+  for (int64_t r = 0; r < rows.count; ++r)
+    pack_row<S, T>(x.q + r * ld, a.q.at<S>(b, rows.head[r], rows.query[r]), a.q.stride[3], D, ld, scores.factor);
+  const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
+  for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
+    const int64_t n = std::min(kBlockKeys, k_end - k0);
+    const int64_t lo = std::clamp<int64_t>(rows.block_lo - k0, 0, n), hi = std::clamp<int64_t>(rows.block_hi - k0, 0, n);
+    const int64_t begin = lo / W * W, end = round_up(hi, W);
+    for (int64_t j = begin; j < end; j += W) {
+      const S* key = a.k.at<S>(b, h, k0 + j);
+      const int64_t present = std::min(W, n - j);
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const T* q = x.q + r * ld;
+        vec<T> sums[W] = {};
+        for (int64_t d = 0; d < D; d += W) {
+          const vec<T> qd = load(q + d);
+          const int64_t m = std::min(W, D - d);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i)
+            if (i < present) sums[i] += qd * load_any(key + i * a.k.stride[2] + d * a.k.stride[3], a.k.stride[3], m);
+        }
+        transpose_square<T>(sums);
+        vec<T> score = sums[0];
+#pragma GCC unroll 16
+        for (int i = 1; i < W; ++i) score += sums[i];
+        store(x.p + r * kBlockKeys + j, score);
+      }
+    }
+    for (int64_t r = 0; r < rows.count; ++r) {
+      scores.read_row(rows, r, k0, begin, hi);
+      softmax_row<T>(x.p + r * kBlockKeys, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
+      T* o = x.o + r * value_ld;
+      for (int64_t d = 0; d < value_ld; d += W) store(o + d, load(o + d) * x.alpha[r]);
+    }
+    const S* value = a.v.at<S>(b, h, k0);
+    constexpr int64_t kChunk = 4 * W;  // columns summed in registers over the keys of the block
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const T* p = x.p + r * kBlockKeys;
+      for (int64_t d0 = 0; d0 < Dv; d0 += kChunk) {
+        vec<T> sums[4] = {};
+        for (int64_t j = lo; j < hi; ++j) {
+          if (p[j] == 0) continue;  // so that what a mask excludes never leaks
+#pragma GCC unroll 4
+          for (int i = 0; i < 4; ++i) {
+            const int64_t d = d0 + i * W;
+            if (d < Dv) sums[i] += p[j] * load_any(value + j * a.v.stride[2] + d * a.v.stride[3], a.v.stride[3], std::min(W, Dv - d));
+          }
+        }
+        for (int64_t i = 0; i < 4 && d0 + i * W < Dv; ++i) {
+          T* o = x.o + r * value_ld + d0 + i * W;
+          store(o, load(o) + sums[i]);
+        }
+      }
+    }
+  }
+}
+
+// Writes o / l and lse = ln2 (m + log2 l) of a block of rows; a row that attends to nothing gets 0 and -inf.
+template <class S, class T>
+inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T>& x, S* out, T* lse) {
+  constexpr int64_t W = kLanes<T>;
+  const T kept = static_cast<T>(1 - a.dropout_p);
+  for (int64_t r = 0; r < rows.count; ++r) {
+    const bool empty = x.l[r] == 0;
+    const T factor = empty || kept <= 0 ? T(0) : 1 / (x.l[r] * kept);
+    S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
+    const T* o = x.o.get() + r * x.padded_value;
+    for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) * factor, a.value_dim - d);
+    lse[(rows.batch * a.heads + rows.head[r]) * a.q_len + rows.query[r]] =
+        empty ? -std::numeric_limits<T>::infinity() : Scores<T>::kLn2 * (x.m[r] + std::log2(x.l[r]));
+  }
+}
+
+// Adds the part (m, l, o) of the same rows to x.
+template <class T>
+inline void merge(ForwardScratch<T>& x, const T* m, const T* l, const T* o, int64_t count) {
+  constexpr int64_t W = kLanes<T>;
+  for (int64_t r = 0; r < count; ++r) {
+    if (l[r] == 0) continue;
+    const T new_m = std::max(x.m[r], m[r]);
+    const T ours = x.l[r] == 0 ? T(0) : std::exp2(x.m[r] - new_m), theirs = std::exp2(m[r] - new_m);
+    x.m[r] = new_m;
+    x.l[r] = x.l[r] * ours + l[r] * theirs;
+    for (int64_t d = 0; d < x.padded_value; d += W) {
+      T* row = x.o + r * x.padded_value + d;
+      store(row, load(row) * ours + load(o + r * x.padded_value + d) * theirs);
+    }
+  }
+}
+
+template <class S>
+void attention_forward(const AttentionArgs& a, void* out, void* lse) {
+  using T = compute_t<S>;
+  constexpr int64_t kRows = kBlockRows<T>, kFewRows = 4, kWantedTasks = 32;
+  const int64_t blocks = (a.group_rows() + kRows - 1) / kRows, block_tasks = a.groups() * blocks;
+  if (block_tasks == 0) return;
+  const bool few = a.group_rows() <= kFewRows;
+  const KeyRange first = key_range(a, 0), last = key_range(a, a.q_len - 1);
+  const int64_t k_first = first.lo / kBlockKeys * kBlockKeys, k_last = std::max(k_first, last.hi);
+  const int64_t key_blocks = std::max<int64_t>(1, (k_last - k_first + kBlockKeys - 1) / kBlockKeys);
+  const int64_t wanted_parts = std::min((kWantedTasks + block_tasks - 1) / block_tasks, std::max<int64_t>(1, key_blocks / 3));
+  const int64_t part_keys = (key_blocks + wanted_parts - 1) / wanted_parts * kBlockKeys;
+  const int64_t parts = (key_blocks * kBlockKeys + part_keys - 1) / part_keys;
+  const int64_t tasks = block_tasks * parts;
+  const int64_t state = kRows * (2 + round_up(a.value_dim, kLanes<T>));
+  Scratch<T> partial(parts > 1 ? tasks * state : 0);
+  // A task below some 10 microseconds of work is not worth a thread.
+  const int64_t work = std::min(kRows, a.group_rows()) * std::min(part_keys, k_last - k_first) * (a.head_dim + a.value_dim);
+  const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(work, 1));
+  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    ForwardScratch<T> x(a);
+    Scores<T> scores(a);
+    PackedGroup<T> packed(a, few ? 0 : std::min(part_keys, k_last - k_first));
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t group = task / (blocks * parts), part = task / blocks % parts;
+      const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
+      const int64_t k_begin = std::min(k_last, k_first + part * part_keys), k_end = std::min(k_last, k_begin + part_keys);
+      if (few) {
+        attend_few<S, T>(a, rows, group, k_begin, k_end, scores, x);
+      } else {
+        packed.template pack<S>(a, group, k_begin, k_end);
+        attend<S, T>(a, rows, packed, k_begin, k_end, scores, x);
+      }
+      if (parts == 1) {
+        write_rows<S, T>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+      } else {
+        T* saved = partial + task * state;
+        std::copy(x.m, x.m + kRows, saved);
+        std::copy(x.l, x.l + kRows, saved + kRows);
+        std::copy(x.o.get(), x.o.get() + kRows * x.padded_value, saved + 2 * kRows);
+      }
+    }
+  });
+  if (parts == 1) return;
+  torch::stable::parallel_for(0, block_tasks, grain, [&](int64_t begin, int64_t end) {
+    ForwardScratch<T> x(a);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t group = i / blocks;
+      const RowBlock<T> rows(a, group, from_both_ends(i % blocks, blocks) * kRows);
+      x.start();
+      for (int64_t part = 0; part < parts; ++part) {
+        const T* saved = partial + ((group * parts + part) * blocks + i % blocks) * state;
+        merge(x, saved, saved + kRows, saved + 2 * kRows, rows.count);
+      }
+      write_rows<S, T>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+    }
+  });
+}

@@ -1,0 +1,168 @@
+// Which keys a row attends to, and what is added to its scores: ranges, masks, ALiBi, dropout.
+
+// Keys that query i attends, by causality, window and length; none where lo >= hi. Both ends grow with i.
+struct KeyRange {
+  int64_t lo, hi;
+};
+inline KeyRange key_range(const AttentionArgs& a, int64_t i) {
+  const int64_t position = i + a.offset;
+  return {a.left < 0 ? 0 : std::clamp<int64_t>(position - a.left, 0, a.k_len),
+          a.right < 0 ? a.k_len : std::clamp<int64_t>(position + a.right + 1, 0, a.k_len)};
+}
+
+// Rows of one group (a batch entry and a key/value head): its query heads one after the other, so that the heads that
+// share keys share tiles too. Row r of a group is query r % Sq of head r / Sq.
+template <class T>
+struct RowBlock {
+  static constexpr int64_t kMax = kBlockRows<T>, kTiles = 8;
+  int64_t first, count, tiles, batch;
+  int64_t head[kMax], query[kMax];
+  int64_t lo[kMax], hi[kMax];  // keys attended; 0 and 0 where there are none
+  int64_t tile_lo[kTiles], tile_hi[kTiles];
+  int64_t block_lo, block_hi;
+
+  RowBlock(const AttentionArgs& a, int64_t group, int64_t first_row, int64_t most = kMax) {
+    first = first_row;
+    count = std::min(most, a.group_rows() - first);
+    tiles = (count + kTileRows<T> - 1) / kTileRows<T>;
+    batch = group / a.kv_heads;
+    const int64_t first_head = group % a.kv_heads * (a.heads / a.kv_heads);
+    block_lo = a.k_len, block_hi = 0;
+    for (int64_t t = 0; t < tiles; ++t) {
+      tile_lo[t] = a.k_len, tile_hi[t] = 0;
+      for (int64_t r = t * kTileRows<T>; r < (t + 1) * kTileRows<T>; ++r) {
+        lo[r] = hi[r] = 0;
+        if (r >= count) continue;
+        head[r] = first_head + (first + r) / a.q_len;
+        query[r] = (first + r) % a.q_len;
+        const KeyRange range = key_range(a, query[r]);
+        if (range.lo >= range.hi) continue;
+        lo[r] = range.lo, hi[r] = range.hi;
+        tile_lo[t] = std::min(tile_lo[t], lo[r]);
+        tile_hi[t] = std::max(tile_hi[t], hi[r]);
+      }
+      if (tile_lo[t] >= tile_hi[t]) tile_lo[t] = tile_hi[t] = 0;
+      if (tile_hi[t] == 0) continue;
+      block_lo = std::min(block_lo, tile_lo[t]);
+      block_hi = std::max(block_hi, tile_hi[t]);
+    }
+    if (block_lo >= block_hi) block_lo = block_hi = 0;
+  }
+
+  int64_t tile_count(int64_t t) const { return std::min<int64_t>(kTileRows<T>, count - t * kTileRows<T>); }
+};
+
+// Tasks walk the row blocks of a group from both ends in turn: any run of tasks then has an even share of causal work.
+inline int64_t from_both_ends(int64_t i, int64_t n) { return i % 2 == 0 ? i / 2 : n - 1 - i / 2; }
+
+// Copies n mask values in units of log2: out = mask * log2(e), or 0 and -inf for a boolean mask.
+template <class T, class M>
+INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n, T unit) {
+  const T infinity = std::numeric_limits<T>::infinity();
+  const auto value = [&](M x) -> T {
+    if constexpr (std::is_same_v<M, uint8_t>)
+      return x ? T(0) : -infinity;
+    else
+      return static_cast<T>(to_compute(x)) * unit;
+  };
+  if (stride == 1)
+    for (int64_t j = 0; j < n; ++j) out[j] = value(mask[j]);
+  else
+    for (int64_t j = 0; j < n; ++j) out[j] = value(mask[j * stride]);
+}
+
+// What is added to the scores of row r for keys k0 .. k0 + n, in units of log2; -inf excludes a key.
+template <class T>
+inline void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
+  const T log2e = static_cast<T>(1.4426950408889634);
+  const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r], stride = a.mask.stride[3];
+  switch (a.mask_type) {
+    case MaskType::none: std::fill(out, out + n, T(0)); break;
+    case MaskType::boolean: read_mask(out, a.mask.at<uint8_t>(b, h, i) + k0 * stride, stride, n, log2e); break;
+    case MaskType::float32: read_mask(out, a.mask.at<float>(b, h, i) + k0 * stride, stride, n, log2e); break;
+    case MaskType::float64: read_mask(out, a.mask.at<double>(b, h, i) + k0 * stride, stride, n, log2e); break;
+    case MaskType::bfloat16: read_mask(out, a.mask.at<bfloat16>(b, h, i) + k0 * stride, stride, n, log2e); break;
+  }
+  if (a.alibi) {
+    const T slope = a.alibi[b * a.alibi_batch_stride + h] * log2e;
+    const int64_t distance = i + a.offset - k0;
+    for (int64_t j = 0; j < n; ++j) out[j] -= slope * static_cast<T>(std::abs(distance - j));
+  }
+}
+
+// Philox 4x32-10 (Salmon et al., SC 2011). The counter of key j of query i in head h of batch entry b is
+// (j / 64 * 16 + j % 16, i, b * Hq + h, 0), the key is the seed, and word j % 64 / 16 of the result decides: kept
+// when it is at least p * 2^32. So one round of 16 lanes serves 64 keys, whatever the tiling.
+// keep[0 .. n) = 1 or 0 for keys k0 .. k0 + n; k0 a multiple of 64, room for a multiple of 64.
+template <class T>
+inline void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
+  const uint32_t threshold = static_cast<uint32_t>(std::min(a.dropout_p * 4294967296.0, 4294967295.0));
+  const uint32_t row = static_cast<uint32_t>(rows.query[r]);
+  const uint32_t head = static_cast<uint32_t>(rows.batch * a.heads + rows.head[r]);
+  for (int64_t j = 0; j < n; j += 64) {
+    uint32_t c0[16], c1[16], c2[16], c3[16];
+    for (int i = 0; i < 16; ++i) c0[i] = static_cast<uint32_t>((k0 + j) / 4 + i), c1[i] = row, c2[i] = head, c3[i] = 0;
+    uint32_t key0 = static_cast<uint32_t>(a.seed), key1 = static_cast<uint32_t>(a.seed >> 32);
+    for (int round = 0; round < 10; ++round, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
+      for (int i = 0; i < 16; ++i) {
+        const uint64_t p0 = uint64_t{0xD2511F53u} * c0[i], p1 = uint64_t{0xCD9E8D57u} * c2[i];
+        c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ key0;
+        c1[i] = static_cast<uint32_t>(p1);
+        c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ key1;
+        c3[i] = static_cast<uint32_t>(p0);
+      }
+    for (int i = 0; i < 16; ++i) {
+      keep[j + i] = c0[i] >= threshold;
+      keep[j + 16 + i] = c1[i] >= threshold;
+      keep[j + 32 + i] = c2[i] >= threshold;
+      keep[j + 48 + i] = c3[i] >= threshold;
+    }
+  }
+}
+
+// Everything that turns a raw product into a score in units of log2, and the constants that go with it.
+// Queries are packed times `factor`: the product is then the score already, or with softcap the argument of tanh.
+template <class T>
+struct Scores {
+  static constexpr T kLog2e = static_cast<T>(1.4426950408889634), kLn2 = static_cast<T>(0.6931471805599453);
+  const AttentionArgs& a;
+  const bool capped, biased, dropped;
+  const T factor, cap;
+  T bias[kBlockKeys], keep[kBlockKeys];
+
+  explicit Scores(const AttentionArgs& args)
+      : a(args),
+        capped(a.softcap > 0),
+        biased(a.mask_type != MaskType::none || a.alibi),
+        dropped(a.dropout_p > 0),
+        factor(capped ? a.scale / a.softcap : a.scale * kLog2e),
+        cap(a.softcap * kLog2e) {}
+
+  bool plain() const { return !capped && !biased; }
+
+  // Reads what row r needs for keys k0 + [begin, end) of a block.
+  void read_row(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t begin, int64_t end) {
+    const int64_t n = std::min(end, a.k_len - k0);
+    if (biased) read_bias(bias + begin, a, rows, r, k0 + begin, n - begin);
+    if (dropped) read_dropout(keep, a, rows, r, k0, n);
+  }
+
+  // The scores of one vector of products at key `j` of the block.
+  INLINE vec<T> finish(vec<T> x, int64_t j) const {
+    if (biased) {
+      const vec<T> b = load(bias + j);
+      const vec<T> excluded = broadcast(-std::numeric_limits<T>::infinity());
+      x = b == excluded ? excluded : x + b;
+    }
+    return x;
+  }
+};
+
+// Lanes outside [lo, hi), counted from key j, become -inf.
+template <class T>
+INLINE vec<T> limit(vec<T> x, int64_t j, int64_t lo, int64_t hi) {
+  using Lane = lane_t<ints<T>>;
+  const ints<T> lane = lane_numbers<T>();
+  const ints<T> inside = (lane >= static_cast<Lane>(lo - j)) & (lane < static_cast<Lane>(hi - j));
+  return inside ? x : broadcast(-std::numeric_limits<T>::infinity());
+}
