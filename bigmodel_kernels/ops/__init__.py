@@ -1,5 +1,8 @@
 """The ops, one line each."""
 
+from bigmodel_kernels.ops.lstm import lstm as lstm
+from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
+
 
 def names() -> tuple[str, ...]:
     """The stems of all ops."""

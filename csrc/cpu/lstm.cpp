@@ -188,7 +188,7 @@ void run_backward(const Problem& p, const std::optional<Tensor>& d_output, const
     LstmBackward<S, T> layer{};
     for (int64_t d = 0; d < s.directions; ++d) {
       layer.weights[d] = weights_of<const S>(p, cell + d, [&](size_t i) { return data<S>(weights[i]); });
-      layer.d_weights[d] = weights_of<S>(p, cell + d, [&](size_t i) { return mutable_data<S>(d_weights[i]); });
+      if (!d_weights.empty()) layer.d_weights[d] = weights_of<S>(p, cell + d, [&](size_t i) { return mutable_data<S>(d_weights[i]); });
     }
     layer.x = l > 0 ? data<S>(hidden) + (l - 1) * size : data<S>(x);
     if (mask) {
@@ -241,9 +241,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(const Tensor
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_bwd(
     const std::optional<Tensor>& d_output, const std::optional<Tensor>& d_h_n, const std::optional<Tensor>& d_c_n, const Tensor& output,
-    const Tensor& gates, const Tensor& states, const Tensor& hidden, bool need_d_x, const Tensor& x, const Tensor& h0, const Tensor& c0,
-    const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes, const std::optional<Tensor>& dropout_mask,
-    int64_t num_layers, bool bidirectional) {
+    const Tensor& gates, const Tensor& states, const Tensor& hidden, bool need_d_x, bool need_d_weights, const Tensor& x, const Tensor& h0,
+    const Tensor& c0, const std::vector<Tensor>& weights, const std::optional<Tensor>& batch_sizes,
+    const std::optional<Tensor>& dropout_mask, int64_t num_layers, bool bidirectional) {
   const Problem p = describe(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional);
   const LstmShape& s = p.shape;
   const int64_t cells = p.layers * s.directions, size = s.tokens * s.width();
@@ -270,7 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_bwd(
   Tensor d_x = need_d_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
   Tensor d_h0 = torch::stable::empty_like(h0), d_c0 = torch::stable::empty_like(c0);
   std::vector<Tensor> d_weights;
-  for (const Tensor& w : weights) d_weights.push_back(torch::stable::empty_like(w));
+  if (need_d_weights)
+    for (const Tensor& w : weights) d_weights.push_back(torch::stable::empty_like(w));
   DISPATCH_FLOATING(x.scalar_type(), "lstm", [&] {
     run_backward<scalar_t>(p, d_output, d_h_n, d_c_n, output, gates, states, hidden, x, h0, c0, weights, dropout_mask, need_d_x, d_x, d_h0,
                            d_c0, d_weights);
@@ -286,7 +287,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
       "bool bidirectional, bool save) -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells, Tensor hidden)");
   m.def(
       "lstm_bwd(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor output, Tensor gates, Tensor cells, Tensor hidden, "
-      "bool need_d_x, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor? dropout_mask, int num_layers, "
+      "bool need_d_x, bool need_d_weights, Tensor x, Tensor h0, Tensor c0, Tensor[] weights, Tensor? batch_sizes, Tensor? dropout_mask, "
+      "int num_layers, "
       "bool bidirectional) -> (Tensor d_x, Tensor d_h0, Tensor d_c0, Tensor[] d_weights)");
 }
 

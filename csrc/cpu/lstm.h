@@ -1,7 +1,12 @@
 // What the LSTM kernels are called with: one layer, all of its directions. Plain data, the same for every instruction set.
 #pragma once
 
+#include <torch/csrc/stable/tensor.h>
+
 #include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
 
 namespace bmk {
 
@@ -48,7 +53,7 @@ struct LstmForward {
 template <class S, class T>
 struct LstmBackward {
   LstmWeights<const S> weights[2];
-  LstmWeights<S> d_weights[2];
+  LstmWeights<S> d_weights[2];  // null where they are not wanted
   const S* x;
   const S* h0;
   const S* c0;
@@ -62,5 +67,21 @@ struct LstmBackward {
   S* d_h0;            // [D, B, P]
   S* d_c0;            // [D, B, H]
 };
+
+// The op itself, for lstm_cell: output, h_n, c_n, gates, cells, hidden.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+           torch::stable::Tensor>
+lstm_fwd(const torch::stable::Tensor& x, const torch::stable::Tensor& h0, const torch::stable::Tensor& c0,
+         const std::vector<torch::stable::Tensor>& weights, const std::optional<torch::stable::Tensor>& batch_sizes,
+         const std::optional<torch::stable::Tensor>& dropout_mask, int64_t num_layers, bool bidirectional, bool save);
+
+// Its backward: d_x, d_h0, d_c0, d_weights.
+std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, std::vector<torch::stable::Tensor>> lstm_bwd(
+    const std::optional<torch::stable::Tensor>& d_output, const std::optional<torch::stable::Tensor>& d_h_n,
+    const std::optional<torch::stable::Tensor>& d_c_n, const torch::stable::Tensor& output, const torch::stable::Tensor& gates,
+    const torch::stable::Tensor& states, const torch::stable::Tensor& hidden, bool need_d_x, bool need_d_weights,
+    const torch::stable::Tensor& x, const torch::stable::Tensor& h0, const torch::stable::Tensor& c0,
+    const std::vector<torch::stable::Tensor>& weights, const std::optional<torch::stable::Tensor>& batch_sizes,
+    const std::optional<torch::stable::Tensor>& dropout_mask, int64_t num_layers, bool bidirectional);
 
 }  // namespace bmk

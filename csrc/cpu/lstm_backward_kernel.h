@@ -263,7 +263,7 @@ void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t
   for (int64_t d = 0; d < shape.directions; ++d) buffers[d].emplace(shape, layer.weights[d], layer.c0 + d * shape.batch * shape.hidden);
   for_tasks(shape, plan, [&](int64_t d, Rows rows) { lstm_rows_backward<S>(shape, layer, *buffers[d], d, rows, plan.share_panels); });
   for (int64_t d = 0; d < shape.directions; ++d) {
-    lstm_weight_gradients(shape, layer, *buffers[d], d);
+    if (layer.d_weights[d].w_ih) lstm_weight_gradients(shape, layer, *buffers[d], d);
     if (layer.d_x)
       gemm<T, S, T>(shape.tokens, shape.input, shape.gates(), buffers[d]->dgates.get(), shape.gates(), 1, layer.weights[d].w_ih,
                     shape.input, 1, layer.d_x, shape.input, d > 0);

@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.lstm.op import lstm as lstm

@@ -1,0 +1,36 @@
+"""The C++ kernels of csrc/cpu/lstm*.h."""
+
+from __future__ import annotations
+
+import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def supports(x, h0, c0, weights, batch_sizes, *rest) -> str | None:
+    if not x.is_cpu:
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in DTYPES:
+        return f"x is {x.dtype}; the kernels take float32, float64 and bfloat16"
+    return None
+
+
+def _contiguous(x, h0, c0, weights, batch_sizes, dropout_mask):
+    mask = None if dropout_mask is None else dropout_mask.contiguous()
+    return x.contiguous(), h0.contiguous(), c0.contiguous(), [w.contiguous() for w in weights], batch_sizes, mask
+
+
+def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save):
+    tensors = _contiguous(x, h0, c0, weights, batch_sizes, dropout_mask)
+    return torch.ops.bigmodel_native.lstm_fwd(*tensors, num_layers, bidirectional, save)
+
+
+def bwd(
+    d_output, d_h_n, d_c_n, output, gates, cells, hidden, need_d_x, need_d_weights,
+    x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save,
+):  # fmt: skip
+    grads = [None if g is None else g.contiguous() for g in (d_output, d_h_n, d_c_n)]
+    tensors = _contiguous(x, h0, c0, weights, batch_sizes, dropout_mask)
+    return torch.ops.bigmodel_native.lstm_bwd(
+        *grads, output, gates, cells, hidden, need_d_x, need_d_weights, *tensors, num_layers, bidirectional
+    )

@@ -1,0 +1,136 @@
+"""bmk.lstm_cell: one step of an LSTM."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels.ops.lstm_cell import reference
+
+
+def lstm_cell(
+    x: Tensor,  # [B, I]
+    hx: tuple[Tensor, Tensor],  # [B, H], [B, H]
+    w_ih: Tensor,  # [4 H, I]
+    w_hh: Tensor,  # [4 H, H]
+    b_ih: Tensor | None = None,  # [4 H]
+    b_hh: Tensor | None = None,  # [4 H]
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM, as torch.nn.LSTMCell computes it; gates in the order i, f, g, o.
+
+    Args:
+        x: input of the step.
+        hx: hidden and cell state before it.
+        w_ih, w_hh, b_ih, b_hh: parameters as torch.nn.LSTMCell keeps them; both biases or neither.
+        backend: "auto", "cpu" or "torch".
+
+    Returns:
+        (h, c) after the step, [B, H] each.
+
+    Raises:
+        RuntimeError: sizes, devices or dtypes that do not go together, or the backend asked for cannot take the call.
+        TypeError: an argument of the wrong type.
+        ValueError: an unknown backend.
+    """
+    h, c, *_ = OP(*prepare(x, hx, w_ih, w_hh, b_ih, b_hh), backend=backend)
+    return h, c
+
+
+def prepare(
+    x: Tensor,
+    hx: tuple[Tensor, Tensor],
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+) -> tuple:
+    """Validates a call of `lstm_cell`; returns the arguments of the op."""
+    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) for t in hx):
+        raise TypeError(f"hx must be two tensors (h, c), got {type(hx).__name__}")
+    if len(hx) != 2:
+        raise RuntimeError("lstm_cell expects two hidden states")
+    named = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+    for name, t in named.items():
+        if not isinstance(t, Tensor) and (t is not None or name in ("x", "w_ih", "w_hh")):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if (b_ih is None) != (b_hh is None):
+        raise RuntimeError("b_ih and b_hh must be given both or neither")
+    h, c = hx
+    for name, t in {"x": x, "hx[0]": h, "hx[1]": c, "w_ih": w_ih, "w_hh": w_hh}.items():
+        if t.dim() != 2:
+            raise RuntimeError(f"{name} must have 2 dimensions, got {t.dim()}")
+    hidden = w_hh.shape[1]
+    if x.shape[1] != w_ih.shape[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {w_ih.shape[1]}")
+    for i, t in enumerate(hx):
+        if t.shape[0] != x.shape[0]:
+            raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {t.shape[0]}")
+        if t.shape[1] != hidden:
+            raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {t.shape[1]}, expected {hidden}")
+    for name, t, shape in (
+        ("w_ih", w_ih, (4 * hidden, x.shape[1])),
+        ("w_hh", w_hh, (4 * hidden, hidden)),
+        ("b_ih", b_ih, (4 * hidden,)),
+        ("b_hh", b_hh, (4 * hidden,)),
+    ):
+        if t is not None and t.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+    save = needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    if not x.is_cpu:  # as torch's own: on the CPU its cell returns what it was given
+        x, h, c, w_ih, w_hh, b_ih, b_hh = autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
+    for name, t in {"hx[0]": h, "hx[1]": c, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}.items():
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    return x, h, c, w_ih, w_hh, b_ih, b_hh, save
+
+
+def saved_shapes(x, h, save) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what the forward keeps for the backward: gates, cells."""
+    kept, batch, hidden = int(save), x.shape[0], h.shape[1]
+    return (kept, batch, 4 * hidden), (kept, batch, hidden)
+
+
+def _fake_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    saved = [x.new_empty(shape, dtype=dtype) for shape in saved_shapes(x, h, save)]
+    return h.new_empty(h.shape), c.new_empty(c.shape), *saved
+
+
+def _fake_bwd(d_h, d_c, h_new, gates, cells, need_d_x, need_d_weights, x, h, c, *weights_and_save):
+    weights = weights_and_save[:4]
+    d_weights = [w.new_empty(w.shape) for w in weights if w is not None] if need_d_weights else []
+    return x.new_empty(x.shape if need_d_x else 0), h.new_empty(h.shape), c.new_empty(c.shape), d_weights
+
+
+def _backward(op, args, outputs, grads, needs, backend):
+    h_new, _, gates, cells = outputs
+    d_x, d_h, d_c, d_weights = op.bwd(*grads, h_new, gates, cells, needs[0], any(needs[3:7]), *args, backend)
+    d_weights = d_weights + [None] * (4 - len(d_weights))
+    return d_x if needs[0] else None, d_h, d_c, *d_weights, None
+
+
+def _differentiable(*args):
+    return reference.forward(*args[:-1])
+
+
+def prefer(*args) -> tuple[str, ...]:
+    return ("cpu", "torch")
+
+
+_ARGS = "Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save"
+OP = Op(
+    "lstm_cell",
+    f"({_ARGS}) -> (Tensor h_new, Tensor c_new, Tensor gates, Tensor cells)",
+    "(Tensor? d_h_new, Tensor? d_c_new, Tensor h_new, Tensor gates, Tensor cells, bool need_d_x, bool need_d_weights, "
+    f"{_ARGS}) -> (Tensor d_x, Tensor d_h, Tensor d_c, Tensor[] d_weights)",
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+    prefer=prefer,
+    backward=_backward,
+    differentiable=_differentiable,
+    results=2,
+)
+lstm_cell.op, lstm_cell.prepare = OP, prepare
