@@ -6,8 +6,9 @@ import argparse
 import sys
 
 from .errors import TrainingError, require
+from .figures import format_metric
 from .tasks import TASKS
-from .train import TrainResult, format_metric, train
+from .train import TrainResult, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +82,7 @@ def _progress():
 
 def _show(result: TrainResult) -> None:
     table = require("rich.table", "the result").Table(show_header=False, box=None)
-    table.add_row(result.metric_label, f"[bold]{format_metric(result)}[/bold]")
+    table.add_row(result.metric_label, f"[bold]{format_metric(result.metric, result.metric_label)}[/bold]")
     table.add_row("epochs", str(result.epochs))
     table.add_row("seconds", f"{result.seconds:.1f}")
     table.add_row("backends", ", ".join(f"{op}: {name}" for op, name in result.kernels.items()) or "no fused op")

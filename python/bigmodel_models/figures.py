@@ -5,9 +5,21 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from .errors import require
+
+GAP = 2  # pixels around each image of a grid
+
+
+def format_metric(value: float, label: str) -> str:
+    """The metric as a person writes it: shares in percent."""
+    return f"{value:.1%}" if _is_share(label) else f"{value:.3f}"
+
+
+def _is_share(label: str) -> bool:
+    return "accuracy" in label or "explained" in label
 
 
 def _pyplot():
@@ -21,6 +33,7 @@ def save_curves(
     losses: dict[str, list[float]],
     metrics: list[float],
     metric_label: str,
+    lower_is_better: bool,
 ) -> None:
     """Training loss by step on the left, the test metric by epoch on the right."""
     plt = _pyplot()
@@ -45,10 +58,13 @@ def save_curves(
 
     epochs = range(1, len(metrics) + 1)
     right.plot(epochs, metrics, color="C2", marker="o", markersize=4, linewidth=2)
-    right.annotate(
-        f"{metrics[-1]:.4g}", (len(metrics), metrics[-1]), textcoords="offset points", xytext=(0, 8), ha="right"
-    )
-    right.set(title=metric_label, xlabel="epoch", ylabel=metric_label)
+    last = (len(metrics), metrics[-1])
+    text = format_metric(metrics[-1], metric_label)
+    right.annotate(text, last, textcoords="offset points", xytext=(0, 8), ha="right")
+    better = "lower is better" if lower_is_better else "higher is better"
+    right.set(title=f"{metric_label} ({better})", xlabel="epoch", ylabel=metric_label)
+    if _is_share(metric_label):
+        right.yaxis.set_major_formatter(importlib.import_module("matplotlib.ticker").PercentFormatter(1.0))
     right.xaxis.get_major_locator().set_params(integer=True)
     right.margins(y=0.15)
     for axis in (left, right):
@@ -63,10 +79,11 @@ def save_pictures(
     title: str,
     images: Tensor,  # [rows, columns, H, W] in [0, 1]
 ) -> None:
-    """A grid of images."""
+    """A grid of images on white, with a gap between them."""
     plt = _pyplot()
+    images = F.pad(images, (GAP,) * 4)
     rows, columns, height, width = images.shape
-    grid = images.clamp(0, 1).cpu().permute(0, 2, 1, 3).reshape(rows * height, columns * width)
+    grid = images.clamp(0, 1).cpu().permute(0, 2, 1, 3).reshape(rows * height, columns * width).numpy()
     figure, axis = plt.subplots(figsize=(columns * 0.8, rows * 0.8 + 0.4), layout="constrained")
     axis.imshow(grid, cmap="gray_r", vmin=0, vmax=1)
     axis.set_title(title)

@@ -37,6 +37,7 @@ class Task:
     max_shift: int = 0  # augmentation: training images move by up to so many pixels
     data_names: tuple[str, ...] = IMAGE_DATA
     metric_label: str = field(default="", kw_only=True)
+    pictures_show: str = field(default="", kw_only=True)
     lower_is_better: bool = field(default=False, kw_only=True)
 
     @property
@@ -124,6 +125,7 @@ class Reconstruction(Task):
     """Mean squared error between an image and what the autoencoder makes of it; judged by the variance explained."""
 
     metric_label: str = field(default="test variance explained", kw_only=True)
+    pictures_show: str = field(default="test images above, their reconstructions below", kw_only=True)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(model(x), x)
@@ -140,7 +142,8 @@ class Reconstruction(Task):
 class Adversarial(Task):
     """The two losses of a GAN in turn; judged by the Frechet distance to the test images, 0 being alike."""
 
-    metric_label: str = field(default="Fréchet distance to the test images", kw_only=True)
+    metric_label: str = field(default="Fréchet distance to test images", kw_only=True)
+    pictures_show: str = field(default="generated images", kw_only=True)
     lower_is_better: bool = field(default=True, kw_only=True)
 
     def inputs(self, images: Tensor, dataset: DataSet) -> Tensor:

@@ -22,7 +22,7 @@ import bigmodel_kernels as bmk
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import DataSet, random_shift
 from .errors import TrainingError, require
-from .figures import save_curves, save_pictures
+from .figures import format_metric, save_curves, save_pictures
 from .tasks import TASKS, Task
 
 METRIC = "metric"  # the series of the history that holds the test metric of each epoch
@@ -316,19 +316,15 @@ def _write_report(task: Task, run: _Run, result: TrainResult, folder: Path) -> N
     result.files["curves"] = str(folder / "loss.png")
     save_curves(
         result.files["curves"],
-        f"{head}: {result.metric_label} {format_metric(result)} after {result.epochs} epochs",
+        f"{head}: {result.metric_label} {format_metric(result.metric, result.metric_label)} after {result.epochs} epochs",
         result.series,
         result.metrics,
         result.metric_label,
+        result.lower_is_better,
     )
     pictures = task.pictures(run.model, run.test_x)
     if pictures is not None:
         result.files["pictures"] = str(folder / "samples.png")
-        save_pictures(result.files["pictures"], head, pictures)
+        save_pictures(result.files["pictures"], f"{head}: {task.pictures_show}", pictures)
     result.files["metrics"] = str(folder / "metrics.json")
     Path(result.files["metrics"]).write_text(json.dumps(result.summary(), indent=2) + "\n")
-
-
-def format_metric(result: TrainResult) -> str:
-    """The metric as a person writes it: accuracies in percent."""
-    return f"{result.metric:.1%}" if "accuracy" in result.metric_label else f"{result.metric:.3f}"

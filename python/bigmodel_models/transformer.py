@@ -5,8 +5,6 @@ Vaswani et al.: Attention Is All You Need (2017).
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -22,8 +20,8 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, embedding_dim: int, max_length: int) -> None:
         super().__init__()
         self.max_length = max_length
-        position = torch.arange(max_length, dtype=torch.float32)[:, None]
-        frequency = torch.exp(torch.arange(0, embedding_dim, 2) * (-math.log(10000.0) / embedding_dim))
+        position = torch.arange(max_length, dtype=torch.float64)[:, None]
+        frequency = 10000.0 ** (-torch.arange(0, embedding_dim, 2, dtype=torch.float64) / embedding_dim)
         table = torch.zeros(max_length, embedding_dim)
         table[:, 0::2] = torch.sin(position * frequency)
         table[:, 1::2] = torch.cos(position * frequency[: embedding_dim // 2])
