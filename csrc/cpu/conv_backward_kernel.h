@@ -1,0 +1,113 @@
+// Convolution, backward. Included by for_each_isa.h inside the namespace of each instruction set.
+//
+// With u the convolution and bias, out = pool(activation(scale * u + shift + residual)), and d the gradient of the
+// activation's argument:
+//   dresidual = d,  dshift = sum d,  dbias = scale * dshift
+//   dx        = the pass in the other direction over d, weights times scale
+//   dweight   = scale * dw,  dw the product of d and x
+//   dscale    = sum d u = <weight, dw> + bias * dshift, so that u is neither stored nor computed again
+#include "conv_activation.h"
+#include "conv_block.h"
+#include "conv_direct.h"
+#include "conv_gradient.h"
+#include "conv_pass.h"
+#include "conv_wgrad.h"
+#include "conv_winograd.h"
+
+// dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale) and dscale (<weight, dw>).
+template <class T, class S>
+inline void finish_weight_gradient(const ConvBackward& call, const T* dw, const T* dshift) {
+  const Conv& conv = call.conv;
+  const int64_t narrow = conv.narrow_channels / conv.groups, wide = conv.wide_channels / conv.groups;
+  const int64_t padded = padded_channels<T>(narrow), taps_w = conv.w.taps, depth = conv.h.taps * taps_w * wide;
+  const auto weight = call.weight.as<const S>();
+  const auto dweight = call.dweight.as<S>();
+  const S *scale = static_cast<const S*>(call.scale), *bias = static_cast<const S*>(call.bias);
+  const int64_t outputs = call.transposed ? wide : narrow, inputs = call.transposed ? narrow : wide;
+  torch::stable::parallel_for(0, conv.groups * outputs, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {  // an output channel
+      const int64_t g = i / outputs, o = i % outputs;
+      const T factor = scale ? to_compute(scale[i]) : T(1);
+      T product = 0;
+      for (int64_t c = 0; c < inputs; ++c) {
+        const int64_t first = call.transposed ? c : o, second = call.transposed ? o : c;  // of the weight's two channel dimensions
+        T row = 0;
+        for (int64_t kh = 0; kh < conv.h.taps; ++kh)
+          for (int64_t kw = 0; kw < taps_w; ++kw) {
+            const T value = dw[(g * depth + (kh * taps_w + kw) * wide + second) * padded + first];
+            const int64_t n = g * narrow + first;
+            if (call.dscale) row += to_compute(weight.data[n * weight.n + second * weight.c + kh * weight.h + kw * weight.w]) * value;
+            if (dweight.data)
+              dweight.data[n * dweight.n + second * dweight.c + kh * dweight.h + kw * dweight.w] = from_compute<S>(factor * value);
+          }
+        product += row;
+      }
+      if (call.dscale) static_cast<S*>(call.dscale)[i] = from_compute<S>(product + (bias ? to_compute(bias[i]) : T(0)) * dshift[i]);
+    }
+  });
+}
+
+template <class S>
+void conv_backward(const ConvBackward& call) {
+  using T = compute_t<S>;
+  const Conv& conv = call.conv;
+  const Pass forward = call.transposed ? scatter_pass(conv) : gather_pass(conv);
+  const Pass backward = call.transposed ? gather_pass(conv) : scatter_pass(conv);
+  const int64_t channels = conv.groups * forward.out_channels, height = forward.h.outputs(), width = forward.w.outputs();
+  const GradientSource<T, S> gradient{call.grad.as<const S>(),
+                                      call.out.as<const S>(),
+                                      call.pre.as<const S>(),
+                                      call.index.as<const uint8_t>(),
+                                      call.activation,
+                                      call.window,
+                                      channels,
+                                      height,
+                                      width};
+  const TensorSource<T, S> input{call.x.as<const S>()};
+
+  if (call.dx.data) {
+    TensorSink<T, S> sink{call.dx.as<S>(), nullptr, backward.out_channels};
+    const auto weights = weights_of<T, S>(backward, call.weight.as<const S>(), static_cast<const S*>(call.scale));
+    run_pass<T>(backward, Window{}, weights, gradient, [&](const Bands& bands) {
+      sink.bands = &bands;
+      return sink;
+    });
+  }
+  if (call.dresidual.data) {
+    const int64_t padded = padded_channels<T>(channels);
+    const Bands bands = make_bands(height, width, Window{}, conv.batch, padded * sizeof(T), 192 << 10);
+    torch::stable::parallel_for(0, conv.batch * bands.count(), 1, [&](int64_t begin, int64_t end) {
+      Scratch<T> block(bands.rows * bands.columns * padded);
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const Band band = bands.full(unit % bands.count());
+        gradient.load(block.get(), padded, bands.columns, unit / bands.count(), 0, channels, band.top, band.rows(), band.left,
+                      band.columns());
+        store_block<T>(block.get(), padded, bands.columns, call.dresidual.as<S>(), unit / bands.count(), 0, channels, band.top, band.rows(),
+                       band.left, band.columns());
+      }
+    });
+  }
+
+  const bool want_weights = call.dweight.data || call.dscale;
+  const bool want_sums = call.dshift || call.dbias || (call.dscale && call.bias);
+  Scratch<T> sums(channels + kLanes<T>);
+  if (want_weights) {
+    const int64_t narrow = conv.narrow_channels / conv.groups, padded = padded_channels<T>(narrow);
+    Scratch<T> dw(conv.groups * gather_pass(conv).depth() * padded), group_sums(conv.groups * padded);
+    if (call.transposed) {
+      weight_gradient<T>(conv, gradient, input, dw.get(), nullptr);
+      if (want_sums) channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
+    } else {
+      weight_gradient<T>(conv, input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
+      for (int64_t c = 0; want_sums && c < channels; ++c) sums[c] = group_sums[c / narrow * padded + c % narrow];
+    }
+    finish_weight_gradient<T, S>(call, dw.get(), sums.get());
+  } else if (want_sums) {
+    channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    if (call.dshift) static_cast<S*>(call.dshift)[c] = from_compute<S>(sums[c]);
+    const T scale = call.scale ? to_compute(static_cast<const S*>(call.scale)[c]) : T(1);
+    if (call.dbias) static_cast<S*>(call.dbias)[c] = from_compute<S>(scale * sums[c]);
+  }
+}

@@ -1,0 +1,184 @@
+// Blocks: the part of an image that a task works on, as [rows][columns][stride] elements of the compute type, channels
+// innermost, zero outside the image. Included by for_each_isa.h inside the namespace of each instruction set.
+
+// Any storage type as a vector of T: the first n lanes (all of them where n is larger), the others 0.
+template <class T, class S>
+INLINE vec<T> read_lanes(const S* p, int64_t n) {
+  constexpr int W = kLanes<T>;
+  if constexpr (std::is_same_v<S, uint8_t>) {
+    T lanes[W] = {};
+    for (int64_t i = 0; i < std::min<int64_t>(n, W); ++i) lanes[i] = static_cast<T>(p[i]);
+    return load(lanes);
+  } else {
+    return n >= W ? load(p) : load_partial(p, n);
+  }
+}
+
+template <class T, class S>
+INLINE void write_lanes(S* p, vec<T> v, int64_t n) {
+  constexpr int W = kLanes<T>;
+  if constexpr (std::is_same_v<S, uint8_t>) {
+    T lanes[W];
+    store(lanes, v);
+    for (int64_t i = 0; i < std::min<int64_t>(n, W); ++i) p[i] = static_cast<uint8_t>(lanes[i]);
+  } else {
+    if (n >= W)
+      store(p, v);
+    else
+      store_partial(p, v, n);
+  }
+}
+
+template <class T, class S>
+INLINE T read_one(const S* p) {
+  if constexpr (std::is_same_v<S, uint8_t>)
+    return static_cast<T>(*p);
+  else
+    return to_compute(*p);
+}
+
+template <class S, class T>
+INLINE S narrow_one(T x) {
+  if constexpr (std::is_same_v<S, uint8_t>)
+    return static_cast<uint8_t>(x);
+  else
+    return from_compute<S>(x);
+}
+
+// m[i][j] <-> m[j][i]: log2(W) rounds that swap the off-diagonal halves of every square.
+template <int kHalf, class T, int... kLane>
+INLINE void swap_halves(vec<T>& a, vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int W = kLanes<T>;
+  const vec<T> low = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane - kHalf : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane : kLane + kHalf)...);
+  a = low;
+}
+template <int kHalf, class T>
+INLINE void transpose_round(vec<T> (&m)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & kHalf)) swap_halves<kHalf, T>(m[i], m[i + kHalf], std::make_integer_sequence<int, W>{});
+  if constexpr (kHalf > 1) transpose_round<kHalf / 2, T>(m);
+}
+template <class T>
+INLINE void transpose(vec<T> (&m)[kLanes<T>]) {
+  transpose_round<kLanes<T> / 2, T>(m);
+}
+
+// `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride].
+template <class T, class S>
+inline void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t kScalar = W / 4;  // fewer channels than this are not worth a transposition
+  int64_t c = 0;
+  for (; channels - c > kScalar; c += W) {
+    const int64_t nc = std::min<int64_t>(W, channels - c);
+    for (int64_t p = 0; p < count; p += W) {
+      const int64_t np = std::min<int64_t>(W, count - p);
+      vec<T> m[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) m[i] = i < nc ? read_lanes<T>(row + (c + i) * channel_step + p, np) : vec<T>{};
+      transpose<T>(m);
+      if (np == W && c + W <= stride) {  // lanes past the channels are 0, as the block wants them
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) store(out + (p + i) * stride + c, m[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i)
+          if (i < np) store_partial(out + (p + i) * stride + c, m[i], nc);
+      }
+    }
+    if (c + W >= channels) return;
+  }
+  for (; c < channels; ++c)
+    for (int64_t p = 0; p < count; ++p) out[p * stride + c] = read_one<T>(row + c * channel_step + p);
+}
+
+// Rows [row, row + rows) x columns [column, column + columns) of channels [c0, c0 + channels) of image n.
+// `stride` >= channels; elements past the channels, and pixels outside the image, are 0.
+template <class T, class S>
+inline void load_block(T* block, int64_t stride, int64_t block_columns, const Image<const S>& x, int64_t n, int64_t c0, int64_t channels,
+                       int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  const int64_t left = std::max<int64_t>(column, 0), right = std::min(column + columns, x.width);
+  const int64_t count = std::max<int64_t>(right - left, 0);
+  const bool whole = left == column && right == column + columns && stride == channels;
+  for (int64_t r = 0; r < rows; ++r) {
+    T* out = block + r * block_columns * stride;
+    const int64_t h = row + r;
+    if (h < 0 || h >= x.height || count == 0) {
+      std::memset(out, 0, columns * stride * sizeof(T));
+      continue;
+    }
+    if (!whole && stride != channels) {
+      std::memset(out, 0, columns * stride * sizeof(T));
+    } else if (!whole) {
+      std::memset(out, 0, (left - column) * stride * sizeof(T));
+      std::memset(out + (right - column) * stride, 0, (column + columns - right) * stride * sizeof(T));
+    }
+    out += (left - column) * stride;
+    const S* source = x.data + n * x.n + c0 * x.c + h * x.h + left * x.w;
+    if (channels == 1 && stride == 1) {
+      if (x.w == 1)
+        for (int64_t p = 0; p < count; p += W) write_lanes<T>(out + p, read_lanes<T>(source + p, count - p), count - p);
+      else
+        for (int64_t p = 0; p < count; ++p) out[p] = read_one<T>(source + p * x.w);
+    } else if (x.c == 1) {
+      const bool dense = x.w == channels && stride == channels;
+      const int64_t runs = dense ? 1 : count, length = dense ? count * channels : channels;
+      for (int64_t p = 0; p < runs; ++p)
+        for (int64_t i = 0; i < length; i += W)
+          write_lanes<T>(out + p * stride + i, read_lanes<T>(source + p * x.w + i, length - i), length - i);
+    } else if (x.w == 1) {
+      load_planar<T>(out, stride, source, x.c, channels, count);
+    } else {
+      for (int64_t p = 0; p < count; ++p)
+        for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = read_one<T>(source + p * x.w + c * x.c);
+    }
+  }
+}
+
+// The inverse, for pixels inside the image: block rows are `block_columns` pixels of `stride` elements.
+template <class T, class S>
+inline void store_block(const T* block, int64_t stride, int64_t block_columns, const Image<S>& x, int64_t n, int64_t c0, int64_t channels,
+                        int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  // Rows that follow each other without a gap, in the block and in the image, are one row.
+  if (rows > 1 && columns == block_columns && x.h == columns * x.w) columns *= rows, rows = 1;
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* in = block + r * block_columns * stride;
+    S* out = x.data + n * x.n + c0 * x.c + (row + r) * x.h + column * x.w;
+    if (x.c == 1) {
+      for (int64_t p = 0; p < columns; ++p)
+        for (int64_t c = 0; c < channels; c += W) write_lanes<T>(out + p * x.w + c, load(in + p * stride + c), channels - c);
+    } else if (x.w == 1) {
+      for (int64_t c = 0; c < channels; c += W) {
+        const int64_t nc = std::min<int64_t>(W, channels - c);
+        for (int64_t p = 0; p < columns; p += W) {
+          const int64_t np = std::min<int64_t>(W, columns - p);
+          vec<T> m[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) m[i] = i < np ? load(in + (p + i) * stride + c) : vec<T>{};
+          transpose<T>(m);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i)
+            if (i < nc) write_lanes<T>(out + (c + i) * x.c + p, m[i], np);
+        }
+      }
+    } else {
+      for (int64_t p = 0; p < columns; ++p)
+        for (int64_t c = 0; c < channels; ++c) out[p * x.w + c * x.c] = narrow_one<S>(in[p * stride + c]);
+    }
+  }
+}
+
+// What a pass reads: a tensor as it is. (conv_gradient.h has the other kind, a gradient taken back through the epilogue.)
+template <class T, class S>
+struct TensorSource {
+  Image<const S> x;
+  void load(T* block, int64_t stride, int64_t block_columns, int64_t n, int64_t c0, int64_t channels, int64_t row, int64_t rows,
+            int64_t column, int64_t columns) const {
+    load_block<T>(block, stride, block_columns, x, n, c0, channels, row, rows, column, columns);
+  }
+};

@@ -1,0 +1,182 @@
+// Direct convolution: every pass (see Pass in conv_geometry.h) as products of strided windows of a source block with packed
+// weights. Included by for_each_isa.h inside the namespace of each instruction set.
+//
+// A task owns one band of outputs of one image and group. It copies the sources the band needs into a padded block
+// [rows][columns][channels], so that no tap tests a border, and computes R pixels x kVectors vectors of output channels
+// at a time in registers: R + kVectors loads for R * kVectors multiply-adds a step, below the two load ports from R = 3 on.
+// The outputs of the band stay in a block [rows][columns][channels] of the compute type, in the first or second cache level;
+// the sink applies what follows (bias, activation, pool, ...) and is the only one to write memory.
+
+template <class T>
+struct ConvTile {
+  static constexpr int kVectors = 2;
+#if ISA_VECTOR_BYTES == 64
+  static constexpr int kRows = 14;  // 28 accumulators, 2 of weights and 1 broadcast, of 32 registers
+#else
+  static constexpr int kRows = 6;
+#endif
+  static constexpr int64_t kColumns = kVectors * kLanes<T>;
+};
+
+// Weights as weight(o, c, kh, kw) = data[g * group + o * out + c * in + kh * h + kw * w], times scale[g * channels + c].
+template <class T, class S>
+struct Weights {
+  const S* data;
+  int64_t group, out, in, h, w;
+  const S* scale = nullptr;
+};
+
+// Output channels in panels of kColumns, the last one of a single vector where that is enough.
+template <class T>
+inline int64_t padded_channels(int64_t channels) {
+  return round_up(channels, kLanes<T>);
+}
+template <class T>
+inline int64_t packed_weights_size(const Pass& pass) {
+  return pass.groups * pass.depth() * padded_channels<T>(pass.out_channels);
+}
+
+// [group][panel][taps * channels][columns of the panel]; a panel begins at (its first column) * depth.
+template <class T, class S>
+inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weights) {
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
+  const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels);
+  const int64_t panels = (padded + kColumns - 1) / kColumns;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * kColumns));
+  torch::stable::parallel_for(0, pass.groups * panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / panels, first = i % panels * kColumns;
+      const int64_t columns = std::min(kColumns, padded - first);
+      T* panel = packed + g * depth * padded + first * depth;
+      for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
+        for (int64_t kw = 0; kw < pass.w.axis.taps; ++kw) {
+          const S* source = weights.data + g * weights.group + kh * weights.h + kw * weights.w;
+          T* out = panel + pass.weight_row(kh, kw) * columns;
+          for (int64_t c = 0; c < pass.channels; ++c, out += columns) {
+            const T scale = weights.scale ? to_compute(weights.scale[g * pass.channels + c]) : T(1);
+            for (int64_t j = 0; j < columns; ++j) {
+              const int64_t o = first + j;
+              out[j] = o < pass.out_channels ? to_compute(source[o * weights.out + c * weights.in]) * scale : T(0);
+            }
+          }
+        }
+    }
+  });
+  static_assert(kColumns % W == 0);
+}
+
+// acc += rows of A (at a, one `row_stride` apart) times `depth` packed rows of kVectors vectors.
+// Rows in fours share a pointer: x86 addresses three multiples of one stride, so no row needs a register of its own.
+template <int kRows, int kVectors, class T>
+INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t row_stride, const T* b, int64_t depth) {
+  constexpr int W = kLanes<T>, kGroups = (kRows + 3) / 4;
+  const int64_t row_stride3 = 3 * row_stride;
+  const T* p[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) p[g] = a + 4 * g * row_stride;
+  for (int64_t k = 0; k < depth; ++k) {
+    vec<T> bk[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) bk[v] = load(b + v * W);
+    b += kVectors * W;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const T* row = p[r / 4];
+      const vec<T> ar = broadcast<T>(r % 4 == 0   ? row[0]
+                                     : r % 4 == 1 ? row[row_stride]
+                                     : r % 4 == 2 ? row[2 * row_stride]
+                                                  : row[row_stride3]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) acc[r][v] += ar * bk[v];
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) ++p[g];
+  }
+}
+
+// kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y.
+template <int kRows, int kVectors, class T>
+inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride) {
+  constexpr int W = kLanes<T>;
+  vec<T> acc[kRows][kVectors] = {};
+  for (int64_t i = 0; i < count; ++i)
+    multiply_rows<kRows, kVectors, T>(acc, a + taps[i].source, row_stride, panel + taps[i].weight * kVectors * W, taps[i].depth);
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) store(y + r * y_stride + v * W, acc[r][v]);
+}
+
+template <int kVectors, class T, int kRows = ConvTile<T>::kRows>
+INLINE void conv_tile_rows(int64_t rows, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y,
+                           int64_t y_stride) {
+  if constexpr (kRows > 0) {
+    if (rows == kRows)
+      conv_tile<kRows, kVectors, T>(a, row_stride, taps, count, panel, y, y_stride);
+    else
+      conv_tile_rows<kVectors, T, kRows - 1>(rows, a, row_stride, taps, count, panel, y, y_stride);
+  }
+}
+
+// `pixels` outputs in tiles of as equal a size as can be.
+template <int kVectors, class T>
+inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y,
+                     int64_t y_stride) {
+  const int64_t tiles = (pixels + ConvTile<T>::kRows - 1) / ConvTile<T>::kRows;
+  for (int64_t t = 0, p = 0; t < tiles; ++t) {
+    const int64_t rows = (pixels - p + tiles - t - 1) / (tiles - t);
+    conv_tile_rows<kVectors, T>(rows, a + p * row_stride, row_stride, taps, count, panel, y + p * y_stride, y_stride);
+    p += rows;
+  }
+}
+
+// Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image.
+// `slack`: elements that the sink may read past the end of y.
+template <class T, class Source, class Sink>
+inline void direct_pass(const Pass& pass, const Bands& bands, const T* packed, const Source& source, const Sink& sink) {
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
+  const int64_t padded = padded_channels<T>(pass.out_channels), depth = pass.depth(), C = pass.channels;
+  const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows();
+  const int64_t columns = pass.w.span(y_columns), rows = pass.h.span(y_rows);
+  const auto taps = pass.taps(columns, C);
+  const int64_t per_image = bands.count(), per_group = pass.batch * per_image;
+  torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> block(rows * columns * C), y(y_rows * y_columns * padded + W);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
+      const Band band = bands.full(i);
+      const int64_t row0 = pass.h.lowest(band.top), column0 = pass.w.lowest(band.left);
+      source.load(block.get(), C, columns, n, g * C, C, row0, pass.h.span(band.rows()), column0, pass.w.span(band.columns()));
+      for (int64_t first = 0; first < padded; first += kColumns) {
+        const T* panel = packed + (g * padded + first) * depth;
+        for (int64_t r = band.top; r < band.bottom; ++r)
+          for (int64_t phase = 0; phase < pass.w.phases(); ++phase) {
+            const int64_t column = pass.w.first_of_phase(band.left, phase), step = pass.w.phases();
+            if (column >= band.right) continue;
+            const int64_t pixels = (band.right - column + step - 1) / step;
+            const auto& list = taps[pass.h.phase_of(r) * step + phase];
+            const T* a = block.get() + ((pass.h.base(r) - row0) * columns + pass.w.base(column) - column0) * C;
+            T* out = y.get() + ((r - band.top) * y_columns + column - band.left) * padded + first;
+            const int64_t row_stride = pass.w.source_step() * C, y_stride = step * padded, count = list.size();
+            if (padded - first >= kColumns)
+              conv_row<2, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
+            else
+              conv_row<1, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
+          }
+      }
+      sink(n, g, i, y.get(), y_columns, padded);
+    }
+  });
+}
+
+// The sink of a pass whose result is a plain tensor.
+template <class T, class S>
+struct TensorSink {
+  Image<S> out;
+  const Bands* bands;
+  int64_t channels;  // per group
+  void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
+    const Band band = bands->full(i);
+    store_block<T>(y, y_stride, y_columns, out, n, g * channels, channels, band.top, band.rows(), band.left, band.columns());
+  }
+};

@@ -1,0 +1,192 @@
+// What follows the products of a forward pass, on a block of outputs that is still in the cache: bias and folded norm,
+// residual, activation, pool, and the stores. Included by for_each_isa.h inside the namespace of each instruction set.
+
+// out = pool(activation(y * alpha[c] + beta[c] + residual)); alpha = scale, beta = bias * scale + shift.
+// The sink of a forward pass. `pre` and `index` are what backward needs and may be absent: the value before the activation
+// (after a max-pool only that of the chosen element), and the position of the chosen element in its window.
+template <class T, class S>
+struct Epilogue {
+  static constexpr int W = kLanes<T>;
+  const T *alpha, *beta;  // [output channels + W]
+  Activation activation;
+  Image<const S> residual;
+  Image<S> out, pre;
+  Image<uint8_t> index;
+  const Bands* bands;
+  int64_t channels;  // of the convolution, per group
+
+  bool gated() const { return activation == Activation::tanh_sigmoid; }
+
+  void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
+    const Window& window = bands->window;
+    const bool max = window.kind == Pooling::max;
+    if (!residual.data && !pre.data && is_monotone(activation) && window.kind != Pooling::avg) {
+      if (max) {
+        with_activation(activation,
+                        [&](auto a) { pool_max<a.value>(n, g, i, y, y_columns, y_stride, alpha + g * channels, beta + g * channels); });
+      } else {
+        const Band band = bands->full(i);
+        with_activation(activation, [&](auto a) {
+          each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) {
+            store(p, activate<a.value>(load(p) * load(alpha + g * channels + c) + load(beta + g * channels + c)));
+          });
+        });
+        write(out, n, g * channels, channels, i, y, y_columns, y_stride);
+      }
+      return;
+    }
+    step_by_step(n, g, i, y, y_columns, y_stride);
+  }
+
+ private:
+  template <class F>
+  static INLINE void each_vector(const Band& band, T* y, int64_t y_columns, int64_t y_stride, F f) {
+    for (int64_t r = 0; r < band.rows(); ++r)
+      for (int64_t p = 0; p < band.columns(); ++p)
+        for (int64_t c = 0; c < y_stride; c += W) f(y + (r * y_columns + p) * y_stride + c, c);
+  }
+
+  // Stores a block of pooled outputs (those of band i).
+  template <class Stored>
+  void write(const Image<Stored>& image, int64_t n, int64_t c0, int64_t count, int64_t i, const T* block, int64_t columns,
+             int64_t stride) const {
+    const Band band = bands->pooled(i);
+    store_block<T>(block, stride, columns, image, n, c0, count, band.top, band.rows(), band.left, band.columns());
+  }
+
+  // The largest of each window, as torch chooses it: the first of equals; a NaN beats every number.
+  template <Activation kActivation>
+  void pool_max(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset) const {
+    const Band band = bands->pooled(i);
+    const int64_t pixels = band.rows() * band.columns();
+    Scratch<T> largest(pixels * y_stride + W), chosen(index.data ? pixels * y_stride + W : 0);
+    if (index.data)
+      pick_max<kActivation, true>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+    else
+      pick_max<kActivation, false>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+    const int64_t count = gated() ? channels / 2 : channels;
+    write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
+    if (index.data) write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
+  }
+
+  template <Activation kActivation, bool kIndex>
+  INLINE void pick_max(const Band& band, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
+                       T* chosen) const {
+    const Window& window = bands->window;
+    for (int64_t c = 0; c < y_stride; c += W) {
+      const vec<T> alpha = load(scale + c), beta = load(offset + c);
+      for (int64_t r = 0; r < band.rows(); ++r)
+        for (int64_t p = 0; p < band.columns(); ++p) {
+          const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride + c;
+          vec<T> best = load(corner) * alpha + beta, position = {};
+          for (int64_t k = 1, kh = 0, kw = 1; k < window.h * window.w; ++k, ++kw) {
+            if (kw == window.w) kw = 0, ++kh;
+            const vec<T> z = load(corner + (kh * y_columns + kw) * y_stride) * alpha + beta;
+            if constexpr (kIndex) {
+              const auto better = (z > best) | (z != z);
+              best = better ? z : best;
+              position = better ? broadcast(static_cast<T>(k)) : position;
+            } else {
+              best = (z > best) | (z != z) ? z : best;
+            }
+          }
+          const vec<T> a = activate<kActivation>(best);
+          const int64_t at = (r * band.columns() + p) * y_stride + c;
+          store(largest + at, a);
+          if constexpr (kIndex)
+            store(chosen + at, kActivation == Activation::relu ? (a <= 0 ? broadcast(static_cast<T>(kNoGradient)) : position) : position);
+        }
+    }
+  }
+
+  void pool_avg(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride) const {
+    const Band band = bands->pooled(i);
+    const Window& window = bands->window;
+    Scratch<T> mean(band.rows() * band.columns() * y_stride + W);
+    for (int64_t r = 0; r < band.rows(); ++r)
+      for (int64_t p = 0; p < band.columns(); ++p)
+        for (int64_t c = 0; c < y_stride; c += W) {
+          const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride + c;
+          vec<T> sum = {};
+          for (int64_t kh = 0; kh < window.h; ++kh)
+            for (int64_t kw = 0; kw < window.w; ++kw) sum += load(corner + (kh * y_columns + kw) * y_stride);
+          store(mean.get() + (r * band.columns() + p) * y_stride + c, sum / static_cast<T>(window.h * window.w));
+        }
+    const int64_t count = gated() ? channels / 2 : channels;
+    write(out, n, g * count, count, i, mean.get(), band.columns(), y_stride);
+  }
+
+  // Every step by itself, in the order of the formula.
+  void step_by_step(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
+    const Pooling pool = bands->window.kind;
+    const Band band = bands->full(i);
+    const int64_t c0 = g * channels, size = band.rows() * y_columns * y_stride;
+    each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) { store(p, load(p) * load(alpha + c0 + c) + load(beta + c0 + c)); });
+    if (residual.data) {
+      Scratch<T> added(size);
+      load_block<T>(added.get(), y_stride, y_columns, residual, n, c0, channels, band.top, band.rows(), band.left, band.columns());
+      each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t) { store(p, load(p) + load(added.get() + (p - y))); });
+    }
+    if (pre.data && pool != Pooling::max)
+      store_block<T>(y, y_stride, y_columns, pre, n, c0, channels, band.top, band.rows(), band.left, band.columns());
+    // A max-pool that saves `pre` looks the chosen values up afterwards, so the activated ones go elsewhere.
+    Scratch<T> activated(pool == Pooling::max && pre.data ? size + W : 0);
+    T* a = pool == Pooling::max && pre.data ? activated.get() : y;
+    if (gated()) {
+      const int64_t half = channels / 2;
+      each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) {
+        if (c < half) store_partial(a + (p - y), tanh(load(p)) * sigmoid(load(p + half)), std::min<int64_t>(W, half - c));
+      });
+    } else if (pool != Pooling::max || !is_monotone(activation)) {
+      with_activation(activation, [&](auto kind) {
+        each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t) { store(a + (p - y), activate<kind.value>(load(p))); });
+      });
+    }
+    if (pool == Pooling::none) {
+      write(out, n, gated() ? 0 : c0, gated() ? channels / 2 : channels, i, y, y_columns, y_stride);
+    } else if (pool == Pooling::avg) {
+      pool_avg(n, g, i, y, y_columns, y_stride);
+    } else {
+      Scratch<T> units(y_stride), zeros(y_stride);
+      for (int64_t c = 0; c < y_stride; ++c) units[c] = 1, zeros[c] = 0;
+      if (is_monotone(activation))
+        with_activation(activation, [&](auto kind) { pool_max<kind.value>(n, g, i, y, y_columns, y_stride, units, zeros); });
+      else
+        pool_activated(n, g, i, y, a, y_columns, y_stride, units, zeros);
+    }
+  }
+
+  // The pool of values activated before it; `pre` (saved together with `index`) takes the value of y where the activated one
+  // was chosen.
+  void pool_activated(int64_t n, int64_t g, int64_t i, const T* y, const T* a, int64_t y_columns, int64_t y_stride, const T* units,
+                      const T* zeros) const {
+    if (!pre.data) {
+      pool_max<Activation::none>(n, g, i, a, y_columns, y_stride, units, zeros);
+      return;
+    }
+    const Band band = bands->pooled(i);
+    const int64_t count = gated() ? channels / 2 : channels, size = band.rows() * band.columns() * y_stride + W;
+    Scratch<T> largest(size), chosen(size);
+    pick_max<Activation::none, true>(band, a, y_columns, y_stride, units, zeros, largest, chosen);
+    write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
+    write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
+    write_chosen(n, g, i, y, y_columns, y_stride, chosen.get());
+  }
+
+  void write_chosen(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* chosen) const {
+    const Band band = bands->pooled(i);
+    const Window& window = bands->window;
+    const int64_t count = gated() ? channels / 2 : channels;
+    Scratch<T> values(band.rows() * band.columns() * y_stride + W);
+    for (int64_t r = 0; r < band.rows(); ++r)
+      for (int64_t p = 0; p < band.columns(); ++p) {
+        const int64_t at = (r * band.columns() + p) * y_stride;
+        const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride;
+        for (int64_t c = 0; c < channels; ++c) {
+          const int64_t k = static_cast<int64_t>(chosen[at + (c < count ? c : c - count)]);
+          values[at + c] = corner[(k / window.w * y_columns + k % window.w) * y_stride + c];
+        }
+      }
+    write(pre, n, g * channels, channels, i, values.get(), band.columns(), y_stride);
+  }
+};

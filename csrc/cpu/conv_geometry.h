@@ -1,0 +1,230 @@
+// The index arithmetic of convolutions: plain structs shared by the host side and every instruction set's kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace bmk {
+
+enum class Activation { none, relu, leaky_relu, tanh, sigmoid, gelu, silu, tanh_sigmoid };
+enum class Pooling { none, max, avg };
+
+inline constexpr double kLeakySlope = 0.01;
+// In the saved index of a max-pool: the ReLU of this window is off, so no gradient flows.
+inline constexpr int kNoGradient = 255;
+
+// Larger kernels-per-window than the saved index can name are refused.
+inline constexpr int64_t kLargestWindow = 255;
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
+inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
+
+// A tensor [N, C, H, W] of any strides. A null pointer stands for a tensor that is not there.
+template <class S>
+struct Image {
+  S* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;  // strides
+  int64_t channels = 0, height = 0, width = 0;
+};
+
+// One spatial axis. The wide side (the input of a convolution, the output of a transposed one) meets the narrow side at
+// wide = narrow * stride - pad + tap * dilation.
+struct Axis {
+  int64_t wide, narrow, taps, stride, dilation, pad;
+};
+
+struct Conv {
+  int64_t batch, groups, wide_channels, narrow_channels;
+  Axis h, w;
+};
+
+struct Window {  // of a pool; 1 x 1 without one
+  Pooling kind = Pooling::none;
+  int64_t h = 1, w = 1, stride_h = 1, stride_w = 1;
+};
+
+// One axis of a pass over the output: `gather` computes the narrow side from the wide one (convolution, gradient of a
+// transposed convolution), `scatter` the wide side from the narrow one (transposed convolution, gradient of a convolution).
+// The outputs of a scatter fall into `stride` phases; those of one phase read consecutive sources at the same taps.
+struct PassAxis {
+  Axis axis;
+  bool scatter;
+
+  int64_t outputs() const { return scatter ? axis.wide : axis.narrow; }
+  int64_t sources() const { return scatter ? axis.narrow : axis.wide; }
+  int64_t phases() const { return scatter ? axis.stride : 1; }
+  int64_t source_step() const { return scatter ? 1 : axis.stride; }
+  int64_t reach() const { return (axis.taps - 1) * axis.dilation; }
+
+  // The first output of the phase that is not below `output`.
+  int64_t first_of_phase(int64_t output, int64_t phase) const {
+    if (!scatter) return output;
+    const int64_t offset = phase - (output + axis.pad) % axis.stride;
+    return output + (offset < 0 ? offset + axis.stride : offset);
+  }
+  int64_t phase_of(int64_t output) const { return scatter ? (output + axis.pad) % axis.stride : 0; }
+  // The source to which the offsets of the taps are relative.
+  int64_t base(int64_t output) const { return scatter ? (output + axis.pad) / axis.stride : output * axis.stride - axis.pad; }
+  bool tap_offset(int64_t phase, int64_t tap, int64_t* offset) const {
+    const int64_t reach = tap * axis.dilation;
+    if (!scatter) {
+      *offset = reach;
+      return true;
+    }
+    if ((reach - phase) % axis.stride != 0) return false;
+    *offset = -floor_div(reach - phase, axis.stride);
+    return true;
+  }
+  // The lowest source that outputs from `output` on may read, and how many sources `count` outputs may span.
+  int64_t lowest(int64_t output) const {
+    return scatter ? floor_div(output + axis.pad - reach(), axis.stride) : output * axis.stride - axis.pad;
+  }
+  int64_t span(int64_t count) const {
+    return scatter ? (count + reach() - 1 + axis.stride - 1) / axis.stride + 1 : (count - 1) * axis.stride + reach() + 1;
+  }
+};
+
+// One run of the reduction: `depth` consecutive elements of the source block times `depth` consecutive weight rows.
+struct Tap {
+  int64_t source, weight, depth;
+};
+
+// One pass: source [batch, groups * channels, h.sources, w.sources] -> output [batch, groups * out_channels, ..].
+struct Pass {
+  int64_t batch, groups, channels, out_channels;  // channels per group
+  PassAxis h, w;
+
+  int64_t depth() const { return h.axis.taps * w.axis.taps * channels; }
+  // Where the weights of one tap begin. A scatter meets the sources from the last tap to the first.
+  int64_t weight_row(int64_t kh, int64_t kw) const {
+    const int64_t column = w.scatter ? w.axis.taps - 1 - kw : kw;
+    return (kh * w.axis.taps + column) * channels;
+  }
+  // The taps of every phase [h.phases * w.phases] for a source block whose rows are `columns` pixels of `stride` elements;
+  // neighbouring taps are joined where source and weights both continue.
+  std::vector<std::vector<Tap>> taps(int64_t columns, int64_t stride) const {
+    std::vector<std::vector<Tap>> all;
+    for (int64_t ph = 0; ph < h.phases(); ++ph)
+      for (int64_t pw = 0; pw < w.phases(); ++pw) {
+        std::vector<Tap> taps;
+        for (int64_t kh = 0; kh < h.axis.taps; ++kh)
+          for (int64_t column = 0; column < w.axis.taps; ++column) {
+            const int64_t kw = w.scatter ? w.axis.taps - 1 - column : column;
+            int64_t row_offset, column_offset;
+            if (!h.tap_offset(ph, kh, &row_offset) || !w.tap_offset(pw, kw, &column_offset)) continue;
+            const Tap tap{(row_offset * columns + column_offset) * stride, weight_row(kh, kw), channels};
+            if (!taps.empty() && taps.back().source + taps.back().depth == tap.source &&
+                taps.back().weight + taps.back().depth == tap.weight)
+              taps.back().depth += channels;
+            else
+              taps.push_back(tap);
+          }
+        all.push_back(std::move(taps));
+      }
+    return all;
+  }
+};
+
+inline Pass gather_pass(const Conv& conv) {
+  return {conv.batch, conv.groups, conv.wide_channels / conv.groups, conv.narrow_channels / conv.groups, {conv.h, false}, {conv.w, false}};
+}
+inline Pass scatter_pass(const Conv& conv) {
+  return {conv.batch, conv.groups, conv.narrow_channels / conv.groups, conv.wide_channels / conv.groups, {conv.h, true}, {conv.w, true}};
+}
+
+// A rectangle of outputs that one task computes: rows [top, bottom), columns [left, right).
+struct Band {
+  int64_t top, bottom, left, right;
+  int64_t rows() const { return bottom - top; }
+  int64_t columns() const { return right - left; }
+};
+
+// Cuts the outputs of an image into bands of `rows` x `columns`. With a pool the cuts are made between its windows, and a
+// band holds every row and column its windows need.
+struct Bands {
+  int64_t height, width;  // of the pooled output
+  int64_t rows, columns;  // of the pooled output, in one band
+  Window window;
+  int64_t full_height, full_width;  // of the output before the pool
+
+  int64_t count() const { return down() * across(); }
+  int64_t down() const { return (height + rows - 1) / rows; }
+  int64_t across() const { return (width + columns - 1) / columns; }
+  // Pooled coordinates.
+  Band pooled(int64_t i) const {
+    const int64_t top = i / across() * rows, left = i % across() * columns;
+    return {top, std::min(height, top + rows), left, std::min(width, left + columns)};
+  }
+  // Coordinates before the pool.
+  Band full(int64_t i) const {
+    const Band p = pooled(i);
+    if (window.kind == Pooling::none) return p;
+    return {p.top * window.stride_h, (p.bottom - 1) * window.stride_h + window.h, p.left * window.stride_w,
+            (p.right - 1) * window.stride_w + window.w};
+  }
+  int64_t full_rows() const { return (rows - 1) * window.stride_h + window.h; }
+  int64_t full_columns() const { return (columns - 1) * window.stride_w + window.w; }
+};
+
+// Bands of about 64 columns, and of as many rows as keep `bytes_per_pixel` x pixels near `budget`; the batch is cut further
+// while there are fewer than `kFewTasks` tasks. None of this looks at the number of threads: results must not depend on it.
+// `row_unit`: the rows before the pool come in multiples of this (Winograd tiles).
+inline Bands make_bands(int64_t height, int64_t width, const Window& window, int64_t batch, int64_t bytes_per_pixel, int64_t budget,
+                        int64_t row_unit = 1) {
+  constexpr int64_t kColumns = 64, kFewTasks = 8, kFewPixels = 512;
+  Bands bands{0, 0, 0, 0, window, height, width};
+  bands.height = window.kind == Pooling::none ? height : (height - window.h) / window.stride_h + 1;
+  bands.width = window.kind == Pooling::none ? width : (width - window.w) / window.stride_w + 1;
+  int64_t columns = width <= 2 * kColumns ? width : kColumns;
+  if (height == 1 && width > 2 * kColumns) columns = 4 * kColumns;
+  bands.columns = std::max<int64_t>(1, std::min(bands.width, columns / window.stride_w));
+  int64_t rows = std::max<int64_t>(1, budget / std::max<int64_t>(1, bytes_per_pixel * bands.columns * window.stride_w));
+  rows = std::min(rows, height);
+  while (rows > 1 && batch * ((height + rows - 1) / rows) < kFewTasks && rows * bands.columns * window.stride_w > kFewPixels)
+    rows = (rows + 1) / 2;
+  rows = std::max<int64_t>(1, rows / window.stride_h);
+  if (row_unit > 1 && window.stride_h % row_unit != 0) rows = round_up(rows, row_unit);
+  bands.rows = std::max<int64_t>(1, std::min(bands.height, rows));
+  // Equal bands rather than full ones and a short last one.
+  const int64_t down = std::max<int64_t>(1, (bands.height + bands.rows - 1) / bands.rows);
+  int64_t even = (bands.height + down - 1) / down;
+  if (row_unit > 1 && window.stride_h % row_unit != 0) even = round_up(even, row_unit);
+  bands.rows = std::max<int64_t>(1, even);
+  return bands;
+}
+
+// A tensor whose storage type is known only where the kernel is chosen.
+struct AnyImage {
+  void* data = nullptr;
+  int64_t n = 0, c = 0, h = 0, w = 0;
+  int64_t channels = 0, height = 0, width = 0;
+  template <class S>
+  Image<S> as() const {
+    return {static_cast<S*>(data), n, c, h, w, channels, height, width};
+  }
+};
+
+// The arguments of a kernel call, checked and with two spatial axes. Scale, shift and bias are contiguous [output channels].
+struct ConvForward {
+  Conv conv;
+  bool transposed;
+  Window window;
+  Activation activation;
+  AnyImage x, weight, residual, out, pre, index;
+  const void *bias, *scale, *shift;
+};
+
+struct ConvBackward {
+  Conv conv;
+  bool transposed;
+  Window window;
+  Activation activation;
+  AnyImage x, weight, grad, out, pre, index;  // grad, index: pooled; out, pre: what the activation's derivative needs
+  AnyImage dx, dweight, dresidual;            // null where not wanted
+  const void *bias, *scale;
+  void *dbias, *dscale, *dshift;  // null where not wanted
+};
+
+}  // namespace bmk

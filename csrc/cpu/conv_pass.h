@@ -1,0 +1,30 @@
+// A pass by the faster of its kernels. Included by for_each_isa.h inside the namespace of each instruction set.
+
+// The weights of a pass, from the tensor [narrow channels, wide channels / groups, KH, KW]. A gather sums over its second
+// dimension, a scatter over its first; `scale`, if any, belongs to the channels summed over.
+template <class T, class S>
+inline Weights<T, S> weights_of(const Pass& pass, const Image<const S>& weight, const S* scale = nullptr) {
+  return pass.h.scatter ? Weights<T, S>{weight.data, pass.channels * weight.n, weight.c, weight.n, weight.h, weight.w, scale}
+                        : Weights<T, S>{weight.data, pass.out_channels * weight.n, weight.n, weight.c, weight.h, weight.w, scale};
+}
+
+// Runs a pass the faster way. make_sink(bands) is called once and gives the sink.
+template <class T, class S, class Source, class MakeSink>
+inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>& weights, const Source& source,
+                     const MakeSink& make_sink) {
+  const int64_t padded = padded_channels<T>(pass.out_channels);
+  constexpr int64_t kCacheBudget = 192 << 10;  // of the second-level cache, for a band and what is computed from it
+  Scratch<T> packed(packed_weights_size<T>(pass));
+  pack_weights<T, S>(packed.get(), pass, weights);
+  if (winograd_applies<T>(pass)) {
+    Scratch<T> u(16 * pass.channels * padded);
+    pack_winograd<T>(u.get(), pass, packed.get());
+    const int64_t per_pixel = (5 * round_up(pass.channels, kLanes<T>) + 4 * ConvTile<T>::kColumns + padded) * sizeof(T);
+    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_pixel, kCacheBudget, 2);
+    winograd_pass<T>(pass, bands, u.get(), source, make_sink(bands));
+    return;
+  }
+  const int64_t per_pixel = (pass.channels + padded) * sizeof(T);
+  const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
+  direct_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
+}
