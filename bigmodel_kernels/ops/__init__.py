@@ -1,5 +1,6 @@
 """The ops, one line each."""
 
+from bigmodel_kernels.ops.attention import attention as attention
 from bigmodel_kernels.ops.lstm import lstm as lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
 

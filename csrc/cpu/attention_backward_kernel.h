@@ -103,14 +103,14 @@ struct GradBlock {
         product<Start::zero, T>(rows.tile_count(t), vectors, grad_out + t * R * value_ld, value_ld, 1, values_t + j * a.value_dim, P,
                                 a.value_dim, ds + at, kLd);
       }
-    const int64_t end = round_up(n, R > W ? R : W);
+    const int64_t end = std::min(kLd, std::max(round_up(n, R), round_up(n, W)));
     for (int64_t r = 0; r < rows.tiles * R; ++r) {
       const int64_t t = r / R;
       T *p_row = p + r * kLd, *ds_row = ds + r * kLd;
       const bool used = r < rows.count && lo[t] < hi[t];
       const int64_t first = used ? lo[t] / W * W : 0, last = used ? round_up(hi[t], W) : 0;
-      std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + std::min(end, kLd), T(0));
-      std::fill(ds_row, ds_row + first, T(0)), std::fill(ds_row + last, ds_row + std::min(end, kLd), T(0));
+      std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + end, T(0));
+      std::fill(ds_row, ds_row + first, T(0)), std::fill(ds_row + last, ds_row + end, T(0));
       if (!used) continue;
       scores.read_row(rows, r, k0, first, hi[t]);
       if (scores.plain() && !scores.dropped)

@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.attention.op import attention as attention

@@ -1,0 +1,307 @@
+"""bmk.attention: what it takes, what it gives, which backend runs it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _registry
+from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels.ops.attention import reference
+
+ALIGNMENTS = ("upper_left", "lower_right")
+
+
+def attention(
+    q: Tensor,  # [B, Hq, Sq, D]
+    k: Tensor,  # [B, Hkv, Sk, D]
+    v: Tensor,  # [B, Hkv, Sk, Dv]
+    *,
+    attn_mask: Tensor | None = None,  # broadcastable to [B, Hq, Sq, Sk]
+    is_causal: bool = False,
+    alignment: str = "upper_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,  # [Hq] or [B, Hq]
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(softcap(scale q k^T) + bias) v, never holding the Sq x Sk scores (Milakov & Gimelshein 2018, Dao et al. 2022).
+
+    Query i stands at position p = i (alignment "upper_left") or i + Sk - Sq ("lower_right", so that the last query sees the
+    last key) among the keys. A query with no key to attend to gives exactly 0, zero gradients and lse = -inf, and
+    infinities or NaNs in keys and values that are masked out never reach a result.
+
+    Args:
+        q, k, v: of any strides; 3 dimensions mean [H, S, D], 2 mean [S, D], more than 4 mean more batch dimensions.
+        attn_mask: bool (True: attend) or floating (added to the scores; has a gradient). May go together with is_causal.
+        is_causal: attend to the keys up to position p.
+        scale: 1 / sqrt(D) if None.
+        dropout_p: probability of dropping a weight. Draws one seed from torch's generator.
+        enable_gqa: let Hq be a multiple of Hkv: every Hq / Hkv query heads share a key/value head.
+        window: attend to keys from p - left to p + right; (left, right), None for no limit, or one int for both.
+        softcap: scores become softcap * tanh(score / softcap) if not 0 (Gemma 2).
+        alibi_slopes: slope * |p - key| is taken from the scores (Press et al. 2021); no gradient.
+        return_lse: also return the log-sum-exp of the scores, [B, Hq, Sq], float32 (float64 for float64 inputs), differentiable.
+        deterministic: give the same bits on every run; None for what torch.use_deterministic_algorithms says. On the CPU
+            it always holds, for any number of threads.
+        backend: "auto", "cpu" or "torch".
+
+    Returns:
+        [B, Hq, Sq, Dv], stored as [B, Sq, Hq, Dv], so that merging the heads afterwards costs nothing; with return_lse also lse.
+
+    Raises:
+        RuntimeError: sizes, devices or dtypes that do not go together, or the backend asked for cannot take the call.
+        ValueError: dropout_p, window, softcap, alignment or backend out of range.
+        TypeError: an argument of the wrong type.
+    """
+    args = prepare(
+        q, k, v, attn_mask=attn_mask, is_causal=is_causal, alignment=alignment, scale=scale, dropout_p=dropout_p,
+        enable_gqa=enable_gqa, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse,
+        deterministic=deterministic,
+    )  # fmt: skip
+    if dropout_p > 0 and (
+        torch.compiler.is_compiling() or _registry.select(OP.name, backend, prefer, args) != "torch"
+    ):  # PyTorch's own op draws its own numbers
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
+        args = (*args[:5], seed, *args[6:])
+    out, lse = OP(*args, backend=backend)
+    batch = _batch_shape(q, k, v)
+    if q.dim() != 4:
+        out, lse = (
+            t if t is None else t.reshape(*batch, *t.shape[4 - q.dim() if q.dim() < 4 else 1 :]) for t in (out, lse)
+        )
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    alignment: str = "upper_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> tuple:
+    """Validates a call of `attention`; returns the arguments of the op."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    if not 0 <= _number("dropout_p", dropout_p) <= 1:
+        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
+    if not 0 <= _number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    left, right = _window(window)
+    q, k, v = autocast(q, k, v)
+    _check_same("k", k, q)
+    _check_same("v", v, q)
+    q, k, v = _four_dimensions(q, k, v, enable_gqa)
+    depth = q.shape[3]
+    if scale is None:
+        scale = 1 / math.sqrt(depth) if depth else 1.0
+    return (
+        q,
+        k,
+        v,
+        None if attn_mask is None else _mask(attn_mask, q, k),
+        None if alibi_slopes is None else _slopes(alibi_slopes, q),
+        None,
+        float(_number("scale", scale)),
+        float(dropout_p),
+        float(softcap),
+        left,
+        0 if is_causal else right,
+        alignment == "lower_right",
+        bool(return_lse),
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
+    )
+
+
+def _number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
+
+
+def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """(left, right) with -1 for no limit."""
+    if window is None:
+        return -1, -1
+    sides = (window, window) if isinstance(window, int) else tuple(window) if isinstance(window, (tuple, list)) else ()
+    if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, (int, type(None))) for side in sides):
+        raise TypeError(f"window must be None, an int or a pair (left, right) of ints or None, got {window!r}")
+    for side in sides:
+        if side is not None and side < 0:
+            raise ValueError(f"window must not be negative (None stands for no limit), got {window!r}")
+    left, right = (-1 if side is None else side for side in sides)
+    return left, right
+
+
+def _check_same(name: str, t: Tensor, q: Tensor) -> None:
+    if t.dtype != q.dtype or t.device != q.device:
+        raise RuntimeError(f"{name} must be {q.dtype} on {q.device} as q is, got {t.dtype} on {t.device}")
+    if t.dim() != q.dim() or t.dim() < 2:
+        raise RuntimeError(f"{name} and q must have the same 2 or more dimensions, got {t.dim()} and {q.dim()}")
+
+
+def _batch_shape(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """All dimensions before the heads, of tensors that broadcast there."""
+    shapes = [tuple(t.shape[:-3]) for t in (q, k, v)]
+    return shapes[0] if shapes[0] == shapes[1] == shapes[2] else tuple(torch.broadcast_shapes(*shapes))
+
+
+def _four_dimensions(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, H, S, D] each, checked against each other; batch dimensions of size 1 are broadcast, as heads are without GQA."""
+    dims = q.dim()
+    try:
+        batch = _batch_shape(q, k, v)
+    except RuntimeError:
+        raise RuntimeError(
+            f"k and v must have the batch dimensions of q, got {[list(t.shape) for t in (q, k, v)]}"
+        ) from None
+    if dims < 4:
+        q, k, v = (_lead(t, 4 - dims) for t in (q, k, v))
+    elif dims > 4 or not (q.shape[0] == k.shape[0] == v.shape[0]):
+        q, k, v = (t.expand(*batch, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))
+    if k.shape[-1] != q.shape[-1]:
+        raise RuntimeError(f"k must have the head dimension of q, {q.shape[-1]}, got {k.shape[-1]}")
+    if v.shape[-2] != k.shape[-2]:
+        raise RuntimeError(f"v must have as many positions as k, {k.shape[-2]}, got {v.shape[-2]}")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if v.shape[1] != kv_heads:
+        if kv_heads != 1 and v.shape[1] != 1:
+            raise RuntimeError(f"v must have as many heads as k, {kv_heads}, got {v.shape[1]}")
+        kv_heads = max(kv_heads, v.shape[1])
+        k, v = (t.expand(-1, kv_heads, -1, -1) for t in (k, v))
+    if heads != kv_heads:
+        if enable_gqa:
+            if kv_heads == 0 or heads % kv_heads:
+                raise RuntimeError(f"q must have a multiple of the {kv_heads} heads of k, got {heads} heads")
+        elif heads == 1:
+            q = q.expand(-1, kv_heads, -1, -1)
+        elif kv_heads != 1:
+            raise RuntimeError(f"k must have the {heads} heads of q unless enable_gqa=True, got {kv_heads} heads")
+    return q, k, v
+
+
+def _lead(t: Tensor, count: int) -> Tensor:
+    for _ in range(count):
+        t = t.unsqueeze(0)
+    return t
+
+
+def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """attn_mask as [B or 1, Hq or 1, Sq or 1, Sk or 1]."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise RuntimeError(f"attn_mask must be bool or floating, got {mask.dtype}")
+    if mask.device != q.device:
+        raise RuntimeError(f"attn_mask must be on {q.device} as q is, got {mask.device}")
+    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if mask.dim() > 4:
+        mask = mask.flatten(0, mask.dim() - 4)
+    mask = _lead(mask, 4 - mask.dim())
+    if any(size != 1 and size != wanted for size, wanted in zip(mask.shape, full)):
+        raise RuntimeError(f"attn_mask must broadcast to {list(full)}, got shape {list(mask.shape)}")
+    if mask.dtype in (torch.bool, torch.float32, q.dtype):
+        return mask
+    return mask.to(q.dtype)
+
+
+def _slopes(slopes: Tensor, q: Tensor) -> Tensor:
+    """alibi_slopes as float32 [B or 1, Hq], contiguous."""
+    if not isinstance(slopes, Tensor):
+        raise TypeError(f"alibi_slopes must be a tensor, got {type(slopes).__name__}")
+    if not slopes.is_floating_point() or slopes.device != q.device:
+        raise RuntimeError(f"alibi_slopes must be floating on {q.device}, got {slopes.dtype} on {slopes.device}")
+    if slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient: it has none; pass alibi_slopes.detach()")
+    batch, heads = q.shape[:2]
+    if (
+        slopes.dim() not in (1, 2)
+        or slopes.shape[-1] != heads
+        or (slopes.dim() == 2 and slopes.shape[0] not in (1, batch))
+    ):
+        raise RuntimeError(f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], got {list(slopes.shape)}")
+    return slopes.float().reshape(-1, heads).contiguous()
+
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, "
+    "float softcap, int window_left, int window_right, bool lower_right, bool return_lse, bool deterministic"
+)
+
+
+def lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def heads_inside(q: Tensor, batch: int, heads: int, length: int, width: int) -> Tensor:
+    """An empty [B, H, S, D] that is stored as [B, S, H, D]: the layout of all results."""
+    return q.new_empty(batch, length, heads, width).transpose(1, 2)
+
+
+def _fake_fwd(q, k, v, *rest):
+    batch, heads, length, _ = q.shape
+    return (
+        heads_inside(q, batch, heads, length, v.shape[3]),
+        q.new_empty(batch, heads, length, dtype=lse_dtype(q)),
+    )
+
+
+def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest):
+    batch, heads, length, depth = q.shape
+    kv_heads, k_length, width = v.shape[1:]
+    return (
+        heads_inside(q, batch, heads, length, depth),
+        heads_inside(q, batch, kv_heads, k_length, depth),
+        heads_inside(q, batch, kv_heads, k_length, width),
+        attn_mask.new_empty(attn_mask.shape) if mask_grad else q.new_empty(0),
+    )
+
+
+def prefer(q, k, v, attn_mask, *rest) -> tuple[str, ...]:
+    return ("cpu", "torch")
+
+
+def _backward(op, args, outputs, grads, needs, backend):
+    out, lse = outputs
+    grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
+    mask_grad = bool(needs[3])
+    dq, dk, dv, dmask = op.bwd(grad_out, grads[1], out, lse, mask_grad, *args, backend)
+    return [dq, dk, dv, dmask if mask_grad else None] + [None] * (len(args) - 4)
+
+
+OP = Op(
+    "attention",
+    f"({SCHEMA}) -> (Tensor out, Tensor lse)",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, {SCHEMA})"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+    prefer=prefer,
+    backward=_backward,
+    differentiable=reference.fwd,
+    results=2,
+)
+attention.prepare = prepare
+attention.op = OP
