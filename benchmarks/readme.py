@@ -1,4 +1,4 @@
-"""python -m benchmarks.readme benchmarks/results/<device>/<date>-<commit>.json: puts the table of a kept result into README.md."""
+"""python -m benchmarks.readme benchmarks/results/DEVICE/FILE.json: puts the table of a kept result into README.md."""
 
 import json
 import sys

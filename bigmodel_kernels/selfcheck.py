@@ -1,0 +1,113 @@
+"""python -m bigmodel_kernels check: every op, on every backend that can run it here, against float64 by the error rule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels import _registry, testing
+
+
+@dataclass(frozen=True)
+class Case:
+    """`run(*tensors, backend=...)` on normal tensors of `shapes`; returns one tensor or several."""
+
+    op: str
+    name: str
+    run: Callable[..., Tensor | tuple]
+    shapes: tuple[tuple[int, ...], ...]
+
+
+def _lstm(x, h, c, *weights, backend, **options):
+    output, (h_n, c_n) = bmk.lstm(x, (h, c), [0.3 * w for w in weights], backend=backend, **options)
+    return output, h_n, c_n
+
+
+def _lstm_cell(x, h, c, *weights, backend):
+    return bmk.lstm_cell(x, (h, c), *(0.3 * w for w in weights), backend=backend)
+
+
+def _varlen(q, k, v, backend):
+    starts = torch.tensor([0, 30, 97], dtype=torch.int32)
+    return bmk.attention_varlen(q, k, v, starts, starts, 67, 67, is_causal=True, backend=backend)
+
+
+def _decode(q, k, v, backend):
+    return bmk.attention_decode(q, k, v, torch.tensor([40, 97]), enable_gqa=True, backend=backend)
+
+
+def _cases() -> Iterator[Case]:
+    q, kv = (2, 4, 97, 40), (2, 2, 97, 40)
+    yield Case("attention", "causal", lambda *t, backend: bmk.attention(*t, is_causal=True, backend=backend), (q, q, q))
+    yield Case("attention", "gqa", lambda *t, backend: bmk.attention(*t, enable_gqa=True, backend=backend), (q, kv, kv))
+    yield Case(
+        "attention",
+        "mask",
+        lambda *t, backend: bmk.attention(*t[:3], attn_mask=t[3], backend=backend),
+        (q, q, q, (1, 4, 97, 97)),
+    )
+    yield Case("attention_varlen", "causal", _varlen, ((97, 4, 40),) * 3)
+    yield Case("attention_decode", "gqa", _decode, ((2, 4, 1, 40), kv, kv))
+    image, weight = (3, 5, 19, 21), (7, 5, 3, 3)
+
+    def conv(**options):
+        return lambda x, w, b, backend: bmk.conv(x, w, b, backend=backend, **options)
+
+    yield Case("conv", "3x3 relu pool", conv(padding=1, activation="relu", pool=("max", 2)), (image, weight, (7,)))
+    yield Case("conv", "strided", conv(stride=2, dilation=2), (image, weight, (7,)))
+    yield Case(
+        "conv", "causal 1-d", conv(padding="causal", dilation=3, activation="tanh"), ((3, 5, 50), (7, 5, 2), (7,))
+    )
+    layer = ((64, 12), (64, 16), (64,), (64,))
+    yield Case("lstm", "one layer", _lstm, ((20, 5, 12), (1, 5, 16), (1, 5, 16), *layer))
+    both = ((20, 5, 12), (2, 5, 16), (2, 5, 16), *layer, *layer)
+    yield Case("lstm", "bidirectional", lambda *t, backend: _lstm(*t, backend=backend, bidirectional=True), both)
+    yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer))
+
+
+def _evaluate(case: Case, dtype: torch.dtype, backend: str, values: list[Tensor]) -> dict[str, Tensor]:
+    """Results and the gradients of all inputs. `values` are exact in `dtype`."""
+    leaves = [v.to(dtype).requires_grad_() for v in values]
+    results = case.run(*leaves, backend=backend)
+    results = results if isinstance(results, tuple) else (results,)
+    upstream = [testing.make(*r.shape, dtype=dtype, seed=90 + i) for i, r in enumerate(results)]
+    gradients = torch.autograd.grad(results, leaves, upstream)
+    return {f"result {i}": r.detach() for i, r in enumerate(results)} | {
+        f"gradient {i}": g for i, g in enumerate(gradients)
+    }
+
+
+def check_case(case: Case, dtype: torch.dtype, backend: str) -> list[testing.ErrorReport]:
+    """The error rule on every result and gradient of a case."""
+    values = [testing.make(*shape, dtype=dtype, seed=i).double() for i, shape in enumerate(case.shapes)]
+    exact = _evaluate(case, torch.float64, "torch", values)
+    baseline = _evaluate(case, dtype, "torch", values)
+    actual = _evaluate(case, dtype, backend, values)
+    return [
+        testing.check_error(actual[n], exact[n], baseline[n], dtype=dtype, gradient=n.startswith("gradient"), name=n)
+        for n in exact
+    ]
+
+
+def run() -> int:
+    """Prints one line per case; returns 0 if every result is within its bounds."""
+    started = time.perf_counter()
+    wrong = 0
+    for case in _cases():
+        for backend in (b for b in _registry.BACKENDS if b != "torch" and _registry.availability(case.op, b) is None):
+            for dtype in (torch.float32, torch.bfloat16):
+                reports = check_case(case, dtype, backend)
+                bad = [r.message for r in reports if not r.ok]
+                wrong += len(bad)
+                worst = max(r.rel_l2 for r in reports)
+                label = f"{case.op:17s} {case.name:14s} {backend:7s} {str(dtype).removeprefix('torch.'):9s}"
+                print(f"{'WRONG' if bad else 'ok   '} {label} worst relative error {worst:.1e}  {'; '.join(bad)}")
+    print(
+        f"{'all right' if not wrong else f'{wrong} wrong'}, {time.perf_counter() - started:.1f} s; error rule: bigmodel_kernels.testing"
+    )
+    return 1 if wrong else 0
