@@ -81,14 +81,18 @@ def _progress():
 
 
 def _show(result: TrainResult) -> None:
-    table = require("rich.table", "the result").Table(show_header=False, box=None)
-    table.add_row(result.metric_label, f"[bold]{format_metric(result.metric, result.metric_label)}[/bold]")
-    table.add_row("epochs", str(result.epochs))
-    table.add_row("seconds", f"{result.seconds:.1f}")
-    table.add_row("backends", ", ".join(f"{op}: {name}" for op, name in result.kernels.items()) or "no fused op")
-    for label, path in result.files.items():
-        table.add_row(label, path)
-    require("rich.console", "the result").Console(soft_wrap=True).print(table)
+    """Plain lines, no table: a path can then be copied whole."""
+    backends = ", ".join(f"{op}: {name}" for op, name in result.kernels.items())
+    lines = {
+        result.metric_label: format_metric(result.metric, result.metric_label),
+        "epochs": result.epochs,
+        "seconds": f"{result.seconds:.1f}",
+        "backends": backends or "none: this model is made of linear layers",
+        **result.files,
+    }
+    width = max(map(len, lines))
+    for label, value in lines.items():
+        print(f"{label:{width}}  {value}")
 
 
 def _list() -> None:
