@@ -1,6 +1,9 @@
 """The ops, one line each."""
 
 from bigmodel_kernels.ops.attention import attention as attention
+from bigmodel_kernels.ops.attention import attention_decode as attention_decode
+from bigmodel_kernels.ops.attention import attention_varlen as attention_varlen
+from bigmodel_kernels.ops.conv import conv as conv
 from bigmodel_kernels.ops.lstm import lstm as lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
 

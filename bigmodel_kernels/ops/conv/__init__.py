@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.conv.op import conv as conv

@@ -1,0 +1,310 @@
+"""bmk.conv: what it takes, what it gives, which backend runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels.ops.conv import torch_op
+
+ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "tanh_sigmoid")
+POOLS = ("max", "avg")
+
+
+def conv(
+    x: Tensor,  # [N, Cin, L] or [N, Cin, H, W]; any strides; N may be left out
+    weight: Tensor,  # [Cout, Cin / groups, K] or [.., KH, KW]; transposed: [Cin, Cout / groups, ..]
+    bias: Tensor | None = None,  # [Cout]
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    scale: Tensor | None = None,  # [Cout]
+    shift: Tensor | None = None,  # [Cout]
+    residual: Tensor | None = None,  # [N, Cout, ..] as the convolution's own output
+    activation: str | None = None,
+    pool: tuple | None = None,
+    backend: str = "auto",
+) -> Tensor:  # [N, Cout, ..], pooled; Cout / 2 channels after "tanh_sigmoid"
+    """pool(activation(scale * (convolution + bias) + shift + residual)), in one pass where a kernel has it.
+
+    Args:
+        x: input; its rank with that of `weight` says whether there are one or two spatial axes.
+        stride, padding, dilation, groups, output_padding: as in torch.nn.functional.conv2d and conv_transpose2d. `padding` may
+            be "valid", "same" (stride 1), or, for one axis, "causal": dilation * (K - 1) zeros before the first element only.
+        transposed: the transposed convolution.
+        scale, shift: a folded normalisation, per output channel.
+        residual: added before the activation.
+        activation: None, "relu", "gelu" (exact), "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01), or "tanh_sigmoid", the
+            gate of WaveNet: tanh(first half of the channels) * sigmoid(second half).
+        pool: None, or ("max" | "avg", size) or (.., size, stride): windows without padding; the stride is the size by default.
+        backend: "auto", "cpu" or "torch".
+
+    Returns:
+        The result, in the memory format that PyTorch's own convolution would give it.
+
+    Raises:
+        TypeError: an argument of the wrong type.
+        ValueError: unknown activation, pool, padding or backend.
+        RuntimeError: sizes, dtypes or devices that do not go together, or the backend asked for cannot take the call.
+    """
+    args = prepare(
+        x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, transposed=transposed,
+        output_padding=output_padding, scale=scale, shift=shift, residual=residual, activation=activation, pool=pool,
+    )  # fmt: skip
+    out = OP(*args, backend=backend)[0]
+    return out if x.dim() == weight.dim() else out.squeeze(0)
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | str = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    transposed: bool = False,
+    output_padding: int | Sequence[int] = 0,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str | None = None,
+    pool: tuple | None = None,
+) -> tuple:
+    """Validates a call of `conv`; returns the arguments of the op."""
+    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
+    for name, t in tensors.items():
+        if not isinstance(t, Tensor) and (t is not None or name in ("x", "weight")):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    axes = weight.dim() - 2
+    if axes not in (1, 2):
+        raise RuntimeError(f"weight must have 3 or 4 dimensions, got shape {list(weight.shape)}")
+    if x.dim() not in (axes + 1, axes + 2):
+        raise RuntimeError(
+            f"x must have {axes + 2} dimensions (or {axes + 1}, unbatched) for a weight of {axes + 2}, got shape {list(x.shape)}"
+        )
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    save = needs_grad(x, weight, bias, scale, shift, residual)
+    if x.dim() == axes + 1:
+        x = x.unsqueeze(0)
+        residual = residual if residual is None or residual.dim() != axes + 1 else residual.unsqueeze(0)
+    x, weight, bias, scale, shift, residual = autocast(x, weight, bias, scale, shift, residual)
+    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+
+    strides = _list("stride", stride, axes, 1)
+    dilations = _list("dilation", dilation, axes, 1)
+    extra = _list("output_padding", output_padding, axes, 0)
+    kernel = list(weight.shape[2:])
+    pads = _padding(padding, kernel, strides, dilations, transposed)
+    channels = _check_channels(x, weight, groups, transposed)
+    if transposed:
+        for e, s, d in zip(extra, strides, dilations):
+            if e >= max(s, d):
+                raise RuntimeError(f"output_padding must be smaller than stride or dilation, got {output_padding}")
+    elif any(extra):
+        raise ValueError(f"output_padding is for transposed=True, got {output_padding}")
+    full = output_size(x.shape[2:], kernel, strides, pads, dilations, transposed, extra)
+    if any(size <= 0 for size in full):
+        raise RuntimeError(
+            f"x of size {list(x.shape[2:])} gives an empty output {full} for a kernel of {kernel} with stride={strides}, "
+            f"padding={padding}, dilation={dilations}"
+        )
+    for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if t is not None and (t.dim() != 1 or t.shape[0] != channels):
+            raise RuntimeError(f"{name} must have shape {[channels]}, got {list(t.shape)}")
+    expected = [x.shape[0], channels, *full]
+    if residual is not None and (residual.dim() != axes + 2 or any(a != b for a, b in zip(residual.shape, expected))):
+        raise RuntimeError(f"residual must have shape {expected}, got {list(residual.shape)}")
+    if activation == "tanh_sigmoid" and channels % 2:
+        raise ValueError(f"activation 'tanh_sigmoid' needs an even number of output channels, got {channels}")
+    kind, size, step = _pool(pool, axes)
+    if any(n < k for n, k in zip(full, size)):
+        raise RuntimeError(f"pool must fit the output {full}, got a window of {size}")
+    return (
+        x, weight, bias, scale, shift, residual, strides, pads, dilations, groups, bool(transposed), extra,
+        activation or "none", kind, size, step, save,
+    )  # fmt: skip
+
+
+def _list(name: str, value: Any, axes: int, least: int) -> list[int]:
+    """`value` for every spatial axis."""
+    values = [value] if isinstance(value, (int, torch.SymInt)) else value
+    if not isinstance(values, (tuple, list, torch.Size)) or not all(isinstance(v, (int, torch.SymInt)) for v in values):
+        raise TypeError(f"{name} must be an int or a sequence of ints, got {value!r}")
+    values = list(values) * (axes if len(values) == 1 else 1)
+    if len(values) != axes:
+        raise RuntimeError(f"{name} must have {axes} entries, got {value!r}")
+    if any(v < least for v in values):
+        raise RuntimeError(f"{name} must be {'positive' if least else 'non-negative'}, got {value!r}")
+    return values
+
+
+def _padding(padding: Any, kernel: list[int], stride: list[int], dilation: list[int], transposed: bool) -> list[int]:
+    """(before, after) for every spatial axis, in one list."""
+    if not isinstance(padding, str):
+        return [p for p in _list("padding", padding, len(kernel), 0) for _ in range(2)]
+    if padding not in ("valid", "same", "causal"):
+        raise ValueError(f"padding must be an int, a sequence of ints, 'valid', 'same' or 'causal'; got {padding!r}")
+    if transposed and padding != "valid":
+        raise ValueError(f"padding={padding!r} is not for transposed=True")
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel)]
+    if padding == "valid":
+        return [0, 0] * len(kernel)
+    if padding == "causal":
+        if len(kernel) != 1:
+            raise ValueError("padding='causal' needs one spatial axis, got two")
+        return [reach[0], 0]
+    if any(s != 1 for s in stride):
+        raise RuntimeError(f"padding='same' needs stride 1, got {stride}")
+    return [p for r in reach for p in (r // 2, r - r // 2)]
+
+
+def _check_channels(x: Tensor, weight: Tensor, groups: Any, transposed: bool) -> int:
+    """The number of output channels."""
+    if not isinstance(groups, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an int, got {groups!r}")
+    if groups <= 0:
+        raise RuntimeError(f"groups must be positive, got {groups}")
+    if any(k == 0 for k in weight.shape[2:]):
+        raise RuntimeError(f"weight must have a kernel that is not empty, got shape {list(weight.shape)}")
+    if weight.shape[0] % groups:
+        raise RuntimeError(
+            f"weight must have a multiple of groups={groups} in its first dimension, got {weight.shape[0]}"
+        )
+    expected = weight.shape[0] if transposed else weight.shape[1] * groups
+    if x.shape[1] != expected:
+        raise RuntimeError(
+            f"x must have {expected} channels for a weight of shape {list(weight.shape)} with groups={groups}, "
+            f"got {x.shape[1]} (x has shape {list(x.shape)})"
+        )
+    return weight.shape[1] * groups if transposed else weight.shape[0]
+
+
+def _pool(pool: Any, axes: int) -> tuple[str, list[int], list[int]]:
+    if pool is None:
+        return "none", [], []
+    if not isinstance(pool, (tuple, list)) or len(pool) not in (2, 3):
+        raise TypeError(f"pool must be None, (kind, size) or (kind, size, stride), got {pool!r}")
+    if pool[0] not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool[0]!r}")
+    size = _list("pool size", pool[1], axes, 1)
+    return pool[0], size, _list("pool stride", pool[2], axes, 1) if len(pool) == 3 and pool[2] is not None else size
+
+
+def output_size(sizes, kernel, stride, padding, dilation, transposed, output_padding) -> list[int]:
+    """Spatial sizes of the convolution's own output; `padding` holds (before, after) per axis."""
+    out = []
+    for i, (n, k, s, d, e) in enumerate(zip(sizes, kernel, stride, dilation, output_padding)):
+        reach, pads = d * (k - 1), padding[2 * i] + padding[2 * i + 1]
+        if transposed:
+            out.append((n - 1) * s - pads + reach + e + 1)
+        else:
+            out.append((n + pads - reach - 1) // s + 1)
+    return out
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether torch sees [N, C, H, W] as channels_last: strides that do not decrease in the order C, W, H, N."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for i in (1, 3, 2, 0):
+        if t.shape[i] == 0 or t.stride(i) < least or (i == 0 and least == t.stride(1)):
+            return False
+        least = t.stride(i) * max(t.shape[i], 1)
+    return True
+
+
+def gives_channels_last(x: Tensor, weight: Tensor) -> bool:
+    """PyTorch's rule for the memory format of a convolution's output."""
+    return is_channels_last(x) or (is_channels_last(weight) and x.numel() > 0)
+
+
+def saves_pre(activation: str, pool: str) -> bool:
+    """Whether the derivative of the activation needs the values before it: the others are known from the output, unless an
+    average pool hides it."""
+    return activation != "none" and (activation in ("gelu", "silu", "tanh_sigmoid") or pool == "avg")
+
+
+def shapes(
+    x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride
+):
+    """Shapes of the convolution's own output, of the result, and of what the activation's derivative may need."""
+    channels = weight.shape[1] * groups if transposed else weight.shape[0]
+    full = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
+    pooled = full if pool == "none" else [(n - k) // s + 1 for n, k, s in zip(full, pool_size, pool_stride)]
+    kept = channels // 2 if activation == "tanh_sigmoid" else channels
+    pre = pooled if pool == "max" else full
+    return [x.shape[0], channels, *full], [x.shape[0], kept, *pooled], [x.shape[0], channels, *pre]
+
+
+def channels_innermost(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty [N, C, ..] whose channels are adjacent in memory."""
+    return like.new_empty([shape[0], *shape[2:], shape[1]], dtype=dtype or like.dtype).movedim(-1, 1)
+
+
+def _fake_fwd(x, weight, bias, scale, shift, residual, *options):
+    *geometry, save = options
+    activation, pool = geometry[6], geometry[7]
+    _, out, pre = shapes(x, weight, *geometry)
+    return (
+        channels_innermost(x, out) if gives_channels_last(x, weight) else x.new_empty(out),
+        channels_innermost(x, out, torch.uint8) if save and pool == "max" else x.new_empty(0, dtype=torch.uint8),
+        channels_innermost(x, pre) if save and saves_pre(activation, pool) else x.new_empty(0),
+    )
+
+
+def _fake_bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *options):
+    channels = weight.shape[1] * options[3] if options[4] else weight.shape[0]
+    full, _, _ = shapes(x, weight, *options[:-1])
+    like_x = channels_innermost(x, x.shape) if is_channels_last(x) else x.new_empty(x.shape)
+    return (
+        like_x if needs[0] else x.new_empty(0),
+        x.new_empty(weight.shape if needs[1] else 0),
+        *(x.new_empty(channels if need else 0) for need in needs[2:5]),
+        channels_innermost(x, full) if needs[5] else x.new_empty(0),
+    )
+
+
+def _backward(op, args, outputs, grads, needs, backend):
+    wanted = [int(need) for need in needs[:6]]
+    found = op.bwd(grads[0], *outputs, wanted, *args, backend)
+    return *(g if need else None for g, need in zip(found, wanted)), *[None] * 11
+
+
+def prefer(
+    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, *rest
+) -> tuple[str, ...]:
+    return ("cpu", "torch")
+
+
+_ARGS = (
+    "Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, "
+    "int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, int[] pool_size, "
+    "int[] pool_stride, bool save"
+)
+OP = Op(
+    "conv",
+    f"({_ARGS}) -> (Tensor out, Tensor index, Tensor pre)",
+    f"(Tensor grad, Tensor out, Tensor index, Tensor pre, int[] needs, {_ARGS}) -> "
+    "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dresidual)",
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+    prefer=prefer,
+    backward=_backward,
+    differentiable=lambda *args: torch_op.call(*args)[0],
+    results=1,
+)
+conv.op, conv.prepare = OP, prepare

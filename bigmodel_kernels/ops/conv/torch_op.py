@@ -1,0 +1,112 @@
+"""PyTorch's own convolution and what a user writes after it: `call` with its own autograd; `fwd` and `bwd` are its forward
+and backward operators, for compiled graphs, whose backend is chosen only when they run."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from bigmodel_kernels.ops.conv import reference
+
+
+def supports(*args) -> str | None:
+    return None
+
+
+def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
+    """The convolution's arguments with the normalisation folded into the weights, and padding as PyTorch takes it."""
+    if any(before != after for before, after in zip(padding[::2], padding[1::2])):
+        pads = [p for i in reversed(range(len(padding) // 2)) for p in padding[2 * i : 2 * i + 2]]
+        x, padding = F.pad(x, pads), [0] * len(padding)
+    if scale is not None:
+        weight = weight * reference.per_output_channel(scale, weight, transposed, groups)
+        bias = None if bias is None else bias * scale
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return x, weight, bias, list(padding[::2])
+
+
+def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding):
+    x, weight, bias, padding = _folded(x, weight, bias, scale, shift, padding, transposed, groups)
+    return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def call(
+    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
+    pool, pool_size, pool_stride, save,
+):  # fmt: skip
+    y = _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding)
+    if residual is not None:
+        y = y.add_(residual)
+    y = y.relu_() if activation == "relu" else reference.activate(y, activation)
+    if pool == "max":
+        y = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(y, pool_size, pool_stride)
+    elif pool == "avg":
+        y = (F.avg_pool1d if x.dim() == 3 else F.avg_pool2d)(y, pool_size, pool_stride)
+    return y, None, None
+
+
+def fwd(
+    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
+    pool, pool_size, pool_stride, save,
+):  # fmt: skip
+    from bigmodel_kernels.ops.conv import op
+
+    if not save:
+        out = call(
+            x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding,
+            activation, pool, pool_size, pool_stride, save,
+        )[0]  # fmt: skip
+        index, pre = x.new_empty(0, dtype=torch.uint8), x.new_empty(0)
+    else:
+        y = _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding)
+        out, index, pre = reference.tail(y, residual, activation, pool, pool_size, pool_stride)
+        index = reference.channels_innermost(index) if pool == "max" else index
+        pre = reference.channels_innermost(pre) if op.saves_pre(activation, pool) else x.new_empty(0)
+    out = reference.channels_innermost(out) if op.gives_channels_last(x, weight) else out.contiguous()
+    return out, index, pre
+
+
+def bwd(
+    grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed,
+    output_padding, activation, pool, pool_size, pool_stride, save,
+):  # fmt: skip
+    from bigmodel_kernels.ops.conv import op
+
+    geometry = (stride, padding, dilation, groups, transposed, output_padding)
+    full, _, _ = op.shapes(x, weight, *geometry, activation, pool, pool_size, pool_stride)
+    d = reference.tail_gradient(grad, out, index, pre, full, activation, pool, pool_size, pool_stride)
+    padded, folded, _, pads = _folded(x, weight, None, scale, None, padding, transposed, groups)
+    # dw does not depend on the weights, so it is that of the unscaled convolution.
+    want_dw = bool(needs[1] or needs[3])
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        d,
+        padded,
+        folded,
+        None,
+        stride,
+        pads,
+        dilation,
+        transposed,
+        output_padding,
+        groups,
+        [bool(needs[0]), want_dw, False],
+    )
+    if dx is not None and padded is not x:
+        for axis, size in enumerate(x.shape[2:]):
+            dx = dx.narrow(axis + 2, padding[2 * axis], size)
+    found = reference.finish(d, dx, dw, weight, bias, scale, transposed, groups, needs)
+    return _as_promised(found, x, needs)
+
+
+def _as_promised(found, x, needs):
+    """The gradients in the memory formats of the operator; those that are not wanted empty."""
+    from bigmodel_kernels.ops.conv import op
+
+    empty = x.new_empty(0)
+    dx, dw, dbias, dscale, dshift, dresidual = (g if need else empty for g, need in zip(found, needs))
+    if needs[0]:
+        dx = reference.channels_innermost(dx) if op.is_channels_last(x) else dx.contiguous()
+    if needs[5]:
+        dresidual = reference.channels_innermost(dresidual)
+    return dx, dw.contiguous(), *(g.to(x.dtype).contiguous() for g in (dbias, dscale, dshift)), dresidual
