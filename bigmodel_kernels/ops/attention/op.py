@@ -109,7 +109,7 @@ def prepare(
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
     if not 0 <= _number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
-    left, right = _window(window)
+    left, right = window_sides(window)
     q, k, v = autocast(q, k, v)
     _check_same("k", k, q)
     _check_same("v", v, q)
@@ -122,7 +122,7 @@ def prepare(
         k,
         v,
         None if attn_mask is None else _mask(attn_mask, q, k),
-        None if alibi_slopes is None else _slopes(alibi_slopes, q),
+        None if alibi_slopes is None else slopes_2d(alibi_slopes, q.shape[0], q.shape[1], q.device),
         None,
         float(_number("scale", scale)),
         float(dropout_p),
@@ -141,7 +141,7 @@ def _number(name: str, value: float) -> float:
     return value
 
 
-def _window(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
+def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
     """(left, right) with -1 for no limit."""
     if window is None:
         return -1, -1
@@ -227,15 +227,14 @@ def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
     return mask.to(q.dtype)
 
 
-def _slopes(slopes: Tensor, q: Tensor) -> Tensor:
+def slopes_2d(slopes: Tensor, batch: int, heads: int, device: torch.device) -> Tensor:
     """alibi_slopes as float32 [B or 1, Hq], contiguous."""
     if not isinstance(slopes, Tensor):
         raise TypeError(f"alibi_slopes must be a tensor, got {type(slopes).__name__}")
-    if not slopes.is_floating_point() or slopes.device != q.device:
-        raise RuntimeError(f"alibi_slopes must be floating on {q.device}, got {slopes.dtype} on {slopes.device}")
+    if not slopes.is_floating_point() or slopes.device != device:
+        raise RuntimeError(f"alibi_slopes must be floating on {device}, got {slopes.dtype} on {slopes.device}")
     if slopes.requires_grad:
         raise ValueError("alibi_slopes must not require a gradient: it has none; pass alibi_slopes.detach()")
-    batch, heads = q.shape[:2]
     if (
         slopes.dim() not in (1, 2)
         or slopes.shape[-1] != heads

@@ -100,6 +100,22 @@ def _softmax(s: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, (torch.log(total) + largest).masked_fill(empty, -math.inf).squeeze(-1)
 
 
+def probabilities(
+    q: Tensor,  # [B, Hq, Sq, D]
+    k: Tensor,  # [B, Hkv, Sk, D]
+    attn_mask: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    window_left: int = -1,
+    window_right: int = -1,
+    lower_right: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The attention weights [B, Hq, Sq, Sk] themselves and lse [B, Hq, Sq]; 0 and -inf where a query attends to nothing."""
+    s, _ = _scores(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right)
+    return _softmax(s)
+
+
 def _arithmetic(q: Tensor) -> torch.dtype:
     return torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
 
@@ -110,8 +126,7 @@ def fwd(
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
     dtype, q, k, v = q.dtype, *(t.to(_arithmetic(t)) for t in (q, k, v))
-    s, _ = _scores(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right)
-    p, lse = _softmax(s)
+    p, lse = probabilities(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right)
     if dropout_p > 0:
         kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         p = p * dropout_keep(q, k, seed, dropout_p) * kept

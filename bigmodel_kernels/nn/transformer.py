@@ -1,0 +1,105 @@
+"""Transformer layers: torch.nn's, with attention on bmk.attention. They go into torch.nn's containers."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels.nn.attention import MultiheadAttention
+
+
+class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
+    """torch.nn.TransformerEncoderLayer: same constructor, parameters and results. Its eval-mode fast path is never taken."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._use_our_attention()
+
+    def _use_our_attention(self) -> None:
+        self.self_attn = MultiheadAttention.from_torch(self.self_attn)
+        # What torch.nn.TransformerEncoder asks before it takes the fast path, past this layer's forward.
+        self.activation_relu_or_gelu = 0
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.TransformerEncoderLayer) -> TransformerEncoderLayer:
+        """The layer that shares the parameters, hooks and settings of `module`."""
+        layer = _share(cls, module)
+        layer._use_our_attention()
+        return layer
+
+    def forward(
+        self,
+        src: Tensor,  # [S, N, E], [N, S, E] with batch_first, or [S, E]
+        src_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Output like src. is_causal promises that src_mask is the causal mask."""
+
+        def attend(x: Tensor) -> Tensor:
+            return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
+
+        if self.norm_first:
+            x = src + attend(self.norm1(src))
+            return x + self._ff_block(self.norm2(x))
+        x = self.norm1(src + attend(src))
+        return self.norm2(x + self._ff_block(x))
+
+
+class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
+    """torch.nn.TransformerDecoderLayer: same constructor, parameters and results."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._use_our_attention()
+
+    def _use_our_attention(self) -> None:
+        self.self_attn = MultiheadAttention.from_torch(self.self_attn)
+        self.multihead_attn = MultiheadAttention.from_torch(self.multihead_attn)
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.TransformerDecoderLayer) -> TransformerDecoderLayer:
+        """The layer that shares the parameters, hooks and settings of `module`."""
+        layer = _share(cls, module)
+        layer._use_our_attention()
+        return layer
+
+
+class Transformer(torch.nn.Transformer):
+    """torch.nn.Transformer: same constructor, parameters and results. A custom encoder or decoder stays as it is."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        for stack in (self.encoder, self.decoder):
+            _convert_layers(stack)
+
+    @classmethod
+    def from_torch(cls, module: torch.nn.Transformer) -> Transformer:
+        """The model that shares the parameters, hooks and settings of `module`."""
+        model = _share(cls, module)
+        for name in ("encoder", "decoder"):
+            stack = _share(type(getattr(model, name)), getattr(model, name))
+            if hasattr(stack, "layers"):
+                stack.layers = torch.nn.ModuleList(stack.layers)
+            setattr(model, name, stack)
+            _convert_layers(stack)
+        return model
+
+
+def _share(cls: type, module: torch.nn.Module) -> torch.nn.Module:
+    """A module of class `cls` with the parameters of `module`, but a list of children of its own."""
+    layer = cls.__new__(cls)
+    layer.__dict__.update(module.__dict__)
+    layer._modules = dict(module._modules)
+    return layer
+
+
+def _convert_layers(stack: torch.nn.Module) -> None:
+    if type(stack) not in (torch.nn.TransformerEncoder, torch.nn.TransformerDecoder):
+        return
+    stack.use_nested_tensor = False  # torch's own layers would take the fast path with it
+    for i, layer in enumerate(stack.layers):
+        if type(layer) is torch.nn.TransformerEncoderLayer:
+            stack.layers[i] = TransformerEncoderLayer.from_torch(layer)
+        elif type(layer) is torch.nn.TransformerDecoderLayer:
+            stack.layers[i] = TransformerDecoderLayer.from_torch(layer)
