@@ -41,6 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=choices(cases.MODELS), help=f"whole models, of {','.join(cases.MODELS)}")
     parser.add_argument("--pass", dest="passes", type=choices(PASSES), default=PASSES, help=f"of {','.join(PASSES)}")
     parser.add_argument("--dtype", type=choices(tuple(DTYPES)), default=tuple(DTYPES), help=f"of {','.join(DTYPES)}")
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
     parser.add_argument("--quick", action="store_true", help="one case per op and model, eager baselines, fewer rounds")
     parser.add_argument("--rounds", type=int, help=f"interleaved rounds (default {timer.MIN_ROUNDS})")
     parser.add_argument("--threads", type=int, default=2, help="threads of every contestant (default 2)")
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=TABLE_WIDTH)
     torch.set_num_threads(options.threads)
-    rows = cases.rows(options.groups, options.passes, options.dtype, quick=options.quick)
+    rows = cases.rows(options.groups, options.passes, options.dtype, name=options.case, quick=options.quick)
     if not rows:
         console.print("no case has this combination of options", style="bold red")
         return 2

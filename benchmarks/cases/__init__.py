@@ -96,13 +96,14 @@ def rows(
     passes: tuple[str, ...] = PASSES,
     dtypes: tuple[str, ...] = tuple(DTYPES),
     *,
+    name: str = "",
     quick: bool = False,
 ) -> list[Row]:
-    """The lines of a report, in the order of the cases."""
+    """The lines of a report, in the order of the cases; `name` is a part of the case's name."""
     return [
         Row(case, pass_, dtype)
         for case in all_cases()
-        if case.group in groups and (case.quick or not quick)
+        if case.group in groups and name in case.name and (case.quick or not quick)
         for dtype in case.dtypes
         if dtype in dtypes
         for pass_ in case.passes

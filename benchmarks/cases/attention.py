@@ -4,7 +4,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import bigmodel_kernels as bmk
 from benchmarks.cases import Case, Problem
@@ -70,6 +70,29 @@ def build(dtype, pass_, *, b, heads, sq, d, kv_heads=None, sk=None, causal=False
     )
 
 
+class SelfAttention(nn.Module):
+    """A multi-head layer on one sequence."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, S, E]
+        return self.layer(x, x, x, need_weights=False)[0]
+
+
+def build_layer(dtype, pass_, *, b, s, e, heads) -> Problem:
+    stock = nn.MultiheadAttention(e, heads, batch_first=True).to(dtype)
+    ours = bmk.nn.MultiheadAttention(e, heads, batch_first=True).to(dtype)
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(b, s, e).to(dtype).requires_grad_(pass_ == TRAIN)
+    return Problem(
+        ours=Contestant("ours", SelfAttention(ours), (x,)),
+        stock=[Contestant("eager", SelfAttention(stock), (x,))],
+        flops=2.0 * b * s * 4 * e * e + 4.0 * b * s * s * e,
+    )
+
+
 def case(name: str, *, passes=PASSES, dtypes=("fp32",), quick=False, **sizes) -> Case:
     return Case("attention", name, partial(build, **sizes), passes, dtypes, quick)
 
@@ -84,4 +107,5 @@ CASES = [
     case("B4 H8 S512 D64 key padding", b=4, heads=8, sq=512, d=64, mask=padding_mask),
     case("decode B1 H8:1 KV4096 D64", b=1, heads=8, kv_heads=1, sq=1, sk=4096, d=64, passes=(FWD,)),
     case("decode B8 H32:4 KV4096 D128", b=8, heads=32, kv_heads=4, sq=1, sk=4096, d=128, passes=(FWD,)),
+    Case("attention", "MultiheadAttention B8 S256 E512 H8", partial(build_layer, b=8, s=256, e=512, heads=8)),
 ]

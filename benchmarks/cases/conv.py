@@ -70,11 +70,6 @@ class CausalProducts(nn.Conv1d):
         return present @ x + (past @ F.pad(x[..., :-shift], (shift, 0))) + self.bias[:, None]
 
 
-class CausalOurs(nn.Conv1d):
-    def forward(self, x: Tensor) -> Tensor:  # [B, C, T]
-        return bmk.conv(x, self.weight, self.bias, padding="causal", dilation=self.dilation)
-
-
 def draw(shape, dtype, *, grid: bool, train: bool) -> Tensor:
     x = torch.randn(shape)
     return (on_grid(x, 1 / 8) if grid else x).to(dtype).requires_grad_(train)
@@ -113,7 +108,7 @@ def build(dtype, pass_, *, layers, shape) -> Problem:
 def build_causal(dtype, pass_, *, channels, length, dilation) -> Problem:
     arguments = (channels, channels, 2)
     eager = Causal(*arguments, dilation=dilation).to(dtype)
-    twins = [kind(*arguments, dilation=dilation).to(dtype) for kind in (CausalProducts, CausalOurs)]
+    twins = [kind(*arguments, dilation=dilation).to(dtype) for kind in (CausalProducts, bmk.nn.CausalConv1d)]
     for twin in twins:
         twin.load_state_dict(eager.state_dict())
     x = draw((1, channels, length), dtype, grid=False, train=pass_ == TRAIN)
