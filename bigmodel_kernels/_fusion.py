@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from bigmodel_kernels.ops.conv.op import conv
+from bigmodel_kernels import nn as bnn
+from bigmodel_kernels.ops.conv import conv
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, bnn.Conv1d, bnn.Conv2d)  # a subclass may compute anything
 _ACTIVATION_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
 _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     F.relu: "relu",
@@ -142,11 +144,7 @@ def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
     chains = []
     for node in graph.nodes:
         convolution = layer(node)
-        if (
-            not isinstance(convolution, (nn.Conv1d, nn.Conv2d))
-            or convolution.padding_mode != "zeros"
-            or len(node.args) != 1
-        ):
+        if type(convolution) not in _CONVOLUTIONS or convolution.padding_mode != "zeros" or len(node.args) != 1:
             continue
         chain = _Chain([node], [type(convolution).__name__])
         following = next_node(node)
