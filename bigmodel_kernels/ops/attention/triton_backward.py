@@ -1,0 +1,321 @@
+"""Attention backward in Triton: three kernels, each of which owns what it writes, so that every run gives the same bits.
+
+p = exp(s - lse); dp = do v^T; delta = sum_d do out - dlse; ds = p (dp - delta) (softcap's slope)
+dq = scale ds k; dk = scale ds^T q; dv = p^T do; dmask = p (dp - delta)
+
+query_kernel: a program owns BLOCK_M rows of dq, goes over the keys, and leaves delta for the other two.
+key_kernel: a program owns BLOCK_N rows of dk and dv, goes over the query heads of its key head and over their queries; its
+tiles are transposed, so that p and ds are left operands straight from registers.
+mask_kernel (only if the mask's gradient is asked for): a program owns a tile of it, and goes over everything the mask is
+broadcast along.
+Tiles off causality or window are not visited; pairs are tested only on the edge; what is not finite is done again carefully,
+as in the forward.
+Floor: 7 products instead of the 5 of a kernel that adds up dq atomically: 3.5 times the operations of the forward.
+"""
+
+import triton
+import triton.language as tl
+
+from bigmodel_kernels.ops.attention.triton_tile import (
+    LOG2E,
+    NO_MASK,
+    add_product,
+    all_finite,
+    finish_scores,
+    head_pointer,
+    keep_tile,
+    load_tile,
+    part_of_span,
+    span,
+    store_tile,
+    tile_of_program,
+)
+
+LENGTHS = [
+    "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
+]  # fmt: skip
+
+
+@triton.jit
+def load_lse(pointer, batch_head, i, q_len):
+    """lse of the queries i in units of log2; +inf, so that 2^(s - lse) is 0, where there is none."""
+    lse = tl.load(pointer + tl.cast(batch_head, tl.int64) * q_len + i, mask=i < q_len, other=float("-inf"))
+    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+
+
+@triton.jit
+def score_gradient(p, dp, delta, EXCLUDES: tl.constexpr):
+    """p (dp - delta), 0 where p is, whatever dp is there."""
+    ds = p * (dp - delta)
+    if EXCLUDES:
+        ds = tl.where(p == 0.0, 0.0, ds)
+    return ds
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def query_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Sk, D]
+    v_pointer,  # [B, Hkv, Sk, Dv]
+    mask_pointer,  # [B, Hq, Sq, Sk], strides 0 where it is broadcast
+    slopes_pointer,  # [B, Hq]
+    seed_pointer,  # [1]
+    out_pointer,  # [B, Hq, Sq, Dv]
+    grad_out_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq], contiguous, as are the two below
+    grad_lse_pointer,  # [B, Hq, Sq]
+    delta_pointer,  # [B, Hq, Sq]
+    dq_pointer,  # [B, Hq, Sq, D]
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride, out_strides, grad_out_strides, dq_strides,
+    heads, group, batch_heads, together, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, GRAD_LSE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(q_len, BLOCK_M)
+    tile, batch_head = tile_of_program(tiles, batch_heads, together)
+    batch, head = batch_head // heads, batch_head % heads
+    start_m = (tiles - 1 - tile) * BLOCK_M
+    i = start_m + tl.arange(0, BLOCK_M)
+    rows = tl.cast(batch_head, tl.int64) * q_len + i
+
+    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
+    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
+    q_head = head_pointer(q_pointer, q_strides, batch, head)
+    out_head = head_pointer(out_pointer, out_strides, batch, head)
+    grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
+    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+    out = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+    lse = load_lse(lse_pointer, batch_head, i, q_len)
+    delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+    if GRAD_LSE:
+        delta -= tl.load(grad_lse_pointer + rows, mask=i < q_len, other=0.0)
+    tl.store(delta_pointer + rows, delta, mask=i < q_len)
+    mask_head, slope, seed = mask_pointer, 0.0, 0
+    if MASK != NO_MASK:
+        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+    if ALIBI:
+        slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+
+    first = start_m + offset
+    last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
+    lo, a, b, hi = span(first, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
+    EXCLUDES: tl.constexpr = LEFT or RIGHT or MASK != NO_MASK
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.static_range(4 if EXCLUDES else 3):  # 3: the whole again, carefully
+        CAREFUL: tl.constexpr = part == 3
+        EDGE: tl.constexpr = part != 1
+        if part > 0 or LEFT:
+            begin, end = part_of_span(part, lo, a, b, hi)
+            if CAREFUL:
+                begin, end = lo, tl.where(all_finite(dq), lo, hi)
+                dq = tl.where(end > begin, 0.0, dq)
+            for start_n in range(begin, end, BLOCK_N):
+                j = start_n + tl.arange(0, BLOCK_N)
+                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, EDGE)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s, unit, capped = finish_scores(
+                    s, i[:, None], j[None, :],
+                    mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                    EDGE, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                )  # fmt: skip
+                p = tl.exp2(s * unit - lse[:, None])
+                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, EDGE)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if DROPOUT:
+                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
+                    dp = tl.where(keep, dp * kept, 0.0)
+                ds = score_gradient(p, dp, delta[:, None], EDGE or MASK != NO_MASK)
+                if SOFTCAP:
+                    ds = ds * capped
+                dq = add_product(ds, k, dq, CAREFUL, PRECISION)
+
+    dq_head = head_pointer(dq_pointer, dq_strides, batch, head)
+    store_tile(dq_head, dq * scale, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def key_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Sk, D]
+    v_pointer,  # [B, Hkv, Sk, Dv]
+    mask_pointer,  # [B, Hq, Sq, Sk], strides 0 where it is broadcast
+    slopes_pointer,  # [B, Hq]
+    seed_pointer,  # [1]
+    grad_out_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq], contiguous, as is delta
+    delta_pointer,  # [B, Hq, Sq]
+    dk_pointer,  # [B, Hkv, Sk, D]
+    dv_pointer,  # [B, Hkv, Sk, Dv]
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides, dk_strides, dv_strides,
+    heads, group, batch_heads, together, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    tile, batch_kv_head = tile_of_program(tl.cdiv(k_len, BLOCK_N), batch_heads // group, together)
+    kv_heads = heads // group
+    batch, kv_head = batch_kv_head // kv_heads, batch_kv_head % kv_heads
+    start_n = tile * BLOCK_N
+    j = start_n + tl.arange(0, BLOCK_N)
+
+    k_head = head_pointer(k_pointer, k_strides, batch, kv_head)
+    v_head = head_pointer(v_pointer, v_strides, batch, kv_head)
+    k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
+    v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+
+    first = start_n - offset
+    last = tl.minimum(start_n + BLOCK_N, k_len) - 1 - offset
+    lo, a, b, hi = span(first, last, window_right, window_left, q_len, RIGHT, LEFT, BLOCK_M)
+    EXCLUDES: tl.constexpr = LEFT or RIGHT or MASK != NO_MASK
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for carefully in tl.static_range(2 if EXCLUDES else 1):
+        CAREFUL: tl.constexpr = carefully == 1
+        heads_here = group
+        if CAREFUL:
+            heads_here = tl.where(all_finite(dk) & all_finite(dv), 0, group)
+            dk = tl.where(heads_here > 0, 0.0, dk)
+            dv = tl.where(heads_here > 0, 0.0, dv)
+        for member in range(0, heads_here):
+            head = kv_head * group + member
+            batch_head = batch * heads + head
+            q_head = head_pointer(q_pointer, q_strides, batch, head)
+            grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+            mask_head, slope = mask_pointer, 0.0
+            if MASK != NO_MASK:
+                mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+            if ALIBI:
+                slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+            for part in tl.static_range(3):
+                EDGE: tl.constexpr = part != 1
+                if (part == 2 if CAREFUL else (part > 0 or RIGHT)):
+                    begin, end = part_of_span(part, lo, a, b, hi)
+                    if CAREFUL:
+                        begin = lo
+                    for start_m in range(begin, end, BLOCK_M):
+                        i = start_m + tl.arange(0, BLOCK_M)
+                        q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, EDGE)
+                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                        s, unit, capped = finish_scores(
+                            s, i[None, :], j[:, None],
+                            mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                            EDGE, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                        )  # fmt: skip
+                        lse = load_lse(lse_pointer, batch_head, i, q_len)
+                        p = tl.exp2(s * unit - lse[None, :])
+                        do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, EDGE)
+                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                        weights = p
+                        if DROPOUT:
+                            keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
+                            weights = tl.where(keep, p, 0.0)
+                            dp = tl.where(keep, dp * kept, 0.0)
+                        dv = add_product(weights, do, dv, CAREFUL, PRECISION)
+                        rows = tl.cast(batch_head, tl.int64) * q_len + i
+                        delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
+                        ds = score_gradient(p, dp, delta[None, :], EDGE or MASK != NO_MASK)
+                        if SOFTCAP:
+                            ds = ds * capped
+                        dk = add_product(ds, q, dk, CAREFUL, PRECISION)
+
+    dk_head = head_pointer(dk_pointer, dk_strides, batch, kv_head)
+    dv_head = head_pointer(dv_pointer, dv_strides, batch, kv_head)
+    store_tile(dk_head, dk * scale, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
+    store_tile(dv_head, dv * kept, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "mask_heads", "mask_rows", "mask_columns", "batches_here", "heads_here"])
+def mask_kernel(
+    q_pointer,  # [B, Hq, Sq, D]
+    k_pointer,  # [B, Hkv, Sk, D]
+    v_pointer,  # [B, Hkv, Sk, Dv]
+    mask_pointer,  # [B, Hq, Sq, Sk], strides 0 where it is broadcast
+    slopes_pointer,  # [B, Hq]
+    seed_pointer,  # [1]
+    grad_out_pointer,  # [B, Hq, Sq, Dv]
+    lse_pointer,  # [B, Hq, Sq], contiguous, as is delta
+    delta_pointer,  # [B, Hq, Sq]
+    dmask_pointer,  # [B or 1, Hq or 1, Sq or 1, Sk or 1], contiguous
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+    heads, group, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    mask_heads, mask_rows, mask_columns, batches_here, heads_here,  # of dmask; over how many each of its entries is summed
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, ONE_ROW: tl.constexpr, ONE_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row_tiles, column_tiles = tl.cdiv(mask_rows, BLOCK_M), tl.cdiv(mask_columns, BLOCK_N)
+    program = tl.program_id(0)
+    tile_n = program % column_tiles
+    tile_m = program // column_tiles % row_tiles
+    mask_batch_head = program // column_tiles // row_tiles
+    seed = 0
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+    first_m, end_m = tile_m * BLOCK_M, tl.minimum(tile_m * BLOCK_M + BLOCK_M, q_len)
+    first_n, end_n = tile_n * BLOCK_N, tl.minimum(tile_n * BLOCK_N + BLOCK_N, k_len)
+    if ONE_ROW:
+        end_m = q_len
+    if ONE_COLUMN:
+        end_n = k_len
+
+    dmask = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for pair in range(0, batches_here * heads_here):
+        batch = mask_batch_head // mask_heads + pair // heads_here
+        head = mask_batch_head % mask_heads + pair % heads_here
+        batch_head = batch * heads + head
+        q_head = head_pointer(q_pointer, q_strides, batch, head)
+        k_head = head_pointer(k_pointer, k_strides, batch, head // group)
+        v_head = head_pointer(v_pointer, v_strides, batch, head // group)
+        grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+        slope = 0.0
+        if ALIBI:
+            slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+        for start_m in range(first_m, end_m, BLOCK_M):
+            i = start_m + tl.arange(0, BLOCK_M)
+            q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
+            do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+            lse = load_lse(lse_pointer, batch_head, i, q_len)
+            rows = tl.cast(batch_head, tl.int64) * q_len + i
+            delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
+            last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
+            lo, _, _, hi = span(start_m + offset, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
+            for start_n in range(tl.maximum(first_n, lo), tl.minimum(end_n, hi), BLOCK_N):
+                j = start_n + tl.arange(0, BLOCK_N)
+                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s, unit, _ = finish_scores(
+                    s, i[:, None], j[None, :],
+                    mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                    True, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                )  # fmt: skip
+                p = tl.exp2(s * unit - lse[:, None])
+                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if DROPOUT:
+                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
+                    dp = tl.where(keep, dp * kept, 0.0)
+                dmask += score_gradient(p, dp, delta[:, None], True)
+
+    base = dmask_pointer + tl.cast(mask_batch_head, tl.int64) * mask_rows * mask_columns
+    if ONE_ROW:
+        dmask = tl.where(tl.arange(0, BLOCK_M)[:, None] == 0, tl.sum(dmask, 0)[None, :], 0.0)
+    if ONE_COLUMN:
+        dmask = tl.where(tl.arange(0, BLOCK_N)[None, :] == 0, tl.sum(dmask, 1)[:, None], 0.0)
+    i, j = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    pointers = base + i.to(tl.int64)[:, None] * mask_columns + j[None, :]
+    inside = (i < mask_rows)[:, None] & (j < mask_columns)[None, :]
+    tl.store(pointers, dmask.to(dmask_pointer.dtype.element_ty), mask=inside)

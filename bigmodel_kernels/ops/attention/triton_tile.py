@@ -1,0 +1,201 @@
+"""What the Triton kernels of attention share: which tiles to visit, how one is loaded, scored, dropped out and multiplied.
+
+A tile is BLOCK_M queries by BLOCK_N keys; `i` and `j` are the indices of its queries and keys, shaped [M, 1] and [1, N], or
+[1, M] and [N, 1] where a kernel works on the transposed tile. Scores are kept in units of log2 (score * log2 e), because
+2^x is the GPU's instruction. Offsets are int64 from the start of a tile on: a tensor may pass 2^31 elements in any stride.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+NO_MASK, BOOL_MASK, ADDED_MASK = (tl.constexpr(kind) for kind in range(3))  # what MASK says of attn_mask
+
+
+@triton.jit
+def tile_of_program(tiles, batch_heads, together):
+    """(tile, batch x head) of this program: tile by tile over `together` heads, whose keys and values fit in L2, then the next."""
+    program = tl.program_id(0)
+    first = program // (tiles * together) * together
+    count = tl.minimum(together, batch_heads - first)
+    rest = program - first * tiles
+    return rest // count, first + rest % count
+
+
+@triton.jit
+def span(first, last, below, above, size, BELOW: tl.constexpr, ABOVE: tl.constexpr, BLOCK: tl.constexpr):
+    """Of the other side's indices 0 .. size, those that positions first .. last see, from x - below to x + above.
+
+    Returns (lo, a, b, hi): tiles from lo and from b to hi hold pairs to exclude, those from a to b are seen whole.
+    """
+    lo, hi = 0, size
+    whole_lo, whole_hi = 0, size
+    if BELOW:
+        lo = tl.maximum(first - below, 0) // BLOCK * BLOCK
+        whole_lo = tl.cdiv(tl.maximum(last - below, 0), BLOCK) * BLOCK
+    if ABOVE:
+        hi = tl.minimum(size, tl.maximum(last + above + 1, 0))
+        whole_hi = tl.minimum(size, tl.maximum(first + above + 1, 0))
+    hi = tl.maximum(hi, lo)
+    a = tl.minimum(tl.maximum(whole_lo, lo), hi)
+    b = tl.maximum(a, whole_hi // BLOCK * BLOCK)
+    return lo, a, b, hi
+
+
+@triton.jit
+def part_of_span(part: tl.constexpr, lo, a, b, hi):
+    """Loop bounds of part 0 (the edge below), 1 (whole tiles), 2 (the edge above)."""
+    begin, end = lo, a
+    if part == 1:
+        begin, end = a, b
+    elif part == 2:
+        begin, end = b, hi
+    return begin, end
+
+
+@triton.jit
+def head_pointer(pointer, strides, batch, head):
+    return pointer + tl.cast(batch, tl.int64) * strides[0] + tl.cast(head, tl.int64) * strides[1]
+
+
+@triton.jit
+def tile_pointers(pointer, start, strides, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Pointers to rows start .. start + ROWS of one head's [S, D]."""
+    rows = tl.arange(0, ROWS).to(tl.int64)[:, None] * strides[2]
+    columns = tl.arange(0, COLUMNS).to(tl.int64)[None, :] * strides[3]
+    return pointer + tl.cast(start, tl.int64) * strides[2] + (rows + columns)
+
+
+@triton.jit
+def inside(start, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return (start + tl.arange(0, ROWS) < size)[:, None] & (tl.arange(0, COLUMNS) < WIDTH)[None, :]
+
+
+@triton.jit
+def load_tile(
+    pointer, start, strides, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr
+):  # fmt: skip
+    """Rows start .. start + ROWS of one head's [S, D], 0 past the last row (looked at if EDGE) and past the last column."""
+    pointers = tile_pointers(pointer, start, strides, ROWS, COLUMNS)
+    if EDGE:
+        tile = tl.load(pointers, mask=inside(start, size, WIDTH, ROWS, COLUMNS), other=0.0)
+    elif WIDTH != COLUMNS:
+        tile = tl.load(pointers, mask=(tl.arange(0, COLUMNS) < WIDTH)[None, :], other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    pointer, tile, start, strides, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    pointers = tile_pointers(pointer, start, strides, ROWS, COLUMNS)
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside(start, size, WIDTH, ROWS, COLUMNS))
+
+
+@triton.jit
+def tanh(x):
+    """To 2 units in the last place: an odd polynomial near 0 (Moshier's Cephes), 1 - 2 / (e^2x + 1) beyond."""
+    magnitude = tl.abs(x)
+    z = x * x
+    near = z * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def finish_scores(
+    s, i, j,
+    mask_pointer, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+    EDGE: tl.constexpr, MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, LEFT: tl.constexpr,
+    RIGHT: tl.constexpr,
+):  # fmt: skip
+    """From the product of queries and keys: (s, unit, slope of softcap), the scores in log2 being s * unit, -inf if excluded.
+
+    Without softcap, ALiBi and mask, `unit` stays a factor for the caller, who then gets s * unit - max as one instruction.
+    EDGE: the tile may hold pairs outside q_len x k_len, causality or window.
+    """
+    unit = scale * LOG2E
+    capped = 1.0
+    if SOFTCAP:
+        t = tanh(s * (scale / softcap))
+        capped = 1.0 - t * t
+        s = t * (softcap * LOG2E)
+        unit = 1.0
+    elif ALIBI or MASK != NO_MASK:
+        s = s * unit
+        unit = 1.0
+    if ALIBI:
+        s -= slope * LOG2E * tl.abs(i + offset - j).to(tl.float32)
+    if MASK != NO_MASK:
+        pointers = mask_pointer + i.to(tl.int64) * mask_strides[2] + j.to(tl.int64) * mask_strides[3]
+        mask = tl.load(pointers, mask=(i < q_len) & (j < k_len), other=0)
+        if MASK == BOOL_MASK:
+            s = tl.where(mask, s, float("-inf"))
+        else:
+            added = mask.to(tl.float32) * LOG2E
+            s = tl.where(added == float("-inf"), float("-inf"), s + added)
+    if EDGE:
+        seen = (i < q_len) & (j < k_len)
+        if LEFT:
+            seen = seen & (i + offset - j <= window_left)
+        if RIGHT:
+            seen = seen & (j - i - offset <= window_right)
+        s = tl.where(seen, s, float("-inf"))
+    return s, unit, capped
+
+
+@triton.jit
+def keep_tile(
+    seed, start_m, start_n, batch_head, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr
+):  # fmt: skip
+    """Which weights of a tile dropout keeps, [M, N] or [N, M]: see reference.dropout_keep, which defines the numbers.
+
+    One Philox call gives four keys that lie 16 apart. start_n and BLOCK_N are multiples of 64.
+    """
+    key = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    query = start_m + tl.arange(0, BLOCK_M)
+    if TRANSPOSED:
+        c0, c1 = tl.broadcast(key[:, None], query[None, :])
+    else:
+        c0, c1 = tl.broadcast(key[None, :], query[:, None])
+    zero = c0 * 0
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + batch_head, zero)
+    pairs = tl.join(
+        tl.join((w0 >= threshold).to(tl.int8), (w1 >= threshold).to(tl.int8)),
+        tl.join((w2 >= threshold).to(tl.int8), (w3 >= threshold).to(tl.int8)),
+    )  # [.., .., low bit of the word's number, high bit]
+    if TRANSPOSED:
+        parts = tl.reshape(pairs, (BLOCK_N // 64, 16, BLOCK_M, 2, 2))
+        keep = tl.reshape(tl.permute(parts, (0, 4, 3, 1, 2)), (BLOCK_N, BLOCK_M))
+    else:
+        parts = tl.reshape(pairs, (BLOCK_M, BLOCK_N // 64, 16, 2, 2))
+        keep = tl.reshape(tl.permute(parts, (0, 1, 4, 3, 2)), (BLOCK_M, BLOCK_N))
+    return keep != 0
+
+
+@triton.jit
+def all_finite(x):
+    return tl.sum(tl.sum(x * 0.0, 1), 0) == 0.0
+
+
+@triton.jit
+def add_product(weights, x, total, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
+    """total + weights x; CAREFUL: what a weight of 0 meets counts as 0 even if infinite or NaN."""
+    w = weights.to(x.dtype)
+    if CAREFUL:
+        finite = tl.abs(x) < float("inf")
+        total = tl.dot(w, tl.where(finite, x, 0.0).to(x.dtype), total, input_precision=PRECISION)
+        counts = (weights != 0.0).to(x.dtype)
+        upward = tl.dot(counts, ((x == float("inf")) | (x != x)).to(x.dtype), input_precision=PRECISION)
+        total = tl.where(upward > 0.0, total + float("inf"), total)
+        downward = tl.dot(counts, ((x == float("-inf")) | (x != x)).to(x.dtype), input_precision=PRECISION)
+        total = tl.where(downward > 0.0, total - float("inf"), total)
+    else:
+        total = tl.dot(w, x, total, input_precision=PRECISION)
+    return total
