@@ -16,6 +16,7 @@ from benchmarks.contestant import DTYPES
 ROOT = Path(__file__).resolve().parent.parent
 GEMM_SIZE = 2048
 COPY_BYTES = (1 << 20, 8 << 20, 256 << 20)  # copies that live in the private caches, in the shared cache, in memory
+RUNTIME_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_", "BIGMODEL_")
 PEAK_SECONDS = 0.6  # spent on each peak; the fastest of the runs counts
 
 
@@ -101,13 +102,38 @@ def git_commit() -> str:
     return head.stdout.strip() + ("+changes" if diff.stdout.strip() else "")
 
 
+class Others:
+    """The part of all CPUs that other programs (and a hypervisor) took inside the `with` block; None where /proc/stat
+    does not tell. Threads that wait for each other are slowed by far more than that part."""
+
+    share: float | None = None
+
+    def __enter__(self) -> "Others":
+        self._busy, self._own, self._start = busy_seconds(), time.process_time(), time.perf_counter()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._busy is not None:
+            others = (busy_seconds() - self._busy) - (time.process_time() - self._own)
+            self.share = max(0.0, others / (os.cpu_count() * (time.perf_counter() - self._start)))
+
+
+def busy_seconds() -> float | None:
+    """CPU seconds that all CPUs together have been busy since the machine started."""
+    try:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, ticks)
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def describe() -> dict:
     """Everything that names the machine and the software; goes into every report."""
     build = bmk.build_info()
     return {
         "device": cpu_model(),
         "cpus": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
         "threads": torch.get_num_threads(),
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "isa": build.get("isa", "not built"),
@@ -116,5 +142,6 @@ def describe() -> dict:
         "torch": torch.__version__,
         "version": bmk.__version__,
         "commit": git_commit(),
+        "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(RUNTIME_VARIABLES)},
         "build": build,
     }

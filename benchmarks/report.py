@@ -18,6 +18,7 @@ EQUAL = (0.97, 1.03)  # ratios that count as equal
 FELL = 0.9  # a ratio below this part of its older value, with bands apart, is a regression
 WIN, TIE, LOSS, WRONG = "faster", "equal", "slower", "WRONG"
 UNIT = {"compute": "flops", "memory": "bytes"}  # what the floor of a row counts
+BUSY = 0.05  # from this part of the CPUs on, other programs are named as a disturbance
 STYLE = {WIN: "green", TIE: "yellow", LOSS: "bold red", WRONG: "bold white on red"}
 
 
@@ -38,6 +39,7 @@ class Result:
     median: dict[str, float] = field(default_factory=dict)  # contestant -> seconds
     left_early: list[str] = field(default_factory=list)  # contestants that the trial rounds ruled out
     rounds: int = 0
+    others: float | None = None  # part of the CPUs that other programs took meanwhile
     flops: float = 0.0
     traffic: float = 0.0
     floor: float | None = None
@@ -95,7 +97,7 @@ def cells(result: Result) -> dict[str, str]:
 
 
 def summary(results: list[Result]) -> dict:
-    """Counts, and the losses and wrong rows by name."""
+    """Counts, the losses and wrong rows by name, and how many rows were timed beside other programs."""
     count = Counter(result.verdict for result in results)
     return {
         "faster": count[WIN],
@@ -103,6 +105,7 @@ def summary(results: list[Result]) -> dict:
         "slower": count[LOSS],
         "wrong": count[WRONG],
         "slower_rows": [f"{r.id} ({r.ratio:.2f}x)" for r in results if r.verdict == LOSS],
+        "disturbed_rows": sum((result.others or 0.0) > BUSY for result in results),
         "wrong_rows": [r.id for r in results if r.verdict == WRONG],
     }
 
@@ -110,13 +113,18 @@ def summary(results: list[Result]) -> dict:
 def summary_text(results: list[Result]) -> str:
     s = summary(results)
     low, high = EQUAL
-    text = (
+    head = (
         f"{len(results)} cases: faster on {s['faster']}, equal ({low}-{high}) on {s['equal']}, slower on {s['slower']}"
     )
-    text += f", wrong on {s['wrong']}" if s["wrong"] else ""
-    return "\n".join(
-        [text, *(f"  slower: {row}" for row in s["slower_rows"]), *(f"  WRONG: {r}" for r in s["wrong_rows"])]
-    )
+    lines = [head + (f", wrong on {s['wrong']}" if s["wrong"] else "")]
+    lines += [f"  slower: {row}" for row in s["slower_rows"]]
+    lines += [f"  WRONG: {row}" for row in s["wrong_rows"]]
+    if s["disturbed_rows"]:
+        lines.append(
+            f"other programs took more than {BUSY:.0%} of the CPUs while {s['disturbed_rows']} of these were timed:"
+        )
+        lines.append("  threads that wait for each other suffer most from that; repeat it on a quiet machine")
+    return "\n".join(lines)
 
 
 def machine_text(machine: dict, peaks: dict) -> str:

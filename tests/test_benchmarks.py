@@ -13,7 +13,7 @@ from torch import nn
 
 import bigmodel_kernels as bmk
 from benchmarks import __main__ as command
-from benchmarks import cases, plot, report, timer
+from benchmarks import cases, machine, plot, report, timer
 from benchmarks.check import WrongBaseline, check
 from benchmarks.contestant import FWD, PASSES, TRAIN, Contestant
 from benchmarks.machine import Peaks
@@ -213,6 +213,22 @@ def test_summary_names_losses_and_wrong_rows():
     assert "4 cases: faster on 1, equal (0.97-1.03) on 1, slower on 1, wrong on 1" in text
     assert "slower: lstm | c | fwd | fp32 (0.50x)" in text
     assert "WRONG: lstm | d | fwd | fp32" in text
+
+
+def test_other_programs_are_noticed(monkeypatch):
+    busy, own = iter([10.0, 10.9]), iter([3.0, 3.5])
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(machine, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(machine.time, "process_time", lambda: next(own))
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 4)
+    with machine.Others() as others:
+        pass
+    assert others.share == pytest.approx(0.1)
+    disturbed = result(2.0)
+    disturbed.others = others.share
+    assert "other programs" in report.summary_text([disturbed])
+    assert "other programs" not in report.summary_text(RESULTS)
 
 
 def test_files_hold_every_row(tmp_path):
