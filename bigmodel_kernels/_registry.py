@@ -64,17 +64,24 @@ def use_backend(name: str) -> Iterator[None]:
         _wanted.reset(token)
 
 
-@functools.cache
 def availability(op: str, backend: str) -> str | None:
     """Why `backend` has no kernel of `op` on this machine, whatever the arguments; None where it has."""
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    return _availability(op, backend, interpreted)
+
+
+@functools.cache
+def _availability(op: str, backend: str, interpreted: bool) -> str | None:
     if importlib.util.find_spec(f"bigmodel_kernels.ops.{op}.{FILES[backend]}") is None:
         return f"this version has no {backend} kernel of {op}"
     if backend in ("cpu", "cuda") and not _extension.has_kernel(f"{op}_fwd", backend.upper()):
         return _extension.native_error or f"the binary was built without the {backend} kernel of {op}"
-    if backend == "cuda" and not torch.cuda.is_available():
-        return "no GPU was found"
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
+    if backend in ("cuda", "triton") and not (torch.cuda.is_available() or interpreted):
+        return "no GPU was found" + (
+            " (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)" if backend == "triton" else ""
+        )
     return None
 
 

@@ -52,12 +52,14 @@ def test_without_binaries_everything_runs_on_torch_and_says_why(without_binaries
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "_native.so is not built; build it with: pip install --no-build-isolation ." in done.stdout
-    code = "import torch, bigmodel_kernels as bmk; q = torch.randn(1, 2, 16, 8); print(bmk.explain(bmk.attention, q, q, q).backend)"
+    code = (
+        "import torch, bigmodel_kernels as bmk\n"
+        "q = torch.randn(1, 2, 16, 8)\n"
+        "print(bmk.explain(bmk.attention, q, q, q).backend)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(without_binaries)}
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(without_binaries)},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], cwd=without_binaries, env=environment, capture_output=True, text=True
     )
     assert done.stdout.strip() == "torch", done.stderr
 
