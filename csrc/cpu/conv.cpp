@@ -31,6 +31,8 @@ std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weigh
   Tensor index = save_index ? new_channels_last(x, call.out_shape, torch::headeronly::ScalarType::Byte)
                             : torch::stable::new_empty(x, {0}, torch::headeronly::ScalarType::Byte);
   Tensor pre = save_pre ? new_channels_last(x, call.pre_shape(), std::nullopt) : torch::stable::new_empty(x, {0});
+  // Pixels that no window of the pool covers are not computed, and their gradient, which is 0, must not meet a NaN.
+  if (save_pre && call.window.kind == Pooling::avg) torch::stable::zero_(pre);
   const ConvForward arguments{call.conv,
                               transposed,
                               call.window,

@@ -6,13 +6,15 @@
 //   dx        = the pass in the other direction over d, weights times scale
 //   dweight   = scale * dw,  dw the product of d and x
 //   dscale    = sum d u = <weight, dw> + bias * dshift, so that u is neither stored nor computed again
-#include "conv_activation.h"
+// clang-format off: each builds on those before it
 #include "conv_block.h"
+#include "conv_activation.h"
 #include "conv_direct.h"
-#include "conv_gradient.h"
-#include "conv_pass.h"
-#include "conv_wgrad.h"
 #include "conv_winograd.h"
+#include "conv_pass.h"
+#include "conv_gradient.h"
+#include "conv_wgrad.h"
+// clang-format on
 
 // dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale) and dscale (<weight, dw>).
 template <class T, class S>

@@ -1,14 +1,33 @@
 // Blocks: the part of an image that a task works on, as [rows][columns][stride] elements of the compute type, channels
 // innermost, zero outside the image. Included by for_each_isa.h inside the namespace of each instruction set.
 
+// Bytes as numbers of T, and back. GCC narrows 32-bit lanes to bytes in one instruction, but not floats.
+template <class T>
+struct Bytes {
+  static constexpr int W = kLanes<T>;
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane;
+  typedef lane wide __attribute__((vector_size(ISA_VECTOR_BYTES)));
+  typedef uint8_t narrow __attribute__((vector_size(W)));
+  static INLINE vec<T> read(const uint8_t* p) {
+    narrow bytes;
+    std::memcpy(&bytes, p, W);
+    return __builtin_convertvector(__builtin_convertvector(bytes, wide), vec<T>);
+  }
+  static INLINE void write(uint8_t* p, vec<T> v) {
+    const narrow bytes = __builtin_convertvector(__builtin_convertvector(v, wide), narrow);
+    std::memcpy(p, &bytes, W);
+  }
+};
+
 // Any storage type as a vector of T: the first n lanes (all of them where n is larger), the others 0.
 template <class T, class S>
 INLINE vec<T> read_lanes(const S* p, int64_t n) {
   constexpr int W = kLanes<T>;
   if constexpr (std::is_same_v<S, uint8_t>) {
-    T lanes[W] = {};
-    for (int64_t i = 0; i < std::min<int64_t>(n, W); ++i) lanes[i] = static_cast<T>(p[i]);
-    return load(lanes);
+    if (n >= W) return Bytes<T>::read(p);
+    uint8_t bytes[W] = {};
+    std::memcpy(bytes, p, n);
+    return Bytes<T>::read(bytes);
   } else {
     return n >= W ? load(p) : load_partial(p, n);
   }
@@ -18,9 +37,9 @@ template <class T, class S>
 INLINE void write_lanes(S* p, vec<T> v, int64_t n) {
   constexpr int W = kLanes<T>;
   if constexpr (std::is_same_v<S, uint8_t>) {
-    T lanes[W];
-    store(lanes, v);
-    for (int64_t i = 0; i < std::min<int64_t>(n, W); ++i) p[i] = static_cast<uint8_t>(lanes[i]);
+    uint8_t bytes[W];
+    Bytes<T>::write(n >= W ? p : bytes, v);
+    if (n < W) std::memcpy(p, bytes, n);
   } else {
     if (n >= W)
       store(p, v);

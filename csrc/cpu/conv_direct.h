@@ -48,18 +48,18 @@ inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weigh
       const int64_t g = i / panels, first = i % panels * kColumns;
       const int64_t columns = std::min(kColumns, padded - first);
       T* panel = packed + g * depth * padded + first * depth;
-      for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
-        for (int64_t kw = 0; kw < pass.w.axis.taps; ++kw) {
-          const S* source = weights.data + g * weights.group + kh * weights.h + kw * weights.w;
-          T* out = panel + pass.weight_row(kh, kw) * columns;
-          for (int64_t c = 0; c < pass.channels; ++c, out += columns) {
-            const T scale = weights.scale ? to_compute(weights.scale[g * pass.channels + c]) : T(1);
-            for (int64_t j = 0; j < columns; ++j) {
-              const int64_t o = first + j;
-              out[j] = o < pass.out_channels ? to_compute(source[o * weights.out + c * weights.in]) * scale : T(0);
-            }
-          }
+      // Along the weight's own memory, which is a few taps at a time; the panel is written within the first-level cache.
+      for (int64_t j = 0; j < columns; ++j) {
+        const bool real = first + j < pass.out_channels;
+        const S* source = weights.data + g * weights.group + (first + j) * weights.out;
+        for (int64_t c = 0; c < pass.channels; ++c) {
+          const T scale = weights.scale ? to_compute(weights.scale[g * pass.channels + c]) : T(1);
+          for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
+            for (int64_t kw = 0; kw < pass.w.axis.taps; ++kw)
+              panel[(pass.weight_row(kh, kw) + c) * columns + j] =
+                  real ? to_compute(source[c * weights.in + kh * weights.h + kw * weights.w]) * scale : T(0);
         }
+      }
     }
   });
   static_assert(kColumns % W == 0);

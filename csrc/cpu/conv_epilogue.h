@@ -72,24 +72,34 @@ struct Epilogue {
   template <Activation kActivation, bool kIndex>
   INLINE void pick_max(const Band& band, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
                        T* chosen) const {
+    if (bands->window.h == 2 && bands->window.w == 2)
+      pick_max_of<kActivation, kIndex, 2>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+    else
+      pick_max_of<kActivation, kIndex, 0>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+  }
+
+  // kSide x kSide windows, or those of any size for kSide = 0.
+  template <Activation kActivation, bool kIndex, int kSide>
+  INLINE void pick_max_of(const Band& band, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
+                          T* chosen) const {
     const Window& window = bands->window;
+    const int64_t height = kSide ? kSide : window.h, width = kSide ? kSide : window.w;
     for (int64_t c = 0; c < y_stride; c += W) {
       const vec<T> alpha = load(scale + c), beta = load(offset + c);
       for (int64_t r = 0; r < band.rows(); ++r)
         for (int64_t p = 0; p < band.columns(); ++p) {
           const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride + c;
           vec<T> best = load(corner) * alpha + beta, position = {};
-          for (int64_t k = 1, kh = 0, kw = 1; k < window.h * window.w; ++k, ++kw) {
-            if (kw == window.w) kw = 0, ++kh;
-            const vec<T> z = load(corner + (kh * y_columns + kw) * y_stride) * alpha + beta;
-            if constexpr (kIndex) {
+#pragma GCC unroll 2
+          for (int64_t kh = 0; kh < height; ++kh)
+#pragma GCC unroll 2
+            for (int64_t kw = 0; kw < width; ++kw) {
+              if (kh == 0 && kw == 0) continue;
+              const vec<T> z = load(corner + (kh * y_columns + kw) * y_stride) * alpha + beta;
               const auto better = (z > best) | (z != z);
               best = better ? z : best;
-              position = better ? broadcast(static_cast<T>(k)) : position;
-            } else {
-              best = (z > best) | (z != z) ? z : best;
+              if constexpr (kIndex) position = better ? broadcast(static_cast<T>(kh * width + kw)) : position;
             }
-          }
           const vec<T> a = activate<kActivation>(best);
           const int64_t at = (r * band.columns() + p) * y_stride + c;
           store(largest + at, a);

@@ -29,21 +29,23 @@ struct GradientSource {
     Scratch<T> g(pixels * padded), chosen(pixels * padded);
     load_pooled(g, chosen, padded, n, c0, count, top, bottom - top, left, right - left);
     const bool overlapping = window.stride_h < window.h || window.stride_w < window.w;
-    for (int64_t p = 0; p < pixels; ++p) {
-      const int64_t r0 = (top + p / (right - left)) * window.stride_h - row, q0 = (left + p % (right - left)) * window.stride_w - column;
-      for (int64_t kh = 0; kh < window.h; ++kh)
-        for (int64_t kw = 0; kw < window.w; ++kw) {
-          if (r0 + kh < 0 || r0 + kh >= rows || q0 + kw < 0 || q0 + kw >= columns) continue;
-          T* d = block + ((r0 + kh) * block_columns + q0 + kw) * stride;
-          const vec<T> position = broadcast(static_cast<T>(kh * window.w + kw));
-          for (int64_t c = 0; c < count; c += W) {
-            const int64_t lanes = std::min<int64_t>(W, count - c);
-            vec<T> v = load_vector(chosen.get() + p * padded + c) == position ? load_vector(g.get() + p * padded + c) : vec<T>{};
-            if (overlapping) v += read_lanes<T>(d + c, lanes);
-            write_lanes<T>(d + c, v, lanes);
-          }
+    for (int64_t pr = top, p = 0; pr < bottom; ++pr)
+      for (int64_t pc = left; pc < right; ++pc, ++p) {
+        const int64_t r0 = pr * window.stride_h - row, q0 = pc * window.stride_w - column;
+        const int64_t kh0 = std::max<int64_t>(0, -r0), kh1 = std::min(window.h, rows - r0);
+        const int64_t kw0 = std::max<int64_t>(0, -q0), kw1 = std::min(window.w, columns - q0);
+        for (int64_t c = 0; c < count; c += W) {
+          const int64_t lanes = std::min<int64_t>(W, count - c);
+          const vec<T> gc = load_vector(g.get() + p * padded + c), kc = load_vector(chosen.get() + p * padded + c);
+          for (int64_t kh = kh0; kh < kh1; ++kh)
+            for (int64_t kw = kw0; kw < kw1; ++kw) {
+              T* d = block + ((r0 + kh) * block_columns + q0 + kw) * stride + c;
+              vec<T> v = kc == broadcast(static_cast<T>(kh * window.w + kw)) ? gc : vec<T>{};
+              if (overlapping) v += read_lanes<T>(d, lanes);
+              write_lanes<T>(d, v, lanes);
+            }
         }
-    }
+      }
   }
 
   // For a max-pool: the gradient at the chosen element of each window, and which one that is. Blocks [rows][columns][stride].

@@ -1,10 +1,12 @@
 // Convolution, forward. Included by for_each_isa.h inside the namespace of each instruction set.
-#include "conv_activation.h"
+// clang-format off: each builds on those before it
 #include "conv_block.h"
+#include "conv_activation.h"
 #include "conv_direct.h"
-#include "conv_epilogue.h"
-#include "conv_pass.h"
 #include "conv_winograd.h"
+#include "conv_pass.h"
+#include "conv_epilogue.h"
+// clang-format on
 
 template <class S>
 void conv_forward(const ConvForward& call) {
