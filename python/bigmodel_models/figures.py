@@ -41,7 +41,7 @@ def save_curves(
     figure.suptitle(title)
     for index, (label, values) in enumerate(losses.items()):
         color = f"C{index}"
-        left.plot(range(1, len(values) + 1), values, color=color, alpha=0.3, linewidth=0.8)
+        left.plot(range(1, len(values) + 1), values, color=color, alpha=0.3, linewidth=0.8, label=f"{label}, each step")
         per_epoch = len(values) // max(len(metrics), 1)
         if per_epoch > 1:
             means = [
@@ -53,8 +53,7 @@ def save_curves(
     left.set(title="training", xlabel="step", ylabel="loss")
     if all(value > 0 for values in losses.values() for value in values):
         left.set_yscale("log")
-    if left.get_legend_handles_labels()[0]:
-        left.legend(frameon=False)
+    left.legend(frameon=False)
 
     epochs = range(1, len(metrics) + 1)
     right.plot(epochs, metrics, color="C2", marker="o", markersize=4, linewidth=2)

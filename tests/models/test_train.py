@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import bigmodel_kernels as bmk
 import bigmodel_models as models
+from bigmodel_models import data
 from bigmodel_models.__main__ import main
 from bigmodel_models.checkpoint import load_checkpoint
 from bigmodel_models.errors import TrainingError
@@ -59,13 +62,44 @@ def test_the_gan_comes_nearer():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("name", ["cnn", "rnn", "transformer"])
-def test_backends_agree_step_by_step(name, seed):
-    ours = train(name, backend="auto", max_steps=50, seed=seed)
-    stock = train(name, backend="torch", max_steps=50, seed=seed)
+@pytest.mark.parametrize(("name", "lr"), [("cnn", 1e-4), ("rnn", None), ("transformer", 5e-4)])
+def test_loss_curves_of_the_backends_agree(name, lr, seed):
+    """Two runs of 50 steps, each on its own weights.
+
+    At their tuned rates the models with ReLU and max-pooling carry one rounding across a kink from 1e-7 to 1e-2 within
+    50 steps: PyTorch then departs as far from itself with another number of threads, and both from float64. So those
+    two learn more slowly here, where a curve tells right from wrong, and the next test follows the tuned rates.
+    """
+    ours = train(name, backend="auto", lr=lr, max_steps=50, seed=seed)
+    stock = train(name, backend="torch", lr=lr, max_steps=50, seed=seed)
     assert set(stock.kernels.values()) == {"torch"}
     assert len(ours.losses) == 50
     torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(stock.losses), rtol=1e-4, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["cnn", "rnn", "transformer"])
+def test_backends_agree_on_the_same_weights(name):
+    """50 steps at the tuned rate, each taken by PyTorch; at each one, loss and gradient of both backends."""
+    task = TASKS[name]
+    model = task.builders["default"]()
+    optimizers = task.optimizers(model, task.lr)
+    digits = data.digits()
+    x = task.inputs(digits.train_x, digits)
+    apart = []
+    for batch in torch.randperm(len(x)).repeat(3).split(task.batch_size)[:50]:
+        results = []
+        for backend in ("auto", "torch"):
+            with bmk.use_backend(backend):
+                loss = task.loss(model, x[batch], digits.train_y[batch])
+                gradient = torch.autograd.grad(loss, tuple(model.parameters()))
+                results.append((loss.item(), torch.cat([part.flatten() for part in gradient])))
+        (ours, our_gradient), (stock, stock_gradient) = results
+        assert ours == pytest.approx(stock, rel=5e-6)
+        apart.append(((our_gradient - stock_gradient).norm() / stock_gradient.norm()).item())
+        with bmk.use_backend("torch"):
+            task.step(model, optimizers, x[batch], digits.train_y[batch])
+    assert statistics.median(apart) < 2e-6
+    assert max(apart) < 5e-3  # a step where one rounding puts a ReLU or a maximum on its other side
 
 
 class TestResume:
