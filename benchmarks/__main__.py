@@ -55,6 +55,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("rounds", "threads"):
         if getattr(options, name) is not None and getattr(options, name) < 1:
             parser.error(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    try:
+        options.older = report.read_json(options.compare) if options.compare else None
+    except (OSError, ValueError) as error:
+        parser.error(f"--compare: {error}")
     options.rounds = options.rounds or (QUICK_ROUNDS if options.quick else timer.MIN_ROUNDS)
     if options.op is None and options.model is None:
         options.groups = cases.OPS + cases.MODELS
@@ -139,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     console.print(report.summary_text(results), markup=False)
     console.print(f"{header['seconds']:.0f} s; report.json, .csv, .md and .png in {options.out}", markup=False)
-    fell = options.compare is not None and report.print_comparison(console, results, report.read_json(options.compare))
+    fell = options.older is not None and report.print_comparison(console, results, options.older)
     return 1 if fell or any(result.wrong for result in results) else 0
 
 

@@ -57,7 +57,8 @@ class Result:
     def verdict(self) -> str:
         if self.wrong:
             return WRONG
-        return WIN if self.ratio > EQUAL[1] else LOSS if self.ratio < EQUAL[0] else TIE
+        shown = round(self.ratio, 2)  # judged as it is printed
+        return WIN if shown > EQUAL[1] else LOSS if shown < EQUAL[0] else TIE
 
     @property
     def of_floor(self) -> float | None:
@@ -172,7 +173,7 @@ def read_json(path: Path) -> list[Result]:
     if document.get("schema") != SCHEMA:
         raise ValueError(f"{path}: expected a report with schema {SCHEMA}, got {document.get('schema')!r}")
     names = {field.name: field.name.rstrip("_") for field in fields(Result)}
-    return [Result(**{name: row[key] for name, key in names.items()}) for row in document["rows"]]
+    return [Result(**{name: row[key] for name, key in names.items() if key in row}) for row in document["rows"]]
 
 
 def markdown(results: list[Result], header: dict) -> str:

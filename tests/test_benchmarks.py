@@ -281,6 +281,7 @@ def test_picture_has_every_verdict(tmp_path):
         ["--dtype", "fp8"],
         ["--rounds", "0"],
         ["--threads", "-1"],
+        ["--compare", "missing.json"],
     ],
 )
 def test_unknown_options_are_refused(arguments, capsys):
