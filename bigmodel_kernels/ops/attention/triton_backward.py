@@ -8,8 +8,9 @@ key_kernel: a program owns BLOCK_N rows of dk and dv, goes over the query heads 
 tiles are transposed, so that p and ds are left operands straight from registers.
 mask_kernel (only if the mask's gradient is asked for): a program owns a tile of it, and goes over everything the mask is
 broadcast along.
-Tiles off causality or window are not visited; pairs are tested only on the edge; what is not finite is done again carefully,
-as in the forward.
+Tiles off causality or window are not visited, pairs are tested only on the edge, and what is not finite is computed again
+with infinities and NaNs set aside, as in the forward. A row of q or k that has any makes its scores NaN, which reaches all
+that attends to it; a row of do needs to be put back into dv.
 Floor: 7 products instead of the 5 of a kernel that adds up dq atomically: 3.5 times the operations of the forward.
 """
 
@@ -17,23 +18,21 @@ import triton
 import triton.language as tl
 
 from bigmodel_kernels.ops.attention.triton_tile import (
+    LENGTHS,
     LOG2E,
     NO_MASK,
-    add_product,
     all_finite,
     finish_scores,
+    finite_part,
     head_pointer,
     keep_tile,
     load_tile,
     part_of_span,
+    restore_poison,
     span,
     store_tile,
     tile_of_program,
 )
-
-LENGTHS = [
-    "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
-]  # fmt: skip
 
 
 @triton.jit
@@ -50,6 +49,66 @@ def score_gradient(p, dp, delta, EXCLUDES: tl.constexpr):
     if EXCLUDES:
         ds = tl.where(p == 0.0, 0.0, ds)
     return ds
+
+
+@triton.jit
+def query_gradient(
+    q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta,
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+    start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dq of BLOCK_M queries, with delta [BLOCK_M]; CAREFUL: keys that are not finite count as 0."""
+    batch, head = batch_head // heads, batch_head % heads
+    q_head = head_pointer(q_pointer, q_strides, batch, head)
+    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
+    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
+    grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+    mask_head, slope, seed = mask_pointer, 0.0, 0
+    if MASK != NO_MASK:
+        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+    if ALIBI:
+        slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
+    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+    i = start_m + tl.arange(0, BLOCK_M)
+    lse = load_lse(lse_pointer, batch_head, i, q_len)
+
+    first = start_m + offset
+    last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
+    lo, a, b, hi = span(first, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for part in tl.static_range(3):
+        if part == 2 or (not CAREFUL and (part == 1 or LEFT)):
+            begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
+            for start_n in range(begin, end, BLOCK_N):
+                j = start_n + tl.arange(0, BLOCK_N)
+                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s, unit, capped = finish_scores(
+                    s, i[:, None], j[None, :],
+                    mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                    part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                )  # fmt: skip
+                p = tl.exp2(s * unit - lse[:, None])
+                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                if DROPOUT:
+                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
+                    dp = tl.where(keep, dp * kept, 0.0)
+                ds = score_gradient(p, dp, delta[:, None], part != 1 or MASK != NO_MASK)
+                if SOFTCAP:
+                    ds = ds * capped
+                if CAREFUL:
+                    k, _bad_k = finite_part(k)
+                dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq * scale
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -80,63 +139,107 @@ def query_kernel(
     start_m = (tiles - 1 - tile) * BLOCK_M
     i = start_m + tl.arange(0, BLOCK_M)
     rows = tl.cast(batch_head, tl.int64) * q_len + i
-
-    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
-    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
-    q_head = head_pointer(q_pointer, q_strides, batch, head)
     out_head = head_pointer(out_pointer, out_strides, batch, head)
     grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
-    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
-    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
     out = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
-    lse = load_lse(lse_pointer, batch_head, i, q_len)
+    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if GRAD_LSE:
         delta -= tl.load(grad_lse_pointer + rows, mask=i < q_len, other=0.0)
     tl.store(delta_pointer + rows, delta, mask=i < q_len)
-    mask_head, slope, seed = mask_pointer, 0.0, 0
-    if MASK != NO_MASK:
-        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
-    if ALIBI:
-        slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+
+    dq = query_gradient(
+        q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta,
+        q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+        start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right, scale, softcap, threshold, kept,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+    dq_head = head_pointer(dq_pointer, dq_strides, batch, head)
+    store_tile(dq_head, dq, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
+
+    if LEFT or RIGHT or MASK != NO_MASK:  # noqa: SIM102 (decided by the compiler)
+        if all_finite(dq) == 0:
+            careful = query_gradient(
+                q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
+                delta, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+                start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+                scale, softcap, threshold, kept,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            tl.debug_barrier()  # the same rows are stored again, by other threads
+            store_tile(dq_head, careful, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
+
+
+@triton.jit
+def key_gradient(
+    q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta_pointer,
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+    start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(dk, dv, keys that a gradient which is not finite attends to) of BLOCK_N keys; CAREFUL: see attend."""
+    k_head = head_pointer(k_pointer, k_strides, batch, kv_head)
+    v_head = head_pointer(v_pointer, v_strides, batch, kv_head)
+    k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
+    v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
+    seed = 0
     if DROPOUT:
         seed = tl.load(seed_pointer)
+    j = (start_n + tl.arange(0, BLOCK_N))[:, None]
 
-    first = start_m + offset
-    last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
-    lo, a, b, hi = span(first, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
-    EXCLUDES: tl.constexpr = LEFT or RIGHT or MASK != NO_MASK
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    for part in tl.static_range(4 if EXCLUDES else 3):  # 3: the whole again, carefully
-        CAREFUL: tl.constexpr = part == 3
-        EDGE: tl.constexpr = part != 1
-        if part > 0 or LEFT:
-            begin, end = part_of_span(part, lo, a, b, hi)
-            if CAREFUL:
-                begin, end = lo, tl.where(all_finite(dq), lo, hi)
-                dq = tl.where(end > begin, 0.0, dq)
-            for start_n in range(begin, end, BLOCK_N):
-                j = start_n + tl.arange(0, BLOCK_N)
-                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, EDGE)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                s, unit, capped = finish_scores(
-                    s, i[:, None], j[None, :],
-                    mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
-                    EDGE, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
-                )  # fmt: skip
-                p = tl.exp2(s * unit - lse[:, None])
-                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, EDGE)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-                if DROPOUT:
-                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
-                    dp = tl.where(keep, dp * kept, 0.0)
-                ds = score_gradient(p, dp, delta[:, None], EDGE or MASK != NO_MASK)
-                if SOFTCAP:
-                    ds = ds * capped
-                dq = add_product(ds, k, dq, CAREFUL, PRECISION)
-
-    dq_head = head_pointer(dq_pointer, dq_strides, batch, head)
-    store_tile(dq_head, dq * scale, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
+    first = start_n - offset
+    last = tl.minimum(start_n + BLOCK_N, k_len) - 1 - offset
+    lo, a, b, hi = span(first, last, window_right, window_left, q_len, RIGHT, LEFT, BLOCK_M)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    poisoned = tl.zeros([BLOCK_N], tl.int32)
+    for member in range(0, group):
+        head = kv_head * group + member
+        batch_head = batch * heads + head
+        q_head = head_pointer(q_pointer, q_strides, batch, head)
+        grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+        mask_head, slope = mask_pointer, 0.0
+        if MASK != NO_MASK:
+            mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+        if ALIBI:
+            slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+        for part in tl.static_range(3):
+            if part == 2 or (not CAREFUL and (part == 1 or RIGHT)):
+                begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
+                for start_m in range(begin, end, BLOCK_M):
+                    i = start_m + tl.arange(0, BLOCK_M)
+                    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, part != 1)
+                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s, unit, capped = finish_scores(
+                        s, i[None, :], j,
+                        mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                        part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                    )  # fmt: skip
+                    lse = load_lse(lse_pointer, batch_head, i, q_len)
+                    p = tl.exp2(s * unit - lse[None, :])
+                    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1)
+                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    weights = p
+                    if DROPOUT:
+                        keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
+                        weights = tl.where(keep, p, 0.0)
+                        dp = tl.where(keep, dp * kept, 0.0)
+                    if CAREFUL:
+                        q, _bad_q = finite_part(q)
+                        do, bad = finite_part(do)
+                        poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (weights != 0.0)).to(tl.int32), 1))
+                    dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
+                    rows = tl.cast(batch_head, tl.int64) * q_len + i
+                    delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
+                    ds = score_gradient(p, dp, delta[None, :], part != 1 or MASK != NO_MASK)
+                    if SOFTCAP:
+                        ds = ds * capped
+                    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk * scale, dv * kept, poisoned
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -164,75 +267,32 @@ def key_kernel(
     kv_heads = heads // group
     batch, kv_head = batch_kv_head // kv_heads, batch_kv_head % kv_heads
     start_n = tile * BLOCK_N
-    j = start_n + tl.arange(0, BLOCK_N)
-
-    k_head = head_pointer(k_pointer, k_strides, batch, kv_head)
-    v_head = head_pointer(v_pointer, v_strides, batch, kv_head)
-    k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
-    v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
-    seed = 0
-    if DROPOUT:
-        seed = tl.load(seed_pointer)
-
-    first = start_n - offset
-    last = tl.minimum(start_n + BLOCK_N, k_len) - 1 - offset
-    lo, a, b, hi = span(first, last, window_right, window_left, q_len, RIGHT, LEFT, BLOCK_M)
-    EXCLUDES: tl.constexpr = LEFT or RIGHT or MASK != NO_MASK
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for carefully in tl.static_range(2 if EXCLUDES else 1):
-        CAREFUL: tl.constexpr = carefully == 1
-        heads_here = group
-        if CAREFUL:
-            heads_here = tl.where(all_finite(dk) & all_finite(dv), 0, group)
-            dk = tl.where(heads_here > 0, 0.0, dk)
-            dv = tl.where(heads_here > 0, 0.0, dv)
-        for member in range(0, heads_here):
-            head = kv_head * group + member
-            batch_head = batch * heads + head
-            q_head = head_pointer(q_pointer, q_strides, batch, head)
-            grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
-            mask_head, slope = mask_pointer, 0.0
-            if MASK != NO_MASK:
-                mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
-            if ALIBI:
-                slope = tl.load(slopes_pointer + batch * slopes_stride + head)
-            for part in tl.static_range(3):
-                EDGE: tl.constexpr = part != 1
-                if (part == 2 if CAREFUL else (part > 0 or RIGHT)):
-                    begin, end = part_of_span(part, lo, a, b, hi)
-                    if CAREFUL:
-                        begin = lo
-                    for start_m in range(begin, end, BLOCK_M):
-                        i = start_m + tl.arange(0, BLOCK_M)
-                        q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, EDGE)
-                        s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
-                        s, unit, capped = finish_scores(
-                            s, i[None, :], j[:, None],
-                            mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
-                            EDGE, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
-                        )  # fmt: skip
-                        lse = load_lse(lse_pointer, batch_head, i, q_len)
-                        p = tl.exp2(s * unit - lse[None, :])
-                        do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, EDGE)
-                        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-                        weights = p
-                        if DROPOUT:
-                            keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
-                            weights = tl.where(keep, p, 0.0)
-                            dp = tl.where(keep, dp * kept, 0.0)
-                        dv = add_product(weights, do, dv, CAREFUL, PRECISION)
-                        rows = tl.cast(batch_head, tl.int64) * q_len + i
-                        delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
-                        ds = score_gradient(p, dp, delta[None, :], EDGE or MASK != NO_MASK)
-                        if SOFTCAP:
-                            ds = ds * capped
-                        dk = add_product(ds, q, dk, CAREFUL, PRECISION)
-
+    dk, dv, _none_told = key_gradient(
+        q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
+        delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+        start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+        scale, softcap, threshold, kept,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     dk_head = head_pointer(dk_pointer, dk_strides, batch, kv_head)
     dv_head = head_pointer(dv_pointer, dv_strides, batch, kv_head)
-    store_tile(dk_head, dk * scale, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
-    store_tile(dv_head, dv * kept, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV)
+    store_tile(dk_head, dk, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
+    store_tile(dv_head, dv, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV)
+
+    if LEFT or RIGHT or MASK != NO_MASK:  # noqa: SIM102 (decided by the compiler)
+        if (all_finite(dk) & all_finite(dv)) == 0:
+            careful_dk, careful_dv, poisoned = key_gradient(
+                q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
+                delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
+                start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+                scale, softcap, threshold, kept,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            tl.debug_barrier()  # what was stored is read and stored again, by other threads
+            spread = load_tile(dv_head, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
+            careful_dv = restore_poison(careful_dv, spread.to(tl.float32), poisoned)
+            store_tile(dk_head, careful_dk, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
+            store_tile(dv_head, careful_dv, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "mask_heads", "mask_rows", "mask_columns", "batches_here", "heads_here"])
@@ -292,12 +352,12 @@ def mask_kernel(
             rows = tl.cast(batch_head, tl.int64) * q_len + i
             delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
             last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
-            lo, _, _, hi = span(start_m + offset, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
+            lo, _a, _b, hi = span(start_m + offset, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
             for start_n in range(tl.maximum(first_n, lo), tl.minimum(end_n, hi), BLOCK_N):
                 j = start_n + tl.arange(0, BLOCK_N)
                 k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                s, unit, _ = finish_scores(
+                s, unit, _capped = finish_scores(
                     s, i[:, None], j[None, :],
                     mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
                     True, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,

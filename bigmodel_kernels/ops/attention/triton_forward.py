@@ -4,8 +4,8 @@ Program: BLOCK_M queries of one head, over all their keys, BLOCK_N at a time; th
 registers (Milakov & Gimelshein 2018; Dao et al. 2022). Tiles that causality or window exclude are not visited; pairs are
 tested only in the tiles on the edge, which have loops of their own. For causal attention the longest rows start first.
 Saved for backward: lse [B, Hq, Sq], float32.
-Infinities and NaNs: a weight of 0 would spread those of a masked value (0 * NaN); only if the result holds any is it
-computed again with such products left out, so the usual case pays one reduction per program.
+Infinities and NaNs: a weight of 0 would spread those of a masked value, since 0 * NaN is NaN. Only if a result holds any is
+it computed again with them set aside, so that the usual case pays one reduction per program.
 Floor: 4 B Hq Sq Sk D operations (half of it causal) over the peak of the matrix units; q, k, v read and out written once.
 """
 
@@ -13,26 +13,93 @@ import triton
 import triton.language as tl
 
 from bigmodel_kernels.ops.attention.triton_tile import (
+    LENGTHS,
     LN2,
     NO_MASK,
-    add_product,
     all_finite,
     finish_scores,
+    finite_part,
     head_pointer,
     keep_tile,
     load_tile,
     part_of_span,
+    restore_poison,
     span,
     store_tile,
     tile_of_program,
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
-    ]
-)  # fmt: skip
+@triton.jit
+def attend(
+    q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
+    q_strides, k_strides, v_strides, mask_strides, slopes_stride,
+    start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+    scale, softcap, threshold, kept,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(out, lse, rows that attend to a value that is not finite) of BLOCK_M queries.
+
+    CAREFUL: such values count as 0, and the rows are told; otherwise they spread, and no row is told.
+    """
+    batch, head = batch_head // heads, batch_head % heads
+    q_head = head_pointer(q_pointer, q_strides, batch, head)
+    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
+    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
+    mask_head, slope, seed = mask_pointer, 0.0, 0
+    if MASK != NO_MASK:
+        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
+    if ALIBI:
+        slope = tl.load(slopes_pointer + batch * slopes_stride + head)
+    if DROPOUT:
+        seed = tl.load(seed_pointer)
+    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
+    i = (start_m + tl.arange(0, BLOCK_M))[:, None]
+
+    first = start_m + offset
+    last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
+    lo, a, b, hi = span(first, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    poisoned = tl.zeros([BLOCK_M], tl.int32)
+    for part in tl.static_range(3):
+        if part == 2 or (not CAREFUL and (part == 1 or LEFT)):
+            begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
+            for start_n in range(begin, end, BLOCK_N):
+                j = (start_n + tl.arange(0, BLOCK_N))[None, :]
+                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s, unit, _capped = finish_scores(
+                    s, i, j, mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
+                    part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
+                )  # fmt: skip
+                new_m = tl.maximum(m, tl.max(s, 1) * unit)
+                shift = new_m
+                if part != 1 or MASK != NO_MASK:
+                    shift = tl.where(new_m == float("-inf"), 0.0, new_m)
+                p = tl.exp2(s * unit - shift[:, None])
+                shrink = tl.exp2(m - shift)
+                total = total * shrink + tl.sum(p, 1)
+                if DROPOUT:
+                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
+                    p = tl.where(keep, p, 0.0)
+                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1)
+                if CAREFUL:
+                    v, bad = finite_part(v)
+                    poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (p != 0.0)).to(tl.int32), 1))
+                out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+                m = new_m
+    empty = total == 0.0
+    out = out * (kept / tl.where(empty, 1.0, total))[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * LN2)
+    return out, lse, poisoned
+
+
+@triton.jit(do_not_specialize=LENGTHS)
 def forward_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, Sk, D]
@@ -52,65 +119,28 @@ def forward_kernel(
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, BLOCK_M)
     tile, batch_head = tile_of_program(tiles, batch_heads, together)
-    batch, head = batch_head // heads, batch_head % heads
     start_m = (tiles - 1 - tile) * BLOCK_M
+    out, lse, _none_told = attend(
+        q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
+        q_strides, k_strides, v_strides, mask_strides, slopes_stride,
+        start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right, scale, softcap, threshold, kept,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
     i = start_m + tl.arange(0, BLOCK_M)
-
-    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
-    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
-    q_head = head_pointer(q_pointer, q_strides, batch, head)
-    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
-    mask_head, slope, seed = mask_pointer, 0.0, 0
-    if MASK != NO_MASK:
-        mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
-    if ALIBI:
-        slope = tl.load(slopes_pointer + batch * slopes_stride + head)
-    if DROPOUT:
-        seed = tl.load(seed_pointer)
-
-    first = start_m + offset
-    last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
-    lo, a, b, hi = span(first, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
-    EXCLUDES: tl.constexpr = LEFT or RIGHT or MASK != NO_MASK
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    out = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    for part in tl.static_range(4 if EXCLUDES else 3):  # 3: the whole again, carefully
-        CAREFUL: tl.constexpr = part == 3
-        EDGE: tl.constexpr = part != 1
-        if part > 0 or LEFT:
-            begin, end = part_of_span(part, lo, a, b, hi)
-            if CAREFUL:
-                begin, end = lo, tl.where(all_finite(out), lo, hi)
-                m = tl.where(end > begin, float("-inf"), m)
-                total = tl.where(end > begin, 0.0, total)
-                out = tl.where(end > begin, 0.0, out)
-            for start_n in range(begin, end, BLOCK_N):
-                j = start_n + tl.arange(0, BLOCK_N)
-                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, EDGE)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-                s, unit, _ = finish_scores(
-                    s, i[:, None], j[None, :],
-                    mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
-                    EDGE, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
-                )  # fmt: skip
-                new_m = tl.maximum(m, tl.max(s, 1) * unit)
-                shift = new_m
-                if EDGE or MASK != NO_MASK:
-                    shift = tl.where(new_m == float("-inf"), 0.0, new_m)
-                p = tl.exp2(s * unit - shift[:, None])
-                shrink = tl.exp2(m - shift)
-                total = total * shrink + tl.sum(p, 1)
-                if DROPOUT:
-                    keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
-                    p = tl.where(keep, p, 0.0)
-                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, EDGE)
-                out = add_product(p, v, out * shrink[:, None], CAREFUL, PRECISION)
-                m = new_m
-
-    empty = total == 0.0
-    out = out * (kept / tl.where(empty, 1.0, total))[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(total)) * LN2)
-    out_head = head_pointer(out_pointer, out_strides, batch, head)
+    out_head = head_pointer(out_pointer, out_strides, batch_head // heads, batch_head % heads)
     store_tile(out_head, out, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)
     tl.store(lse_pointer + tl.cast(batch_head, tl.int64) * q_len + i, lse, mask=i < q_len)
+
+    if LEFT or RIGHT or MASK != NO_MASK:  # noqa: SIM102 (decided by the compiler)
+        if all_finite(out) == 0:
+            tl.debug_barrier()  # what was stored is read again, by other threads
+            careful, _same_lse, poisoned = attend(
+                q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
+                q_strides, k_strides, v_strides, mask_strides, slopes_stride,
+                start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+                scale, softcap, threshold, kept,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            spread = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+            careful = restore_poison(careful, spread.to(tl.float32), poisoned)
+            store_tile(out_head, careful, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)

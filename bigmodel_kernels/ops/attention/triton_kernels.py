@@ -59,7 +59,9 @@ class _Call:
             "DV": v.shape[3],
             "BLOCK_D": _block(q.shape[3]),
             "BLOCK_DV": _block(v.shape[3]),
-            "MASK": (NO_MASK if attn_mask is None else BOOL_MASK if attn_mask.dtype == torch.bool else ADDED_MASK).value,
+            "MASK": (
+                NO_MASK if attn_mask is None else BOOL_MASK if attn_mask.dtype == torch.bool else ADDED_MASK
+            ).value,
             "ALIBI": alibi_slopes is not None,
             "SOFTCAP": softcap > 0,
             "DROPOUT": self.dropout,

@@ -11,11 +11,14 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = (tl.constexpr(kind) for kind in range(3))  # what MASK says of attn_mask
+LENGTHS = [  # arguments of the kernels whose values are not worth a compilation of their own
+    "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
+]  # fmt: skip
 
 
 @triton.jit
 def tile_of_program(tiles, batch_heads, together):
-    """(tile, batch x head) of this program: tile by tile over `together` heads, whose keys and values fit in L2, then the next."""
+    """(tile, batch x head) of this program: tile by tile over `together` heads, whose keys and values fit in L2."""
     program = tl.program_id(0)
     first = program // (tiles * together) * together
     count = tl.minimum(together, batch_heads - first)
@@ -44,13 +47,15 @@ def span(first, last, below, above, size, BELOW: tl.constexpr, ABOVE: tl.constex
 
 
 @triton.jit
-def part_of_span(part: tl.constexpr, lo, a, b, hi):
-    """Loop bounds of part 0 (the edge below), 1 (whole tiles), 2 (the edge above)."""
+def part_of_span(part: tl.constexpr, lo, a, b, hi, ALL: tl.constexpr):
+    """Loop bounds of part 0 (the edge below), 1 (whole tiles), 2 (the edge above, or everything if ALL)."""
     begin, end = lo, a
     if part == 1:
         begin, end = a, b
     elif part == 2:
         begin, end = b, hi
+        if ALL:
+            begin = lo
     return begin, end
 
 
@@ -118,7 +123,7 @@ def finish_scores(
     """From the product of queries and keys: (s, unit, slope of softcap), the scores in log2 being s * unit, -inf if excluded.
 
     Without softcap, ALiBi and mask, `unit` stays a factor for the caller, who then gets s * unit - max as one instruction.
-    EDGE: the tile may hold pairs outside q_len x k_len, causality or window.
+    EDGE: the tile may hold keys outside k_len, causality or window. (Queries past q_len give what nobody reads.)
     """
     unit = scale * LOG2E
     capped = 1.0
@@ -141,11 +146,12 @@ def finish_scores(
             added = mask.to(tl.float32) * LOG2E
             s = tl.where(added == float("-inf"), float("-inf"), s + added)
     if EDGE:
-        seen = (i < q_len) & (j < k_len)
-        if LEFT:
-            seen = seen & (i + offset - j <= window_left)
+        end = k_len
         if RIGHT:
-            seen = seen & (j - i - offset <= window_right)
+            end = tl.minimum(i + (offset + window_right + 1), k_len)
+        seen = j < end
+        if LEFT:
+            seen = seen & (j >= i + (offset - window_left))
         s = tl.where(seen, s, float("-inf"))
     return s, unit, capped
 
@@ -185,17 +191,14 @@ def all_finite(x):
 
 
 @triton.jit
-def add_product(weights, x, total, CAREFUL: tl.constexpr, PRECISION: tl.constexpr):
-    """total + weights x; CAREFUL: what a weight of 0 meets counts as 0 even if infinite or NaN."""
-    w = weights.to(x.dtype)
-    if CAREFUL:
-        finite = tl.abs(x) < float("inf")
-        total = tl.dot(w, tl.where(finite, x, 0.0).to(x.dtype), total, input_precision=PRECISION)
-        counts = (weights != 0.0).to(x.dtype)
-        upward = tl.dot(counts, ((x == float("inf")) | (x != x)).to(x.dtype), input_precision=PRECISION)
-        total = tl.where(upward > 0.0, total + float("inf"), total)
-        downward = tl.dot(counts, ((x == float("-inf")) | (x != x)).to(x.dtype), input_precision=PRECISION)
-        total = tl.where(downward > 0.0, total - float("inf"), total)
-    else:
-        total = tl.dot(w, x, total, input_precision=PRECISION)
-    return total
+def finite_part(x):
+    """x with 0 for infinities and NaNs, and which rows had any."""
+    finite = tl.abs(x) < float("inf")
+    return tl.where(finite, x, 0.0).to(x.dtype), tl.min(finite.to(tl.int32), 1) == 0
+
+
+@triton.jit
+def restore_poison(careful, first, poisoned):
+    """A careful result, in whose poisoned rows what was not finite at first is so again."""
+    finite = tl.abs(first) < float("inf")
+    return tl.where(finite | (poisoned[:, None] == 0), careful, first)
