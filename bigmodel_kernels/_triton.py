@@ -6,9 +6,11 @@ import functools
 
 import torch
 import triton
+import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 when triton was imported: kernels run in Python, on CPU tensors
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 at import: kernels run in Python, on CPU tensors
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @functools.cache
@@ -40,3 +42,34 @@ def launch(kernel, programs: int, *args, **constants) -> None:
     if programs:
         with torch.cuda.device_of(args[0]):
             kernel[(programs,)](*args, **constants)
+
+
+def product(
+    a: torch.Tensor,  # [M, K]
+    b: torch.Tensor,  # [K, N]
+    out: torch.Tensor,  # [M, N] float32
+) -> torch.Tensor:
+    """out = a b by PyTorch's own product, summed up and left in float32 for 16-bit numbers too."""
+    if a.dtype == torch.float32:
+        return torch.mm(a, b, out=out)
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32, out=out)
+    return torch.mm(a.float(), b.float(), out=out)  # PyTorch has no such product on the CPU
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+
+
+@triton.jit
+def tanh(x):
+    """To 2 units in the last place: an odd polynomial near 0 (Moshier's Cephes), 1 - 2 / (e^2x + 1) beyond."""
+    magnitude = tl.abs(x)
+    z = x * x
+    near = z * -5.70498872745e-3 + 2.06390887954e-2
+    near = near * z - 5.37397155531e-2
+    near = near * z + 1.33314422036e-1
+    near = near * z - 3.33332819422e-1
+    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
+    return tl.where(magnitude < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
