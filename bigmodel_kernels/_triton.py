@@ -18,6 +18,14 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def gpu(device: int | None) -> str:
+    """The name under which tables of configurations have a GPU; "sm_86" is also for any that they do not have."""
+    if device is None:
+        return "interpreter"
+    major, minor = capability(device)
+    return "sm_90" if major in (9, 10) else "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
+
+
 def reason(t: torch.Tensor) -> str | None:
     """Why Triton kernels cannot take tensors like t; None where they can."""
     if t.dtype not in DTYPES:
@@ -32,9 +40,9 @@ def reason(t: torch.Tensor) -> str | None:
     return None
 
 
-def precision(dtype: torch.dtype) -> str:
+def precision(dtype: torch.dtype, switch=torch.backends.cuda.matmul) -> str:
     """How tl.dot multiplies: IEEE float32 unless PyTorch's own switch allows TF32; 16-bit products are exact either way."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if dtype == torch.float32 and switch.fp32_precision == "tf32" else "ieee"
 
 
 def launch(kernel, programs: int, *args, **constants) -> None:
