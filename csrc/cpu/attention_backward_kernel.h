@@ -1,5 +1,5 @@
 // Gradients, with the probabilities computed once more from lse, and nothing of size Sq x Sk in memory:
-//   p = 2^(s - lse);  dv = p^T do;  dp = do v^T;  ds = p (dp - delta);  dq = ds k;  dk = ds^T q
+//   p = e^(s - lse);  dv = p^T do;  dp = do v^T;  ds = p (dp - delta);  dq = ds k;  dk = ds^T q
 //   delta = sum_d do o - dlse    (the derivative of the normalisation, and of lse itself)
 // With dropout the p of dv and the dp are those kept, over 1 - dropout_p. With softcap ds is times 1 - tanh^2.
 //
@@ -21,7 +21,7 @@ struct GradBlock {
   Scores<T> scores;
   int64_t k0 = 0, n = 0;       // the block of keys
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
-  T lse[kRows], delta[kRows];  // of the block of rows, lse in units of log2 and +inf where there is none
+  T lse[kRows], delta[kRows];  // of the block of rows, lse is +inf where there is none
 
   GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads)
       : a(args),
@@ -70,8 +70,8 @@ struct GradBlock {
       const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
       q_poison += pack_row<S, T>(q + r * depth_ld, a.q.at<S>(b, h, i), a.q.stride[3], a.head_dim, depth_ld, scores.factor);
       grad_poison += pack_row<S, T>(grad_out + r * value_ld, g.grad_out.at<S>(b, h, i), g.grad_out.stride[3], a.value_dim, value_ld, T(1));
-      const T natural = *g.lse.at<T>(b, h, i);
-      lse[r] = natural == -infinity ? infinity : natural * Scores<T>::kLog2e;
+      const T saved = *g.lse.at<T>(b, h, i);
+      lse[r] = saved == -infinity ? infinity : saved;
       delta[r] = row_delta<S>(b, h, i, grad_out + r * value_ld);
     }
     q_aside.clear(), grad_out_aside.clear();
@@ -136,7 +136,7 @@ struct GradBlock {
         x = scores.finish(x, j);
       }
       if (edge) x = limit<T>(x, j, row_lo, row_hi);
-      vec<T> probability = exp2_nonpositive(x - row_lse);
+      vec<T> probability = exp_nonpositive<T>(x - row_lse);
       vec<T> weight = probability;
       if constexpr (featured) {
         if (scores.dropped) {
@@ -227,7 +227,7 @@ void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
           x.add_dq(rows, part_dq + block * kRows * depth_ld);
         }
         // q was packed times factor: what is left of the scale.
-        const T dk_factor = x.scores.capped ? static_cast<T>(a.softcap) : Scores<T>::kLn2;
+        const T dk_factor = x.scores.capped ? static_cast<T>(a.softcap) : T(1);
         const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
         for (int64_t j = 0; j < x.n; ++j) {
           const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;

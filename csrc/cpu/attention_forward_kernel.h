@@ -1,6 +1,6 @@
-// Online softmax over blocks of keys: a block of rows keeps its running maximum m, sum l and output o, all in units of
-// log2, and meets one block of keys after the other:
-//   s = q k^T;  m' = max(m, max s);  p = 2^(s - m');  o = o 2^(m - m') + p v;  l = l 2^(m - m') + sum p
+// Online softmax over blocks of keys: a block of rows keeps its running maximum m, sum l and output o, and meets one block of keys after
+// the other:
+//   s = q k^T;  m' = max(m, max s);  p = e^(s - m');  o = o e^(m - m') + p v;  l = l e^(m - m') + sum p
 //
 // A task is a block of rows and a part of the keys. Parts exist only where there are too few blocks to keep a machine
 // busy (decoding); how many depends on the shape alone, and parts are merged in order: results never depend on the
@@ -84,7 +84,7 @@ INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi
   vec<T> sum = {};
 #pragma GCC unroll 4
   for (int64_t j = begin; j < end; j += W) {
-    const vec<T> p = exp2_nonpositive(load(s + j) - reference);
+    const vec<T> p = exp_nonpositive<T>(load(s + j) - reference);
     sum += p;
     store(s + j, p);
   }
@@ -93,7 +93,7 @@ INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi
       const vec<T> p = load(s + j);
       store(s + j, load(scores.keep + j) == 0 ? vec<T>{} : p);
     }
-  alpha = exp2_nonpositive(old_m - reference)[0];
+  alpha = exp_nonpositive<T>(old_m - reference)[0];
   m = new_m[0];
   l = l * alpha + reduce_add(sum);
 }
@@ -146,8 +146,56 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   }
 }
 
+// Sums of products of one row with W keys, side by side: one vector of scores. `whole`: W keys of whole contiguous vectors.
+template <bool whole, class S, class T>
+INLINE vec<T> dot_keys(const T* q, const S* keys, int64_t row_stride, int64_t stride, int64_t present, int64_t depth) {
+  constexpr int64_t W = kLanes<T>;
+  vec<T> sums[W] = {};
+  for (int64_t d = 0; d < depth; d += W) {
+    const vec<T> qd = load(q + d);
+    const int64_t m = std::min(W, depth - d);
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) {
+      const S* p = keys + i * row_stride + d * stride;
+      if constexpr (whole) {
+        __builtin_prefetch(p + W * row_stride);
+        sums[i] += qd * load(p);
+      } else if (i < present) {
+        sums[i] += qd * load_any(p, stride, m);
+      }
+    }
+  }
+  transpose_square<T>(sums);
+#pragma GCC unroll 16
+  for (int i = 1; i < W; ++i) sums[0] += sums[i];
+  return sums[0];
+}
+
+// out[0 .. 4 W) += sum over keys of p[j] value[j], columns past the end left out. `whole`: whole contiguous vectors.
+template <bool whole, class S, class T>
+INLINE void add_values(T* out, const T* p, const S* values, int64_t row_stride, int64_t stride, int64_t lo, int64_t hi, int64_t columns) {
+  constexpr int64_t W = kLanes<T>, kAhead = 16;
+  vec<T> sums[4] = {};
+  for (int64_t j = lo; j < hi; ++j) {
+    if (p[j] == 0) continue;  // so that what a mask excludes never leaks
+    const S* row = values + j * row_stride;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (whole) {
+        __builtin_prefetch(row + kAhead * row_stride + i * W);
+        sums[i] += p[j] * load(row + i * W);
+      } else if (i * W < columns) {
+        sums[i] += p[j] * load_any(row + i * W * stride, stride, std::min(W, columns - i * W));
+      }
+    }
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    if (whole || i * W < columns) store(out + i * W, load(out + i * W) + sums[i]);
+}
+
 // The same for a handful of rows, as in decoding, where packing would cost more than the products: keys are read where
-// they lie, each once for all rows. Sums of W keys side by side are transposed to one vector of scores.
+// they lie, each once for all rows. Bound by memory, so what comes next is prefetched.
 template <class S, class T>
 inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t group, int64_t k_begin, int64_t k_end, Scores<T>& scores,
                        ForwardScratch<T>& x) {
@@ -166,19 +214,9 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
       const S* key = a.k.at<S>(b, h, k0 + j);
       const int64_t present = std::min(W, n - j);
       for (int64_t r = 0; r < rows.count; ++r) {
-        const T* q = x.q + r * ld;
-        vec<T> sums[W] = {};
-        for (int64_t d = 0; d < D; d += W) {
-          const vec<T> qd = load(q + d);
-          const int64_t m = std::min(W, D - d);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i)
-            if (i < present) sums[i] += qd * load_any(key + i * a.k.stride[2] + d * a.k.stride[3], a.k.stride[3], m);
-        }
-        transpose_square<T>(sums);
-        vec<T> score = sums[0];
-#pragma GCC unroll 16
-        for (int i = 1; i < W; ++i) score += sums[i];
+        const bool whole = a.k.stride[3] == 1 && D % W == 0 && present == W;
+        const vec<T> score = whole ? dot_keys<true>(x.q + r * ld, key, a.k.stride[2], 1, present, D)
+                                   : dot_keys<false>(x.q + r * ld, key, a.k.stride[2], a.k.stride[3], present, D);
         store(x.p + r * kBlockKeys + j, score);
       }
     }
@@ -190,40 +228,31 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
     }
     const S* value = a.v.at<S>(b, h, k0);
     constexpr int64_t kChunk = 4 * W;  // columns summed in registers over the keys of the block
-    for (int64_t r = 0; r < rows.count; ++r) {
-      const T* p = x.p + r * kBlockKeys;
-      for (int64_t d0 = 0; d0 < Dv; d0 += kChunk) {
-        vec<T> sums[4] = {};
-        for (int64_t j = lo; j < hi; ++j) {
-          if (p[j] == 0) continue;  // so that what a mask excludes never leaks
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const int64_t d = d0 + i * W;
-            if (d < Dv) sums[i] += p[j] * load_any(value + j * a.v.stride[2] + d * a.v.stride[3], a.v.stride[3], std::min(W, Dv - d));
-          }
-        }
-        for (int64_t i = 0; i < 4 && d0 + i * W < Dv; ++i) {
-          T* o = x.o + r * value_ld + d0 + i * W;
-          store(o, load(o) + sums[i]);
-        }
+    for (int64_t r = 0; r < rows.count; ++r)
+      for (int64_t d = 0; d < Dv; d += kChunk) {
+        const T* p = x.p + r * kBlockKeys;
+        T* o = x.o + r * value_ld + d;
+        if (a.v.stride[3] == 1 && Dv - d >= kChunk)
+          add_values<true>(o, p, value + d, a.v.stride[2], 1, lo, hi, kChunk);
+        else
+          add_values<false>(o, p, value + d * a.v.stride[3], a.v.stride[2], a.v.stride[3], lo, hi, Dv - d);
       }
-    }
   }
 }
 
-// Writes o / l and lse = ln2 (m + log2 l) of a block of rows; a row that attends to nothing gets 0 and -inf.
+// Writes o / l and lse = m + log l of a block of rows; a row that attends to nothing gets 0 and -inf.
 template <class S, class T>
 inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T>& x, S* out, T* lse) {
   constexpr int64_t W = kLanes<T>;
   const T kept = static_cast<T>(1 - a.dropout_p);
   for (int64_t r = 0; r < rows.count; ++r) {
     const bool empty = x.l[r] == 0;
-    const T factor = empty || kept <= 0 ? T(0) : 1 / (x.l[r] * kept);
+    const T divisor = empty || kept <= 0 ? std::numeric_limits<T>::infinity() : x.l[r] * kept;
     S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
     const T* o = x.o.get() + r * x.padded_value;
-    for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) * factor, a.value_dim - d);
+    for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
     lse[(rows.batch * a.heads + rows.head[r]) * a.q_len + rows.query[r]] =
-        empty ? -std::numeric_limits<T>::infinity() : Scores<T>::kLn2 * (x.m[r] + std::log2(x.l[r]));
+        empty ? -std::numeric_limits<T>::infinity() : x.m[r] + std::log(x.l[r]);
   }
 }
 
@@ -234,7 +263,7 @@ inline void merge(ForwardScratch<T>& x, const T* m, const T* l, const T* o, int6
   for (int64_t r = 0; r < count; ++r) {
     if (l[r] == 0) continue;
     const T new_m = std::max(x.m[r], m[r]);
-    const T ours = x.l[r] == 0 ? T(0) : std::exp2(x.m[r] - new_m), theirs = std::exp2(m[r] - new_m);
+    const T ours = x.l[r] == 0 ? T(0) : std::exp(x.m[r] - new_m), theirs = std::exp(m[r] - new_m);
     x.m[r] = new_m;
     x.l[r] = x.l[r] * ours + l[r] * theirs;
     for (int64_t d = 0; d < x.padded_value; d += W) {

@@ -55,15 +55,15 @@ struct RowBlock {
 // Tasks walk the row blocks of a group from both ends in turn: any run of tasks then has an even share of causal work.
 inline int64_t from_both_ends(int64_t i, int64_t n) { return i % 2 == 0 ? i / 2 : n - 1 - i / 2; }
 
-// Copies n mask values in units of log2: out = mask * log2(e), or 0 and -inf for a boolean mask.
+// Copies n mask values; 0 and -inf for a boolean mask.
 template <class T, class M>
-INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n, T unit) {
+INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n) {
   const T infinity = std::numeric_limits<T>::infinity();
   const auto value = [&](M x) -> T {
     if constexpr (std::is_same_v<M, uint8_t>)
       return x ? T(0) : -infinity;
     else
-      return static_cast<T>(to_compute(x)) * unit;
+      return static_cast<T>(to_compute(x));
   };
   if (stride == 1)
     for (int64_t j = 0; j < n; ++j) out[j] = value(mask[j]);
@@ -71,20 +71,19 @@ INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n, T unit) 
     for (int64_t j = 0; j < n; ++j) out[j] = value(mask[j * stride]);
 }
 
-// What is added to the scores of row r for keys k0 .. k0 + n, in units of log2; -inf excludes a key.
+// What is added to the scores of row r for keys k0 .. k0 + n; -inf excludes a key.
 template <class T>
 inline void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
-  const T log2e = static_cast<T>(1.4426950408889634);
   const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r], stride = a.mask.stride[3];
   switch (a.mask_type) {
     case MaskType::none: std::fill(out, out + n, T(0)); break;
-    case MaskType::boolean: read_mask(out, a.mask.at<uint8_t>(b, h, i) + k0 * stride, stride, n, log2e); break;
-    case MaskType::float32: read_mask(out, a.mask.at<float>(b, h, i) + k0 * stride, stride, n, log2e); break;
-    case MaskType::float64: read_mask(out, a.mask.at<double>(b, h, i) + k0 * stride, stride, n, log2e); break;
-    case MaskType::bfloat16: read_mask(out, a.mask.at<bfloat16>(b, h, i) + k0 * stride, stride, n, log2e); break;
+    case MaskType::boolean: read_mask(out, a.mask.at<uint8_t>(b, h, i) + k0 * stride, stride, n); break;
+    case MaskType::float32: read_mask(out, a.mask.at<float>(b, h, i) + k0 * stride, stride, n); break;
+    case MaskType::float64: read_mask(out, a.mask.at<double>(b, h, i) + k0 * stride, stride, n); break;
+    case MaskType::bfloat16: read_mask(out, a.mask.at<bfloat16>(b, h, i) + k0 * stride, stride, n); break;
   }
   if (a.alibi) {
-    const T slope = a.alibi[b * a.alibi_batch_stride + h] * log2e;
+    const T slope = a.alibi[b * a.alibi_batch_stride + h];
     const int64_t distance = i + a.offset - k0;
     for (int64_t j = 0; j < n; ++j) out[j] -= slope * static_cast<T>(std::abs(distance - j));
   }
@@ -120,11 +119,10 @@ inline void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& row
   }
 }
 
-// Everything that turns a raw product into a score in units of log2, and the constants that go with it.
+// Everything that turns a raw product into a score.
 // Queries are packed times `factor`: the product is then the score already, or with softcap the argument of tanh.
 template <class T>
 struct Scores {
-  static constexpr T kLog2e = static_cast<T>(1.4426950408889634), kLn2 = static_cast<T>(0.6931471805599453);
   const AttentionArgs& a;
   const bool capped, biased, dropped;
   const T factor, cap;
@@ -135,8 +133,8 @@ struct Scores {
         capped(a.softcap > 0),
         biased(a.mask_type != MaskType::none || a.alibi),
         dropped(a.dropout_p > 0),
-        factor(capped ? a.scale / a.softcap : a.scale * kLog2e),
-        cap(a.softcap * kLog2e) {}
+        factor(capped ? a.scale / a.softcap : a.scale),
+        cap(a.softcap) {}
 
   bool plain() const { return !capped && !biased; }
 

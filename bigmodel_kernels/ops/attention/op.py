@@ -241,7 +241,7 @@ def slopes_2d(slopes: Tensor, batch: int, heads: int, device: torch.device) -> T
         or (slopes.dim() == 2 and slopes.shape[0] not in (1, batch))
     ):
         raise RuntimeError(f"alibi_slopes must have shape [{heads}] or [{batch}, {heads}], got {list(slopes.shape)}")
-    return slopes.float().reshape(-1, heads).contiguous()
+    return (slopes if slopes.dim() == 2 else slopes[None]).float().contiguous()
 
 
 SCHEMA = (
