@@ -1,0 +1,62 @@
+"""Tile sizes of the Triton convolution kernels, by kernel, GPU, element size and number of output channels.
+
+Nothing is tuned at the first call: the table is read. It was chosen by what the compiler reports for each row (no spills,
+shared memory within the GPU's limit, checked by tests/ops/test_conv_triton_aot.py), and has not been timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+
+# kernel -> bytes per element -> columns up to -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
+# product: pixels, output channels, taps * channels. weights: taps * channels, narrow channels, pixels.
+# direct_weights: pixels, channels, taps. direct and image, the kernels of triton_image.py: pixels, channels.
+TABLE = {
+    "product": {
+        2: {16: (128, 16, 64, 4, 3), 32: (128, 32, 64, 4, 3), 64: (128, 64, 64, 4, 3), 128: (128, 128, 64, 8, 3)},
+        4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 32, 4, 2), 64: (64, 64, 16, 8, 2)},
+    },
+    "weights": {
+        2: {16: (128, 16, 32, 4, 2), 32: (128, 32, 32, 4, 2), 64: (128, 64, 32, 8, 2)},
+        4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 16, 4, 2), 64: (64, 64, 16, 8, 2)},
+    },
+    "direct": {2: {64: (32, 64, 0, 4, 1)}, 4: {64: (32, 64, 0, 4, 1)}},
+    "direct_weights": {2: {32: (16, 32, 8, 4, 1)}, 4: {32: (16, 32, 8, 4, 1)}},
+    "image": {2: {64: (32, 64, 0, 4, 1)}, 4: {64: (32, 64, 0, 4, 1)}},
+}
+INTERPRETER = {  # its time goes by operations, not by their size
+    "product": (256, 16, 32, 4, 1),
+    "weights": (64, 16, 256, 4, 1),
+    "direct": (256, 16, 0, 4, 1),
+    "direct_weights": (128, 16, 4, 4, 1),
+    "image": (256, 16, 0, 4, 1),
+}
+SMALLEST_STEP = 32  # bytes of channels a step of the product reads at least, unless steps run across taps
+PROGRAMS = {
+    "sm_90": 264,
+    "sm_80": 216,
+    "sm_86": 164,
+    "interpreter": 6,
+}  # two for every multiprocessor of the largest GPU
+
+
+def config(gpu: str, kernel: str, element_size: int, columns: int) -> dict[str, int]:
+    """The launch constants of a kernel for so many output channels."""
+    if gpu == "interpreter":
+        m, n, k, warps, stages = INTERPRETER[kernel]
+    else:
+        rows = TABLE[kernel][element_size]
+        m, n, k, warps, stages = rows[min((c for c in rows if c >= columns), default=max(rows))]
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    return sizes | {"BLOCK_K": k} if k else sizes
+
+
+@functools.cache
+def step(block_k: int, channels: int, total: int, element_size: int) -> tuple[int, int]:
+    """(BLOCK_K, FLAT): the largest step that divides the channels, or one across taps, FLAT being the channels then."""
+    size = block_k
+    while size > 16 and size * element_size > SMALLEST_STEP and channels % size:
+        size //= 2
+    if channels % size == 0:
+        return size, 0
+    return min(block_k, max(16, 1 << (total - 1).bit_length())), channels
