@@ -3,7 +3,7 @@
 //
 // The arithmetic type of float and bfloat16 storage is float, that of double is double. Operators (+ - * / < ?:) are the
 // compiler's own; a comparison gives a mask, `mask ? a : b` blends. Sources: range reduction and polynomials after
-// Cody & Waite (exp) and Moshier's Cephes (tanh, erf); errors are below 2 ulp, tested in tests/test_simd.py.
+// Cody & Waite and Moshier's Cephes (exp); errors are below 3 ulp, tested in tests/test_simd.py.
 
 #define INLINE inline __attribute__((always_inline))
 
@@ -129,32 +129,34 @@ INLINE void store_partial(T* p, vec<compute_t<T>> v, int64_t n) {
 
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
-// maximum/minimum: where either is NaN the second argument comes back, as the x86 instructions do.
-INLINE vec<float> maximum(vec<float> a, vec<float> b) {
-#if ISA_VECTOR_BYTES == 64
-  return reinterpret_cast<vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
-#elif ISA_VECTOR_BYTES == 32
-  return reinterpret_cast<vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
-#else
+// maximum/minimum: where either is NaN the second argument comes back. One instruction: the compiler knows the form.
+template <class V>
+INLINE V maximum(V a, V b) {
   return a > b ? a : b;
-#endif
-}
-INLINE vec<double> maximum(vec<double> a, vec<double> b) {
-#if ISA_VECTOR_BYTES == 64
-  return reinterpret_cast<vec<double>>(_mm512_max_pd(reinterpret_cast<__m512d>(a), reinterpret_cast<__m512d>(b)));
-#elif ISA_VECTOR_BYTES == 32
-  return reinterpret_cast<vec<double>>(_mm256_max_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b)));
-#else
-  return a > b ? a : b;
-#endif
 }
 template <class V>
 INLINE V minimum(V a, V b) {
-  return -maximum(-a, -b);
+  return a < b ? a : b;
 }
+
+// The bits of a vector, as integers of its lanes' size.
+template <class V>
+struct bits_of {
+  using lane = std::conditional_t<sizeof(lane_t<V>) == 4, int32_t, int64_t>;
+  typedef lane type __attribute__((vector_size(ISA_VECTOR_BYTES)));
+};
+
 template <class V>
 INLINE V absolute(V x) {
-  return x < 0 ? -x : x;
+  using bits = bits_of<V>;
+  return reinterpret_cast<V>(reinterpret_cast<typename bits::type>(x) & std::numeric_limits<typename bits::lane>::max());
+}
+// `size` (not negative) with the sign of `sign`.
+template <class V>
+INLINE V with_sign(V size, V sign) {
+  using bits = bits_of<V>;
+  return reinterpret_cast<V>(reinterpret_cast<typename bits::type>(size) |
+                             (reinterpret_cast<typename bits::type>(sign) & std::numeric_limits<typename bits::lane>::min()));
 }
 
 template <class V>
@@ -180,37 +182,77 @@ INLINE lane_t<V> reduce_max(V v) {
   return x[0];
 }
 
+// Transposes a square of vectors: afterwards lane j of rows[i] is what lane i of rows[j] was. Each stage interleaves the
+// lanes of the first half of the rows with those of the second.
+template <class V>
+INLINE void transpose(V (&rows)[sizeof(V) / sizeof(lane_t<V>)]) {
+  constexpr int W = sizeof(V) / sizeof(lane_t<V>);
+  typename bits_of<V>::type low, high;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + (i % 2) * W;
+    high[i] = low[i] + W / 2;
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < W; stage *= 2) {
+    V next[W];
+#pragma GCC unroll 8
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + W / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < W; ++i) rows[i] = next[i];
+  }
+}
+
+// out[k * out_row + j] = source[j * source_row + k] for one square of kLanes x kLanes elements.
+template <class T, class S>
+INLINE void copy_transposed(T* out, int64_t out_row, const S* source, int64_t source_row) {
+  constexpr int W = kLanes<T>;
+  vec<T> rows[W];
+#pragma GCC unroll 16
+  for (int j = 0; j < W; ++j) rows[j] = load(source + j * source_row);
+  transpose(rows);
+#pragma GCC unroll 16
+  for (int k = 0; k < W; ++k) store(out + k * out_row, rows[k]);
+}
+
 // ---- exp, tanh, sigmoid -----------------------------------------------------------------------------------------
 
-// x = n ln 2 + r, |r| <= ln 2 / 2; e^x = 2^n p(r). The power of two is added to the exponent bits of p(r).
-// Below the smallest normal number the result is 0; above the largest it is inf; NaN stays NaN.
-INLINE vec<float> exp(vec<float> x) {
-  typedef int32_t ints __attribute__((vector_size(ISA_VECTOR_BYTES)));
-  constexpr float kLow = -87.33f, kHigh = 88.72283f, kMagic = 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
-  const vec<float> clamped = x > kHigh ? broadcast(kHigh) : (x < kLow ? broadcast(kLow) : x);
-  const vec<float> shifted = clamped * 1.44269504088896341f + kMagic;
+// x = n ln 2 + r with |r| <= ln 2 / 2, so that e^x = 2^n (1 + (e^r - 1)).
+template <class V>
+struct ExpParts {
+  V scale;      // 2^n
+  V minus_one;  // e^r - 1
+};
+
+// Below kExpLow e^x is less than the smallest normal number; up to kExpHigh 2^n is finite.
+template <class T>
+inline constexpr T kExpLow = std::is_same_v<T, float> ? T(-87.33) : T(-708.39);
+template <class T>
+inline constexpr T kExpHigh = std::is_same_v<T, float> ? T(88.02) : T(709.08);
+
+INLINE ExpParts<vec<float>> exp_parts(vec<float> x) {
+  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low bits
+  const vec<float> shifted = x * 1.44269504088896341f + kMagic;
   const vec<float> n = shifted - kMagic;
-  vec<float> r = clamped - n * 0.693359375f;
+  vec<float> r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const ints power = reinterpret_cast<ints>(shifted) << 23;
-  const vec<float> scaled = reinterpret_cast<vec<float>>(reinterpret_cast<ints>(p) + power);
-  const vec<float> finite = x < kLow ? vec<float>{} : (x > kHigh ? broadcast(std::numeric_limits<float>::infinity()) : scaled);
-  return x == x ? finite : x;
+  const auto power = (reinterpret_cast<bits_of<vec<float>>::type>(shifted) << 23) + 0x3f800000;
+  return {reinterpret_cast<vec<float>>(power), p * (r * r) + r};
 }
 
-INLINE vec<double> exp(vec<double> x) {
-  typedef int64_t ints __attribute__((vector_size(ISA_VECTOR_BYTES)));
-  constexpr double kLow = -708.39, kHigh = 709.782712893384, kMagic = 6755399441055744.0;  // 1.5 * 2^52
-  const vec<double> clamped = x > kHigh ? broadcast(kHigh) : (x < kLow ? broadcast(kLow) : x);
-  const vec<double> shifted = clamped * 1.4426950408889634 + kMagic;
+INLINE ExpParts<vec<double>> exp_parts(vec<double> x) {
+  constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  const vec<double> shifted = x * 1.4426950408889634 + kMagic;
   const vec<double> n = shifted - kMagic;
-  vec<double> r = clamped - n * 6.93145751953125e-1;
+  vec<double> r = x - n * 6.93145751953125e-1;
   r = r - n * 1.42860682030941723212e-6;
   // Taylor series to r^13 / 13!: the first term left out is below 2^-57 for |r| <= ln 2 / 2.
   constexpr double kInverseFactorial[] = {1.6059043836821613e-10, 2.08767569878681e-9,   2.505210838544172e-8,  2.755731922398589e-7,
@@ -219,34 +261,38 @@ INLINE vec<double> exp(vec<double> x) {
   vec<double> p = broadcast(kInverseFactorial[0]);
 #pragma GCC unroll 16
   for (int i = 1; i < 12; ++i) p = p * r + kInverseFactorial[i];
-  p = p * (r * r) + r + 1.0;
-  const ints power = reinterpret_cast<ints>(shifted) << 52;
-  const vec<double> scaled = reinterpret_cast<vec<double>>(reinterpret_cast<ints>(p) + power);
-  const vec<double> finite = x < kLow ? vec<double>{} : (x > kHigh ? broadcast(std::numeric_limits<double>::infinity()) : scaled);
-  return x == x ? finite : x;
+  const auto power = (reinterpret_cast<bits_of<vec<double>>::type>(shifted) << 52) + 0x3ff0000000000000;
+  return {reinterpret_cast<vec<double>>(power), p * (r * r) + r};
+}
+
+// Below the smallest normal number the result is 0; above the largest it is inf; NaN stays NaN.
+template <class V>
+INLINE V exp(V x) {
+  using T = lane_t<V>;
+  constexpr T kOverflow = std::is_same_v<T, float> ? T(88.72283) : T(709.782712893384);
+  const ExpParts<V> e = exp_parts(minimum(broadcast(kOverflow), maximum(broadcast(kExpLow<T>), x)));
+  // The power of two is added to the exponent bits: 2^n alone is infinite for the largest x.
+  using bits = typename bits_of<V>::type;
+  const V mantissa = 1 + e.minus_one;
+  const V value =
+      reinterpret_cast<V>(reinterpret_cast<bits>(mantissa) + (reinterpret_cast<bits>(e.scale) - reinterpret_cast<bits>(broadcast(T(1)))));
+  return x > kOverflow ? broadcast(std::numeric_limits<T>::infinity()) : (x < kExpLow<T> ? V{} : value);
 }
 
 template <class V>
 INLINE V sigmoid(V x) {
-  return 1 / (1 + exp(-x));
+  using T = lane_t<V>;
+  const ExpParts<V> e = exp_parts(minimum(broadcast(kExpHigh<T>), maximum(broadcast(kExpLow<T>), -x)));
+  return 1 / (1 + (e.scale + e.scale * e.minus_one));
 }
 
-// Odd polynomial (float) or rational (double) near 0, where 1 - 2 / (e^2|x| + 1) would lose the relative accuracy.
-INLINE vec<float> tanh(vec<float> x) {
-  const vec<float> a = absolute(x), z = x * x;
-  vec<float> p = z * -5.70498872745e-3f + 2.06390887954e-2f;
-  p = p * z - 5.37397155531e-2f;
-  p = p * z + 1.33314422036e-1f;
-  p = p * z - 3.33332819422e-1f;
-  const vec<float> near = x + x * z * p;
-  const vec<float> far = 1 - 2 / (exp(2 * a) + 1);
-  return a < 0.625f ? near : (x < 0 ? -far : far);
-}
-INLINE vec<double> tanh(vec<double> x) {
-  const vec<double> a = absolute(x), z = x * x;
-  const vec<double> p = (z * -9.64399179425052238628e-1 - 9.92877231001918586564e1) * z - 1.61468768441708447952e3;
-  const vec<double> q = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3;
-  const vec<double> near = x + x * z * (p / q);
-  const vec<double> far = 1 - 2 / (exp(2 * a) + 1);
-  return a < 0.625 ? near : (x < 0 ? -far : far);
+// (e^2|x| - 1) / (e^2|x| + 1), where e^2|x| - 1 = 2^n (e^r - 1) + (2^n - 1) keeps its relative accuracy near 0.
+template <class V>
+INLINE V tanh(V x) {
+  using T = lane_t<V>;
+  constexpr T kOne = std::is_same_v<T, float> ? T(9.2) : T(19.2);  // rounds to 1 from here on
+  const V a = minimum(broadcast(kOne), absolute(x));
+  const ExpParts<V> e = exp_parts(a + a);
+  const V minus_one = e.scale * e.minus_one + (e.scale - 1);
+  return with_sign(minus_one / (minus_one + 2), x);
 }
