@@ -66,18 +66,31 @@ def product(
 
 
 @triton.jit
+def exp_of_negative(x):
+    """e^x for x <= 0, at least e^-87: 2^n 2^(r log2 e), n ln 2 taken off x in two parts (Cody & Waite).
+
+    2^(x log2 e) alone would be off by the rounding of its exponent: 6 units in the last place at -10.
+    """
+    x = tl.where(x < -87.0, -87.0, x)  # keeps NaN
+    n = tl.floor(x * LOG2E + 0.5)
+    r = x - n * 0.693359375 + n * 2.12194440e-4
+    return tl.exp2(n) * tl.exp2(r * LOG2E)
+
+
+@triton.jit
 def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2E))
+    e = exp_of_negative(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
 
 
 @triton.jit
 def tanh(x):
-    """To 2 units in the last place: an odd polynomial near 0 (Moshier's Cephes), 1 - 2 / (e^2x + 1) beyond."""
-    magnitude = tl.abs(x)
+    """An odd polynomial near 0 (Moshier's Cephes), (1 - e^-2|x|) / (1 + e^-2|x|) beyond."""
     z = x * x
     near = z * -5.70498872745e-3 + 2.06390887954e-2
     near = near * z - 5.37397155531e-2
     near = near * z + 1.33314422036e-1
     near = near * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
-    return tl.where(magnitude < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
+    e = exp_of_negative(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(x) < 0.625, x + x * z * near, tl.where(x < 0, -far, far))

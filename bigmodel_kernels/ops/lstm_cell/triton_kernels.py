@@ -38,7 +38,7 @@ def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     _triton.launch(
         forward_kernel, count,
         from_input, from_state, bias_of(w_hh, b_ih, b_hh), c.contiguous(), c_new, h_new, h_new, gates, cells,
-        0, hidden, hidden, OUTPUT=False, SAVE=save, **constants,
+        batch, 0, hidden, hidden, OUTPUT=False, SAVE=save, **constants,
     )  # fmt: skip
     return h_new, c_new, gates, cells
 
@@ -56,7 +56,7 @@ def bwd(d_h_new, d_c_new, h_new, gates, cells, need_d_x, need_d_weights, x, h, c
     _triton.launch(
         backward_kernel, count,
         d_h, d_h, d_c, gates.contiguous(), cells.contiguous(), c.contiguous(), d_gates,
-        0, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **constants,
+        batch, 0, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **constants,
     )  # fmt: skip
     d_x = d_gates @ w_ih if need_d_x else x.new_empty(0)
     d_weights = []

@@ -4,8 +4,8 @@
     dc = dc_after + dh o (1 - tanh(c)^2);  di = dc g i (1 - i), df = dc c' f (1 - f), dg = dc i (1 - g^2),
     do = dh tanh(c) o (1 - o);  dc' = dc f
 
-Program: BLOCK units of one row of the batch, all four gates of each. The products are PyTorch's (cuBLAS), in float32; so is
-all arithmetic here, and the cell state from step to step, whatever the tensors' dtype.
+Program: BLOCK_B rows of the batch by BLOCK_H units, all four gates of each. The products are PyTorch's (cuBLAS), in float32; so
+is all arithmetic here, and the cell state from step to step, whatever the tensors' dtype.
 Saved for backward: activated gates and cell states, in the op's dtype for them.
 Steps of a sequence are told apart by their first token, an argument that compiles nothing anew; pointers stay those of
 whole tensors. Offsets are int64 from the row on.
@@ -17,8 +17,8 @@ import triton.language as tl
 
 from bigmodel_kernels._triton import sigmoid, tanh
 
-LARGEST_BLOCK = 512
-UNITS_PER_WARP = 128
+ELEMENTS = 512  # of a program's tile, 4 per thread
+WARPS = 4
 
 
 @triton.jit
@@ -61,15 +61,16 @@ def store_four(pointer, distance, i, f, g, o, mask):
 
 
 @triton.jit
-def place(hidden, BLOCK: tl.constexpr):
-    """Row of this program (int64), its units, and which of them exist."""
+def place(rows, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Rows [BLOCK_B, 1] (int64) and units [1, BLOCK_H] of this program, and which pairs exist."""
     program = tl.program_id(0)
-    tiles = tl.cdiv(hidden, BLOCK)
-    unit = program % tiles * BLOCK + tl.arange(0, BLOCK)
-    return (program // tiles).to(tl.int64), unit, unit < hidden
+    tiles = tl.cdiv(hidden, BLOCK_H)
+    row = ((program // tiles).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    unit = (program % tiles * BLOCK_H + tl.arange(0, BLOCK_H))[None, :]
+    return row, unit, (row < rows) & (unit < hidden)
 
 
-@triton.jit(do_not_specialize=["first"])
+@triton.jit(do_not_specialize=["rows", "first"])
 def forward_kernel(
     from_input_pointer,  # [tokens, 4 H] float32: W x; may be gates
     from_state_pointer,  # [B, 4 H] float32: U h'
@@ -80,14 +81,14 @@ def forward_kernel(
     output_pointer,  # [tokens, >= H]: h once more, if OUTPUT
     gates_pointer,  # [tokens, 4 H], if SAVE
     cells_pointer,  # [tokens, H], if SAVE
-    first, hidden, output_stride,
-    OUTPUT: tl.constexpr, SAVE: tl.constexpr, BLOCK: tl.constexpr,
+    rows, first, hidden, output_stride,
+    OUTPUT: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    row, unit, inside = place(hidden, BLOCK)
+    row, unit, inside = place(rows, hidden, BLOCK_B, BLOCK_H)
     token = row + first
     i, f, g, o = load_four(from_input_pointer + token * 4 * hidden + unit, hidden, inside)
     ui, uf, ug, uo = load_four(from_state_pointer + row * 4 * hidden + unit, hidden, inside)
-    bi, bf, bg, bo = load_four(bias_pointer + unit, hidden, inside)
+    bi, bf, bg, bo = load_four(bias_pointer + unit, hidden, unit < hidden)
     c_before = tl.load(c_before_pointer + row * hidden + unit, mask=inside, other=0.0).to(tl.float32)
     i, f, g, o, c, h = step(i + ui + bi, f + uf + bf, g + ug + bg, o + uo + bo, c_before)
     tl.store(c_pointer + row * hidden + unit, c.to(c_pointer.dtype.element_ty), mask=inside)
@@ -99,7 +100,7 @@ def forward_kernel(
         tl.store(cells_pointer + token * hidden + unit, c.to(cells_pointer.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first", "before", "rows_before"])
+@triton.jit(do_not_specialize=["rows", "first", "before", "rows_before"])
 def backward_kernel(
     d_h_pointer,  # [B, H] float32: the gradient of h from the steps after
     d_output_pointer,  # [tokens, >= H]: added to it, if OUTPUT
@@ -108,10 +109,10 @@ def backward_kernel(
     cells_pointer,  # [tokens, H]
     c0_pointer,  # [B, H]: c' of the rows from rows_before on; those below have theirs in cells, from the token before on
     d_gates_pointer,  # [tokens, >= 4 H]
-    first, before, rows_before, hidden, d_output_stride, d_gates_stride,
-    OUTPUT: tl.constexpr, BLOCK: tl.constexpr,
+    rows, first, before, rows_before, hidden, d_output_stride, d_gates_stride,
+    OUTPUT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    row, unit, inside = place(hidden, BLOCK)
+    row, unit, inside = place(rows, hidden, BLOCK_B, BLOCK_H)
     token = row + first
     i, f, g, o = load_four(gates_pointer + token * 4 * hidden + unit, hidden, inside)
     c = tl.load(cells_pointer + token * hidden + unit, mask=inside, other=0.0).to(tl.float32)
@@ -130,5 +131,7 @@ def backward_kernel(
 
 def programs(rows: int, hidden: int) -> tuple[int, dict[str, int]]:
     """How many programs take `rows` rows, and their launch constants."""
-    block = min(LARGEST_BLOCK, triton.next_power_of_2(max(hidden, 1)))
-    return rows * triton.cdiv(hidden, block), {"BLOCK": block, "num_warps": max(1, block // UNITS_PER_WARP)}
+    block_h = min(ELEMENTS, triton.next_power_of_2(max(hidden, 1)))
+    block_b = ELEMENTS // block_h
+    count = triton.cdiv(rows, block_b) * triton.cdiv(hidden, block_h)
+    return count, {"BLOCK_B": block_b, "BLOCK_H": block_h, "num_warps": WARPS}
