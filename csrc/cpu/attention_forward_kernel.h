@@ -241,6 +241,7 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
 }
 
 // Writes o / l and lse = m + log l of a block of rows; a row that attends to nothing gets 0 and -inf.
+// The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
 template <class S, class T>
 inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T>& x, S* out, T* lse) {
   constexpr int64_t W = kLanes<T>;
@@ -252,7 +253,7 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
     const T* o = x.o.get() + r * x.padded_value;
     for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
     lse[(rows.batch * a.heads + rows.head[r]) * a.q_len + rows.query[r]] =
-        empty ? -std::numeric_limits<T>::infinity() : x.m[r] + std::log(x.l[r]);
+        empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(x.m[r] + std::log(static_cast<double>(x.l[r])));
   }
 }
 

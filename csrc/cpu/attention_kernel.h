@@ -1,4 +1,13 @@
 // Attention for one instruction set: out = softmax(softcap(scale q k^T) + bias) v, its log-sum-exp, and all gradients.
+//
+// Who owns what: a task is a block of rows (forward) or of keys (backward) of one batch entry and key/value head; see the
+// two files. Saved for the backward: out and lse. Refused: nothing but other dtypes; any strides, sizes and head widths.
+//
+// Floor: 2 (D + Dv) operations per score forward and 2 (3 D + 2 Dv) backward at the machine's peak, halved where causal;
+// on two Zen 5 cores 480 GFLOP/s, for B1 H8 S1024 D64 4.5 ms forward full, 2.2 ms causal, 11.2 and 5.6 ms backward.
+// Predicted: of 64 + 12 cycles for 16 scores forward 64 are products, which with the part-filled tiles at the causal edge
+// makes 80 % of the peak full and 72 % causal. Measured: 65 % and 57 % forward, 74 % and 56 % forward and backward.
+// What is missing: packing, the start and end of tiles of depth 64, and second-level cache traffic of p.
 #include "attention_tile_kernel.h"
 
 #include "attention_mask_kernel.h"

@@ -279,6 +279,10 @@ def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest
 
 
 def prefer(q, k, v, attn_mask, *rest) -> tuple[str, ...]:
+    """Measured on AVX-512 without AMX (docs/decisions.md): "cpu" is ahead for every size, dtype and flag. PyTorch multiplies
+    bfloat16 on AMX tiles where there are any; its kernel is kept there but for decoding, until ours is measured against it."""
+    if q.dtype == torch.bfloat16 and q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported():
+        return ("torch",)
     return ("cpu", "torch")
 
 

@@ -60,7 +60,8 @@ def dropout_keep(q: Tensor, k: Tensor, seed: Tensor, dropout_p: float) -> Tensor
     return (drawn >= min(int(dropout_p * 2**32), _WORD)).view(batch, heads, q_len, k.shape[2])
 
 
-def _expand_heads(t: Tensor, heads: int) -> Tensor:
+def expand_heads(t: Tensor, heads: int) -> Tensor:
+    """[B, Hkv, S, D] with each head repeated, [B, Hq, S, D]."""
     return t if t.shape[1] == heads else t.repeat_interleave(heads // t.shape[1], 1)
 
 
@@ -70,7 +71,7 @@ def _sum_heads(t: Tensor, kv_heads: int) -> Tensor:
 
 def _scores(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right):
     """Scores with -inf where a key is excluded, and the derivative of softcap (None without)."""
-    s = scale * (q @ _expand_heads(k, q.shape[1]).mT)
+    s = scale * (q @ expand_heads(k, q.shape[1]).mT)
     slope = None
     if softcap > 0:
         t = torch.tanh(s / softcap)
@@ -116,7 +117,8 @@ def probabilities(
     return _softmax(s)
 
 
-def _arithmetic(q: Tensor) -> torch.dtype:
+def arithmetic_dtype(q: Tensor) -> torch.dtype:
+    """What attention on q is computed in."""
     return torch.float32 if q.dtype in (torch.float16, torch.bfloat16) else q.dtype
 
 
@@ -125,12 +127,12 @@ def fwd(
     return_lse=True, deterministic=False,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
-    dtype, q, k, v = q.dtype, *(t.to(_arithmetic(t)) for t in (q, k, v))
+    dtype, q, k, v = q.dtype, *(t.to(arithmetic_dtype(t)) for t in (q, k, v))
     p, lse = probabilities(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right)
     if dropout_p > 0:
         kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         p = p * dropout_keep(q, k, seed, dropout_p) * kept
-    return (p @ _expand_heads(v, q.shape[1])).to(dtype), lse
+    return (p @ expand_heads(v, q.shape[1])).to(dtype), lse
 
 
 def bwd(
@@ -143,11 +145,11 @@ def bwd(
     p = exp(s - lse); dv = p^T do; dp = do v^T; ds = p (dp - sum_d do o + dlse); dq = scale ds k; dk = scale ds^T q
     """
     dtype, mask_dtype = q.dtype, attn_mask.dtype if attn_mask is not None else None
-    q, k, v, grad_out, out = (t.to(_arithmetic(t)) for t in (q, k, v, grad_out, out))
+    q, k, v, grad_out, out = (t.to(arithmetic_dtype(t)) for t in (q, k, v, grad_out, out))
     s, slope = _scores(q, k, attn_mask, alibi_slopes, scale, softcap, window_left, window_right, lower_right)
     p = torch.exp(s - lse.masked_fill(lse == -math.inf, 0.0)[..., None])
     heads, kv_heads = q.shape[1], k.shape[1]
-    dp = grad_out @ _expand_heads(v, heads).mT
+    dp = grad_out @ expand_heads(v, heads).mT
     weights = p
     if dropout_p > 0:
         keep = dropout_keep(q, k, seed, dropout_p)
@@ -160,7 +162,7 @@ def bwd(
     dmask = ds.sum_to_size(attn_mask.shape).to(mask_dtype) if mask_grad else q.new_empty(0, dtype=dtype)
     if slope is not None:
         ds = ds * slope
-    dq = scale * (ds @ _expand_heads(k, heads))
+    dq = scale * (ds @ expand_heads(k, heads))
     dk = scale * _sum_heads(ds.mT @ q, kv_heads)
     dv = _sum_heads(weights.mT @ grad_out, kv_heads)
     return dq.to(dtype), dk.to(dtype), dv.to(dtype), dmask

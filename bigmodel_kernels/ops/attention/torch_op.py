@@ -29,7 +29,8 @@ def _sdpa_arguments(q, k, attn_mask, alibi_slopes, scale, dropout_p, window_left
     if mask is not None and mask.dtype not in (torch.bool, q.dtype):
         mask = mask.to(q.dtype)
     if alibi_slopes is not None:
-        bias = reference.alibi(q, k, alibi_slopes, lower_right).to(q.dtype)
+        slopes = alibi_slopes.to(reference.arithmetic_dtype(q))
+        bias = reference.alibi(q, k, slopes, lower_right).to(q.dtype)
         if mask is None:
             mask = bias
         else:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from bigmodel_kernels.ops.attention.op import ALIGNMENTS, attention, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention.op import ALIGNMENTS, attention, lse_dtype, slopes_2d, window_sides
 
 
 def attention_varlen(
@@ -153,5 +153,5 @@ def position_mask(
     mask = mask[:, None]
     if slopes is None:
         return mask
-    bias = -slopes[:, :, None, None] * distance.abs()[:, None]
-    return bias.masked_fill(~mask, -math.inf).to(q.dtype if q.dtype == torch.float64 else torch.float32)
+    bias = -slopes.to(lse_dtype(q))[:, :, None, None] * distance.abs()[:, None]
+    return bias.masked_fill(~mask, -math.inf)
