@@ -62,6 +62,8 @@ class Op:
         differentiable: `differentiable(*args)` gives the same outputs in plain torch ops; gradients of gradients go through it.
         results: how many of the outputs are the op's results; those after them are saved for the backward only and carry
             no gradient.
+        reads_results: `reads_results(*args)` says whether the backward reads the results themselves. Where it does not, they are
+            not saved, so that the caller may overwrite them, as an in-place ReLU after a layer does; the backward gets None.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Op:
         backward: Callable,
         differentiable: Callable,
         results: int,
+        reads_results: Callable[..., bool] = lambda *args: True,
     ):
         self.name = name
         self.prefer = prefer
@@ -83,6 +86,7 @@ class Op:
         self.fwd = self._define(f"{name}_fwd", fwd, fake_fwd, "fwd")
         self.bwd = self._define(f"{name}_bwd", bwd, fake_bwd, "bwd")
         self.backward, self.differentiable, self.results = backward, differentiable, results
+        self.reads_results = reads_results
         _ops[name] = self
 
     def _define(self, name: str, schema: str, fake: Callable, direction: str):
@@ -109,7 +113,7 @@ class Op:
             _registry.check_name(backend)
         else:
             backend = _registry.select(self.name, backend, self.prefer, args)
-        if backend == "torch":
+        if backend == "torch" and not torch.compiler.is_compiling():
             return _registry.module(self.name, "torch").call(*args)
         if not needs_grad(*args):
             return self.fwd(*args, backend)
@@ -150,9 +154,12 @@ class _Pair(torch.autograd.Function):
         outputs = output if isinstance(output, tuple) else (output,)
         ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
         ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
-        ctx.save_for_backward(*[a for a, is_tensor in zip(flat, ctx.tensor_at) if is_tensor], *outputs)
+        op = _ops[ctx.name]
+        read = op.reads_results(*_unflatten(flat, ctx.lengths))
+        kept = outputs if read else (*[None] * op.results, *outputs[op.results :])
+        ctx.save_for_backward(*[a for a, is_tensor in zip(flat, ctx.tensor_at) if is_tensor], *kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[_ops[ctx.name].results :])
+        ctx.mark_non_differentiable(*outputs[op.results :])
 
     @staticmethod
     def backward(ctx, *grads):

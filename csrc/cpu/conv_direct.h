@@ -94,17 +94,36 @@ INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t ro
   }
 }
 
+// y (+)= acc, and acc = 0.
+template <int kRows, int kVectors, class T>
+INLINE void flush(vec<T> (&acc)[kRows][kVectors], T* y, int64_t y_stride, bool add) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* out = y + r * y_stride + v * W;
+      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
+      acc[r][v] = vec<T>{};
+    }
+}
+
 // kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y.
 template <int kRows, int kVectors, class T>
 inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride) {
   constexpr int W = kLanes<T>;
   vec<T> acc[kRows][kVectors] = {};
-  for (int64_t i = 0; i < count; ++i)
+  bool add = false;
+  int64_t terms = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    if (terms + taps[i].depth > kRunLength && terms > 0) {
+      flush<kRows, kVectors, T>(acc, y, y_stride, add);
+      add = true, terms = 0;
+    }
     multiply_rows<kRows, kVectors, T>(acc, a + taps[i].source, row_stride, panel + taps[i].weight * kVectors * W, taps[i].depth);
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) store(y + r * y_stride + v * W, acc[r][v]);
+    terms += taps[i].depth;
+  }
+  flush<kRows, kVectors, T>(acc, y, y_stride, add);
 }
 
 template <int kVectors, class T, int kRows = ConvTile<T>::kRows>

@@ -91,6 +91,24 @@ struct Tap {
   int64_t source, weight, depth;
 };
 
+// A single precision sum loses a digit over a few hundred terms: after this many, what was summed up is added to the output
+// and a new sum begun.
+inline constexpr int64_t kRunLength = 96;
+
+// Appends a run, joined to the one before where source and weights both continue, in pieces of at most kRunLength.
+inline void append_run(std::vector<Tap>& taps, Tap tap) {
+  while (tap.depth > 0) {
+    const bool continues =
+        !taps.empty() && taps.back().source + taps.back().depth == tap.source && taps.back().weight + taps.back().depth == tap.weight;
+    const int64_t room = continues ? kRunLength - taps.back().depth : 0, depth = std::min(tap.depth, room > 0 ? room : kRunLength);
+    if (room > 0)
+      taps.back().depth += depth;
+    else
+      taps.push_back({tap.source, tap.weight, depth});
+    tap.source += depth, tap.weight += depth, tap.depth -= depth;
+  }
+}
+
 // One pass: source [batch, groups * channels, h.sources, w.sources] -> output [batch, groups * out_channels, ..].
 struct Pass {
   int64_t batch, groups, channels, out_channels;  // channels per group
@@ -114,12 +132,7 @@ struct Pass {
             const int64_t kw = w.scatter ? w.axis.taps - 1 - column : column;
             int64_t row_offset, column_offset;
             if (!h.tap_offset(ph, kh, &row_offset) || !w.tap_offset(pw, kw, &column_offset)) continue;
-            const Tap tap{(row_offset * columns + column_offset) * stride, weight_row(kh, kw), channels};
-            if (!taps.empty() && taps.back().source + taps.back().depth == tap.source &&
-                taps.back().weight + taps.back().depth == tap.weight)
-              taps.back().depth += channels;
-            else
-              taps.push_back(tap);
+            append_run(taps, {(row_offset * columns + column_offset) * stride, weight_row(kh, kw), channels});
           }
         all.push_back(std::move(taps));
       }

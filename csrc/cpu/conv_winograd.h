@@ -7,8 +7,9 @@
 // of the 4 x 4 tile. The matrices hold 0, 1, -1 and 1/2, so inputs and weights that are small integers give exact results.
 // A 2 x 2 max-pool meets exactly one tile. Floor: 16/36 of the direct operations, plus about a tenth for the transforms.
 
-// The product pays for the transforms from this many channels on either side.
-inline constexpr int64_t kWinogradChannels = 16;
+// The product pays for the transforms from this many channels on either side; with fewer, the transforms' own roundings
+// would show next to those of the sum as well.
+inline constexpr int64_t kWinogradChannels = 32;
 
 template <class T>
 inline bool winograd_applies(const Pass& pass) {
@@ -107,6 +108,8 @@ inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, cons
   const int64_t columns = 2 * across + 2, rows = 2 * down + 2, y_columns = 2 * across, per_image = bands.count();
   // One vector more than the data, so that the 16 matrices do not fall onto the same sets of the first-level cache.
   const int64_t v_step = tiles * stride + W, m_step = tiles * kColumns + W;
+  std::vector<Tap> runs;
+  append_run(runs, {0, 0, C});
   torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> block(rows * columns * stride), v(16 * v_step), m(16 * m_step), y(2 * down * y_columns * padded + W);
     for (int64_t task = begin; task < end; ++task) {
@@ -121,12 +124,11 @@ inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, cons
       for (int64_t first = 0; first < padded; first += kColumns) {
         const int64_t width = std::min(kColumns, padded - first);
         const T* panel = u + first * 16 * C;
-        const Tap whole{0, 0, C};
         for (int64_t k = 0; k < 16; ++k, panel += C * width) {
           if (width == kColumns)
-            conv_row<2, T>(band_tiles, v.get() + k * v_step, stride, &whole, 1, panel, m.get() + k * m_step, kColumns);
+            conv_row<2, T>(band_tiles, v.get() + k * v_step, stride, runs.data(), runs.size(), panel, m.get() + k * m_step, kColumns);
           else
-            conv_row<1, T>(band_tiles, v.get() + k * v_step, stride, &whole, 1, panel, m.get() + k * m_step, kColumns);
+            conv_row<1, T>(band_tiles, v.get() + k * v_step, stride, runs.data(), runs.size(), panel, m.get() + k * m_step, kColumns);
         }
         for (int64_t t = 0; t < band_tiles; ++t) {
           T* corner = y.get() + (t / band_across * 2 * y_columns + t % band_across * 2) * padded + first;

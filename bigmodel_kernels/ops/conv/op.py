@@ -278,16 +278,35 @@ def _fake_bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, resid
     )
 
 
+def _reads_out(*args) -> bool:
+    """Whether the backward reads the result: for a derivative known from it, unless the max-pool's index tells it too."""
+    activation, pool = args[12], args[13]
+    return activation in ("leaky_relu", "tanh", "sigmoid") or (activation == "relu" and pool != "max")
+
+
 def _backward(op, args, outputs, grads, needs, backend):
     wanted = [int(need) for need in needs[:6]]
-    found = op.bwd(grads[0], *outputs, wanted, *args, backend)
+    out, index, pre = outputs
+    found = op.bwd(grads[0], grads[0] if out is None else out, index, pre, wanted, *args, backend)
     return *(g if need else None for g, need in zip(found, wanted)), *[None] * 11
 
 
 def prefer(
-    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, *rest
-) -> tuple[str, ...]:
-    return ("cpu", "torch")
+    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
+    pool, pool_size, pool_stride, save,
+) -> tuple[str, ...]:  # fmt: skip
+    """Small channels to the kernels, large dense layers to PyTorch: the table "Convolution on the CPU" in docs/decisions.md."""
+    first, second, *kernel = weight.shape
+    if x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
+        ours = second <= 3 and groups == 1 and not transposed and not save
+    elif groups > 1:
+        ours = False
+    elif save:
+        ours = first * second <= 128 * 128 and (len(kernel) < 2 or kernel != [1, 1])
+    else:
+        winograd = kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32
+        ours = first * second <= 256 * 256 and (winograd or second < 32 or not is_channels_last(x))
+    return ("cpu", "torch") if ours else ("torch", "cpu")
 
 
 _ARGS = (
@@ -306,5 +325,6 @@ OP = Op(
     backward=_backward,
     differentiable=lambda *args: torch_op.call(*args)[0],
     results=1,
+    reads_results=_reads_out,
 )
 conv.op, conv.prepare = OP, prepare

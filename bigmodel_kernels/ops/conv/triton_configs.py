@@ -9,12 +9,17 @@ from __future__ import annotations
 import functools
 
 # kernel -> bytes per element -> columns up to -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
-# product: pixels, output channels, taps * channels. weights: taps * channels, narrow channels, pixels.
-# direct_weights: pixels, channels, taps. direct and image, the kernels of triton_image.py: pixels, channels.
+# product: pixels, output channels, taps * channels; gather: the same kernel where elements are read or written one by one,
+# because channels are few or not adjacent, and each has an address in registers. weights: taps * channels, narrow channels,
+# pixels. direct_weights: pixels, channels, taps. direct and image, the kernels of triton_image.py: pixels, channels.
 TABLE = {
     "product": {
-        2: {16: (128, 16, 64, 4, 3), 32: (128, 32, 64, 4, 3), 64: (128, 64, 64, 4, 3), 128: (128, 128, 64, 8, 3)},
+        2: {16: (128, 16, 64, 4, 3), 32: (128, 32, 64, 4, 3), 64: (128, 64, 64, 8, 3), 128: (128, 128, 64, 8, 3)},
         4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 32, 4, 2), 64: (64, 64, 16, 8, 2)},
+    },
+    "gather": {
+        2: {16: (128, 16, 32, 4, 2), 32: (128, 32, 32, 4, 2), 64: (128, 64, 32, 8, 2), 128: (128, 128, 32, 8, 2)},
+        4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 16, 4, 2), 64: (64, 64, 16, 8, 2)},
     },
     "weights": {
         2: {16: (128, 16, 32, 4, 2), 32: (128, 32, 32, 4, 2), 64: (128, 64, 32, 8, 2)},
@@ -26,6 +31,7 @@ TABLE = {
 }
 INTERPRETER = {  # its time goes by operations, not by their size
     "product": (256, 16, 32, 4, 1),
+    "gather": (256, 16, 32, 4, 1),
     "weights": (64, 16, 256, 4, 1),
     "direct": (256, 16, 0, 4, 1),
     "direct_weights": (128, 16, 4, 4, 1),
@@ -49,6 +55,16 @@ def config(gpu: str, kernel: str, element_size: int, columns: int) -> dict[str, 
         m, n, k, warps, stages = rows[min((c for c in rows if c >= columns), default=max(rows))]
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     return sizes | {"BLOCK_K": k} if k else sizes
+
+
+def product_config(
+    gpu: str, element_size: int, columns: int, channels: int, taps: int, adjacent: bool
+) -> dict[str, int]:
+    """The launch constants of the implicit GEMM, FLAT included; `adjacent` tells of the channels of input and output."""
+    kernel = "product" if adjacent and step(64, channels, taps * channels, element_size)[1] == 0 else "gather"
+    sizes = config(gpu, kernel, element_size, columns)
+    sizes["BLOCK_K"], sizes["FLAT"] = step(sizes["BLOCK_K"], channels, taps * channels, element_size)
+    return sizes
 
 
 @functools.cache

@@ -133,23 +133,25 @@ class _Call:
         channels, columns = (self.narrow, self.wide) if scatter else (self.wide, self.narrow)
         row = self.taps * self.wide
         of_channel, of_column = (row, 1) if scatter else (1, row)
-        gated = activation == "tanh_sigmoid"
         constants = self.axes(scatter)
         phases = (constants["PHASES_Y"], constants["PHASES_X"])
         window = self.window if pool != "none" else (1, 1)
         pixels = source.shape[0] * math.prod(
             -(-s // p) // w * w for s, p, w in zip(size, phases, window)
         )  # of the first phase, which has the most
-        kernel, outputs = (direct_kernel, columns * self.groups) if self.direct else (product_kernel, columns)
-        sizes = triton_configs.config(self.gpu, "direct" if self.direct else "product", source.element_size(), outputs)
-        if gated:
-            columns = outputs = columns // 2
-            sizes["BLOCK_N"] = max(16, sizes["BLOCK_N"] // 2)
-        if not self.direct:
-            sizes["BLOCK_K"], sizes["FLAT"] = triton_configs.step(
-                sizes["BLOCK_K"], channels, self.taps * channels, source.element_size()
+        gated = activation == "tanh_sigmoid"
+        if self.direct:
+            kernel, outputs = direct_kernel, columns * self.groups
+            sizes = triton_configs.config(self.gpu, "direct", source.element_size(), outputs)
+        else:
+            kernel, outputs = product_kernel, columns // 2 if gated else columns
+            adjacent = _pixel_axis(source) == _pixel_axis(out) == 0
+            sizes = triton_configs.product_config(
+                self.gpu, source.element_size(), columns, channels, self.taps, adjacent
             )
             constants["PRECISION"] = self.precision
+            if gated:  # two products share the registers
+                sizes["BLOCK_N"] = max(16, sizes["BLOCK_N"] // 2)
         programs = -(-pixels // sizes["BLOCK_M"]) * math.prod(phases) * -(-outputs // sizes["BLOCK_N"])
         sign = 1 if scatter else -1
         _triton.launch(
@@ -158,7 +160,7 @@ class _Call:
             source.stride(), (self.narrow * row, of_channel, self.wide, of_column),
             *(out.stride() if t is None else t.stride() for t in (residual, out, index, pre)),
             source.shape[0], source.shape[2], source.shape[3], *size, *(sign * p for p in self.pads), self.groups,
-            channels, columns, columns if gated else 0,
+            channels, columns // (1 + gated), columns // 2,
             ACTIVATION=activation, POOL=pool, PIXELS=_pixel_axis(source), **_by_axis(WINDOW=window), **constants, **sizes,
         )  # fmt: skip
 

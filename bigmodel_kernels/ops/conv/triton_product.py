@@ -113,7 +113,7 @@ def product_kernel(
         if FLAT > 0:
             tap, c = k // FLAT, k % FLAT
         else:
-            tap, c = start // channels, start % channels + tl.arange(0, BLOCK_K)
+            tap, c = start // channels, tl.multiple_of(start % channels, BLOCK_K) + tl.arange(0, BLOCK_K)
         in_tile, w_pointers, w_inside = load_step(
             in_group, in_strides, w_group, w_strides, at, y, x, exists, in_height, in_width,
             tap // tl.maximum(taps_x, 1), tap % tl.maximum(taps_x, 1), c, k < total, w_column, wanted, tap_y0, tap_x0,

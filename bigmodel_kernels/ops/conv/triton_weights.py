@@ -41,7 +41,7 @@ def weights_kernel(
     if FLAT:
         tap, c = k // wide, k % wide
     else:
-        tap, c = start_m // wide, start_m % wide + tl.arange(0, BLOCK_M)
+        tap, c = start_m // wide, tl.multiple_of(start_m % wide, BLOCK_M) + tl.arange(0, BLOCK_M)
     move_y, move_x = tap // KERNEL_X * DILATION_Y - pad_y, tap % KERNEL_X * DILATION_X - pad_x
     moved = move_y.to(tl.int64) * wide_strides[2] + move_x.to(tl.int64) * wide_strides[3]
     wide_channel = moved + (group * wide + c).to(tl.int64) * wide_strides[1]

@@ -1,0 +1,150 @@
+"""Convolution calls for the tests: geometries, what follows the convolution, and the comparison with float64."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.testing import assert_matches, make
+
+NAMES = ("x", "weight", "bias", "scale", "shift", "residual")
+
+# id: batch, Cin, Cout, spatial size, kernel, options. Sizes below, at and above what a vector, a tile of pixels (14), a
+# Winograd tile (2 x 2, from 32 channels) or a band holds; every option alone and with others.
+GEOMETRIES = {
+    "one": (1, 1, 1, (1,), (1,), {}),
+    "k1": (2, 3, 5, (7,), (1,), {}),
+    "k3": (2, 5, 7, (13,), (3,), {"padding": 1}),
+    "k4s2": (1, 4, 6, (15,), (4,), {"stride": 2, "padding": 2}),
+    "k2d9": (1, 6, 8, (31,), (2,), {"dilation": 9}),
+    "causal": (2, 7, 10, (29,), (3,), {"padding": "causal", "dilation": 4}),
+    "same_even": (1, 3, 4, (17,), (4,), {"padding": "same"}),
+    "wide1d": (1, 17, 18, (300,), (3,), {"padding": 1}),
+    "long1d": (1, 2, 34, (1000,), (5,), {"stride": 3}),
+    "group1d": (2, 6, 4, (20,), (3,), {"groups": 2}),
+    "depthwise1d": (2, 19, 19, (24,), (4,), {"groups": 19, "padding": "causal"}),
+    "reach": (1, 2, 4, (3,), (5,), {"padding": 4, "dilation": 2}),
+    "t1d": (2, 5, 6, (9,), (3,), {"transposed": True}),
+    "t1d_s3": (1, 4, 18, (8,), (5,), {"transposed": True, "stride": 3, "padding": 1, "output_padding": 2}),
+    "t1d_gap": (1, 3, 2, (6,), (2,), {"transposed": True, "stride": 4}),
+    "pixel": (3, 2, 4, (1, 1), (1, 1), {}),
+    "p3x3": (2, 1, 32, (28, 28), (3, 3), {"padding": 1}),
+    "textbook": (2, 32, 64, (14, 14), (3, 3), {"padding": 1}),
+    "winograd32": (1, 32, 32, (6, 6), (3, 3), {}),
+    "winograd_odd": (2, 33, 35, (7, 9), (3, 3), {"padding": 1}),
+    "winograd_row": (1, 40, 48, (1, 37), (3, 3), {"padding": 1}),
+    "winograd_pad": (1, 32, 47, (5, 4), (3, 3), {"padding": 2}),
+    "winograd_flat": (1, 64, 50, (3, 100), (3, 3), {"padding": (1, 0)}),
+    "stem": (1, 3, 20, (23, 21), (7, 7), {"stride": 2, "padding": 3}),
+    "k5": (1, 2, 6, (12, 11), (5, 5), {"padding": 2}),
+    "k1x1": (2, 18, 34, (5, 6), (1, 1), {}),
+    "k1x1s2": (1, 16, 17, (9, 9), (1, 1), {"stride": 2}),
+    "k3x1": (1, 4, 9, (8, 15), (3, 1), {"padding": (1, 0)}),
+    "k2x5": (1, 3, 16, (9, 16), (2, 5), {"stride": (1, 2), "padding": (0, 2)}),
+    "strides": (2, 5, 8, (11, 13), (3, 2), {"stride": (3, 1), "dilation": (1, 2)}),
+    "dilated": (1, 16, 16, (12, 12), (3, 3), {"dilation": 2, "padding": 2}),
+    "same2d": (1, 4, 5, (6, 9), (4, 2), {"padding": "same", "dilation": (1, 3)}),
+    "far_pad": (1, 2, 3, (4, 4), (2, 2), {"padding": 5, "stride": 3}),
+    "groups": (2, 6, 9, (7, 8), (3, 3), {"groups": 3, "padding": 1}),
+    "groups16": (1, 32, 34, (6, 6), (3, 3), {"groups": 2, "padding": 1}),
+    "depthwise": (1, 18, 18, (9, 7), (3, 3), {"groups": 18, "padding": 1}),
+    "multiplier": (1, 3, 12, (8, 8), (5, 5), {"groups": 3, "padding": 2, "stride": 2}),
+    "tall": (1, 2, 2, (70, 3), (3, 3), {"padding": 1}),
+    "broad": (1, 1, 3, (4, 150), (3, 3), {"padding": 1}),
+    "t2d": (1, 5, 4, (6, 5), (3, 3), {"transposed": True, "padding": 1}),
+    "t2d_k4s2": (2, 8, 16, (7, 7), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t2d_uneven": (1, 3, 17, (4, 6), (3, 2), {"transposed": True, "stride": (2, 3), "output_padding": (1, 2)}),
+    "t2d_dilated": (1, 4, 6, (5, 5), (3, 3), {"transposed": True, "dilation": 2, "stride": 2, "padding": 2}),
+    "t2d_groups": (1, 6, 8, (5, 4), (3, 3), {"transposed": True, "groups": 2, "stride": 2}),
+    "t2d_winograd": (1, 48, 33, (8, 8), (3, 3), {"transposed": True, "padding": 1}),
+}
+
+# id: which of the optional tensors, activation, pool.
+TAILS = {
+    "bias": (("bias",), None, None),
+    "relu_max": (("bias",), "relu", ("max", 2)),
+    "norm_residual_relu": (("scale", "shift", "residual"), "relu", None),
+    "all_gelu_max": (("bias", "scale", "shift", "residual"), "gelu", ("max", 3, 2)),
+    "silu_avg": (("bias", "scale"), "silu", ("avg", 2)),
+    "tanh_max": (("shift",), "tanh", ("max", 2, 1)),
+    "leaky_avg": ((), "leaky_relu", ("avg", 3, 2)),
+    "sigmoid": (("bias", "residual"), "sigmoid", None),
+    "gate_max": (("bias", "scale"), "tanh_sigmoid", ("max", 2)),
+    "gate": (("residual",), "tanh_sigmoid", None),
+}
+
+
+class Problem:
+    """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
+
+    def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
+        n, cin, cout, size, kernel, options = GEOMETRIES[geometry]
+        wanted, activation, pool = TAILS[tail]
+        self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
+        self.options = dict(options)
+        groups, transposed = options.get("groups", 1), options.get("transposed", False)
+        if activation == "tanh_sigmoid":
+            cout += cout % (2 * groups)  # an even number of channels
+            activation = "silu" if groups > 1 else activation
+        seeds = iter(range(100 * seed, 100 * seed + 100))
+
+        def draw(*shape, scale=1.0):
+            t = make(*shape, dtype=torch.float64, seed=next(seeds), integer=integer)
+            return (t if integer else t * scale).to(dtype)
+
+        fan_in = cin // groups * math.prod(kernel)
+        if transposed:
+            fan_in = max(1, fan_in // math.prod([options.get("stride", 1)] if len(kernel) == 1 else [1]))
+        shape = (cin, cout // groups, *kernel) if transposed else (cout, cin // groups, *kernel)
+        self.tensors = {"x": draw(n, cin, *size), "weight": draw(*shape, scale=fan_in**-0.5)}
+        for name in ("bias", "scale", "shift"):
+            self.tensors[name] = draw(cout) if name in wanted else None
+        with torch.no_grad():
+            own = bmk.conv(self.tensors["x"].double(), self.tensors["weight"].double(), backend="torch", **options)
+        self.tensors["residual"] = draw(*own.shape) if "residual" in wanted else None
+        if pool is not None:  # a window no larger than the output
+            side = [min(pool[1], s) for s in own.shape[2:]]
+            pool = (pool[0], side, *([[pool[2]] * len(side)] if len(pool) == 3 else []))
+        self.options |= {"activation": activation, "pool": pool}
+        with torch.no_grad():
+            self.grad = draw(*self.run(torch.float64, "torch", grads=False)[0].shape)
+
+    def run(self, dtype, backend, grads=True, layout=lambda t: t):
+        """The result, then the gradients of every tensor in the order of NAMES (None where there is none)."""
+        tensors = {
+            name: None if t is None else layout(t.detach().to(dtype)).requires_grad_(grads)
+            for name, t in self.tensors.items()
+        }
+        optional = {k: v for k, v in tensors.items() if k in ("scale", "shift", "residual")}
+        out = bmk.conv(
+            tensors["x"], tensors["weight"], tensors["bias"], **optional, **self.options, backend=backend
+        )  # fmt: skip
+        if not grads:
+            return [out]
+        leaves = [t for t in tensors.values() if t is not None]
+        found = iter(torch.autograd.grad(out, leaves, self.grad.to(dtype)))
+        return [out.detach(), *(None if t is None else next(found) for t in tensors.values())]
+
+    def results(self, layout=lambda t: t):
+        """Of the cpu kernel, in float64, and of torch in the same dtype."""
+        return self.run(self.dtype, "cpu", layout=layout), self.run(torch.float64, "torch"), self.run(self.dtype, "torch")
+
+    def check(self, layout=lambda t: t):
+        """Result and gradients of the cpu kernel by the error rule. The largest error of a few numbers is a matter of luck, for
+        torch's as for ours, so small problems are drawn three times and judged together."""
+        draws = 3 if self.grad.numel() < 3000 and self.dtype != torch.float64 else 1
+        problems = [self, *(Problem(*self.names, self.dtype, self.seed + 7 * i) for i in range(1, draws))]
+        found = [p.results(layout) for p in problems]
+        for i, name in enumerate(("out", *NAMES)):
+            if found[0][0][i] is None:
+                continue
+            actual, exact, baseline = (torch.stack([results[kind][i] for results in found]) for kind in range(3))
+            assert_matches(
+                actual, exact, baseline, dtype=self.dtype, gradient=name != "out", magnitude=self._magnitude(name), name=name
+            )
+
+    def _magnitude(self, name):
+        """Sums over pixels may cancel: they are measured against the size of what is summed up."""
+        return math.sqrt(self.grad.numel() / self.grad.shape[1]) if name in ("bias", "shift", "scale") else 0.0

@@ -1,0 +1,347 @@
+"""bmk.conv on the cpu backend against float64: result and every gradient, over geometries, tails, dtypes and layouts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.ops.conv import op, reference
+from bigmodel_kernels.testing import assert_matches, make
+from tests.ops.conv_problem import GEOMETRIES, NAMES, TAILS, Problem
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_matches_float64(geometry, tail, dtype):
+    Problem(geometry, tail, dtype, seed=len(geometry) % 3).check()
+
+
+@pytest.mark.parametrize("tail", ["bias", "relu_max", "norm_residual_relu", "silu_avg", "gate"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_matches_float64_in_bfloat16(geometry, tail):
+    Problem(geometry, tail, torch.bfloat16, seed=len(geometry) % 3).check()
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(
+    "geometry", ["textbook", "winograd_odd", "p3x3", "stem", "strides", "t2d_k4s2", "wide1d", "groups16"]
+)
+def test_seeds(geometry, seed):
+    Problem(geometry, "relu_max", seed=seed).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tail", ["bias", "relu_max", "norm_residual_relu"])
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_integers_are_exact(geometry, tail, dtype):
+    """(c): products and sums of small integers are equal to the bit, by Winograd too."""
+    p = Problem(geometry, tail, dtype, seed=4, integer=True)
+    for name, ours, exact in zip(("out", *NAMES), p.run(dtype, "cpu"), p.run(torch.float64, "torch")):
+        if ours is not None:
+            assert torch.equal(ours, exact.to(dtype)), name
+
+
+def _layouts():
+    def padded(t):  # every second element along the last axis
+        wide = torch.full((*t.shape[:-1], 2 * t.shape[-1]), float("nan"), dtype=t.dtype)
+        wide[..., ::2] = t
+        return wide[..., ::2]
+
+    def offset(t):  # one element past an aligned address
+        return torch.cat([t.new_full((1,), float("nan")), t.flatten()])[1:].view(t.shape)
+
+    return {
+        "innermost": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t,
+        "transposed": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2) if t.dim() > 1 else t,
+        "sliced": padded,
+        "offset": offset,
+        "batch_last": lambda t: t.movedim(0, -1).contiguous().movedim(-1, 0),
+        "sliced_innermost": lambda t: (
+            torch.cat([t, t], 1).movedim(1, -1).contiguous().movedim(-1, 1)[:, : t.shape[1]] if t.dim() > 2 else t
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", _layouts())
+@pytest.mark.parametrize("geometry", ["p3x3", "winograd_odd", "stem", "wide1d", "groups", "t2d_k4s2", "k1x1"])
+def test_layouts(geometry, layout, dtype):
+    Problem(geometry, "norm_residual_relu", dtype, seed=5).check(_layouts()[layout])
+    Problem(geometry, "relu_max", dtype, seed=6).check(_layouts()[layout])
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "expanded"])
+def test_expanded_input_and_gradient(layout):
+    x = make(3, 4, 9, 9, layout=layout)
+    w = make(5, 4, 3, 3, seed=1) * 0.2
+    for t in (x, w):
+        t.requires_grad_()
+    out = bmk.conv(x, w, padding=1, activation="relu", backend="cpu")
+    ours = torch.autograd.grad(out.sum(), (x, w))  # the gradient of sum() has stride 0
+    d = [t.detach().double().requires_grad_() for t in (x, w)]
+    exact = torch.autograd.grad(torch.nn.functional.conv2d(*d, padding=1).relu().sum(), d)
+    for a, e in zip(ours, exact):
+        assert_matches(a, e, None, dtype=torch.float32, gradient=True)
+
+
+@pytest.mark.parametrize("channels_last_x", [False, True])
+@pytest.mark.parametrize("channels_last_weight", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3, 6, 6), (2, 1, 6, 6), (2, 4, 5, 1), (1, 2, 1, 1), (0, 3, 6, 6)])
+def test_memory_format_is_torchs(shape, channels_last_x, channels_last_weight):
+    def formatted(t, last):
+        return t.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+    x = formatted(make(*shape), channels_last_x)
+    w = formatted(make(4, shape[1], 3, 3), channels_last_weight)
+    ours = bmk.conv(x, w, padding=1, backend="cpu")
+    assert ours.stride() == torch.nn.functional.conv2d(x, w, padding=1).stride()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("tail", ["bias", "relu_max", "silu_avg", "gate_max"])
+@pytest.mark.parametrize("geometry", ["k3", "p3x3", "t2d"])
+def test_empty_batch(geometry, tail, backend):
+    p = Problem(geometry, tail)
+    p.tensors = {k: t[:0] if k in ("x", "residual") and t is not None else t for k, t in p.tensors.items()}
+    p.grad = p.grad[:0]
+    out, *grads = p.run(torch.float32, backend)
+    assert out.shape == p.grad.shape
+    assert all(not g.any() for g in grads if g is not None)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("geometry", ["causal", "winograd_odd", "strides", "t2d_uneven", "t2d_groups"])
+def test_reference_backward_is_autograds(geometry, tail):
+    p = Problem(geometry, tail, torch.float64)
+    t = {k: None if v is None else v.requires_grad_() for k, v in p.tensors.items()}
+    args = op.prepare(**t, **p.options)
+    outs = reference.forward(*args)
+    torch.testing.assert_close(outs[0], p.run(torch.float64, "torch")[0], rtol=1e-11, atol=1e-11)
+    leaves = [v for v in args[:6] if v is not None]
+    exact = iter(torch.autograd.grad(outs[0], leaves, p.grad))
+    needs = [int(v is not None) for v in args[:6]]
+    with torch.no_grad():
+        found = reference.backward(p.grad, *outs, needs, *args)
+    for f, v in zip(found, args[:6]):
+        if v is not None:
+            torch.testing.assert_close(f, next(exact), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("geometry", ["causal", "winograd_odd", "strides", "t2d_groups", "groups"])
+def test_torch_pair(geometry, tail):
+    """The forward and backward that a compiled graph runs where torch is chosen, against the cpu kernel's."""
+    p = Problem(geometry, tail, torch.float64)
+    t = {k: None if v is None else v.requires_grad_() for k, v in p.tensors.items()}
+    args = op.prepare(**t, **p.options)
+    needs = [int(v is not None) for v in args[:6]]
+    with torch.no_grad():
+        results = {b: op.OP.fwd(*args, b) for b in ("cpu", "torch")}
+        for ours, theirs in zip(results["cpu"], results["torch"]):
+            assert ours.stride() == theirs.stride()
+        torch.testing.assert_close(results["cpu"][0], results["torch"][0])
+        torch.testing.assert_close(results["cpu"][1], results["torch"][1])  # the same element of each window
+        for saved_by in results:  # either backward takes what either forward saved
+            grads = {b: op.OP.bwd(p.grad, *results[saved_by], needs, *args, b) for b in ("cpu", "torch")}
+            for ours, theirs in zip(grads["cpu"], grads["torch"]):
+                assert ours.stride() == theirs.stride()
+                torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("tail", ["bias", "all_gelu_max", "silu_avg", "gate", "tanh_max"])
+@pytest.mark.parametrize("geometry", ["k4s2", "k2x5", "t1d_s3", "groups"])
+def test_gradcheck(geometry, tail):
+    p = Problem(geometry, tail, torch.float64)
+    leaves = {k: v.requires_grad_() for k, v in p.tensors.items() if v is not None}
+
+    def call(*values):
+        return bmk.conv(**dict(zip(leaves, values)), **p.options, backend="cpu")
+
+    assert torch.autograd.gradcheck(call, tuple(leaves.values()), fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("needed", NAMES)
+def test_one_gradient_alone(needed):
+    p = Problem("k2x5", "all_gelu_max", torch.float64)
+    every = dict(zip(NAMES, p.run(torch.float64, "cpu")[1:]))
+    t = {k: v.detach().requires_grad_(k == needed) for k, v in p.tensors.items()}
+    out = bmk.conv(**t, **p.options, backend="cpu")
+    (found,) = torch.autograd.grad(out, t[needed], p.grad)
+    torch.testing.assert_close(found, every[needed], rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize("tail", ["bias", "relu_max", "gate_max", "silu_avg"])
+def test_opcheck(tail, contiguous):
+    p = Problem("t2d" if tail == "bias" else "k2x5", tail)
+    layout = _layouts()["transposed"]
+    t = {k: v if contiguous or v is None else layout(v) for k, v in p.tensors.items()}
+    args = op.prepare(**{k: None if v is None else v.requires_grad_() for k, v in t.items()}, **p.options)
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
+    torch.library.opcheck(op.OP.fwd, (*args, "cpu"))
+    outs = op.OP.fwd(*args, "cpu")
+    torch.library.opcheck(op.OP.bwd, (p.grad, *outs, [int(a is not None) for a in args[:6]], *args, "cpu"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+def test_compile_in_training_with_dynamic_shapes(backend):
+    def call(x, w, b):
+        return bmk.conv(x, w, b, padding=1, activation="silu", pool=("max", 2), backend=backend)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, dynamic=True)
+    w, b = make(6, 3, 3, 3, requires_grad=True), make(6, requires_grad=True)
+    for shape in ((2, 3, 8, 9), (5, 3, 12, 7), (1, 3, 31, 20)):
+        x = make(*shape, seed=sum(shape), requires_grad=True)
+        found, expected = compiled(x, w, b), call(x, w, b)
+        torch.testing.assert_close(found, expected)
+        for f, e in zip(*(torch.autograd.grad(y.square().sum(), (x, w, b)) for y in (found, expected))):
+            torch.testing.assert_close(f, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("pool", [None, ("max", 2), ("max", 3, 1)])
+@pytest.mark.parametrize("channels", [1, 16])
+def test_nan_goes_through_relu_and_max_pool_as_in_torch(channels, pool):
+    x = make(2, channels, 12, 13)
+    x[0, 0, 3, 4] = x[1, 0, 11, 12] = float("nan")
+    w = make(20, channels, 3, 3, seed=1)
+    found = bmk.conv(x, w, padding=1, activation="relu", pool=pool, backend="cpu")
+    expected = bmk.conv(x, w, padding=1, activation="relu", pool=pool, backend="torch")
+    if channels == 1:  # by tiles of 2 x 2, Winograd spreads a NaN over the whole tile
+        assert torch.equal(found.isnan(), expected.isnan())
+    assert (found.isnan() >= expected.isnan()).all()
+    torch.testing.assert_close(found[~found.isnan()], expected[~found.isnan()])
+
+
+@pytest.mark.parametrize("geometry", ["textbook", "stem", "long1d", "t2d_k4s2", "groups16"])
+def test_the_number_of_threads_does_not_change_a_bit(geometry):
+    p = Problem(geometry, "relu_max")
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(p.run(torch.float32, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert (a is None and b is None) or torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_other_instruction_sets(isa):
+    code = """
+import torch
+from tests.ops.conv_problem import GEOMETRIES, Problem
+for i, geometry in enumerate(GEOMETRIES):
+    tail = ("relu_max", "norm_residual_relu", "all_gelu_max", "silu_avg", "gate_max")[i % 5]
+    Problem(geometry, tail, (torch.float32, torch.bfloat16, torch.float64)[i % 3]).check()
+    p = Problem(geometry, "relu_max", integer=True)
+    for ours, exact in zip(p.run(torch.float32, "cpu"), p.run(torch.float64, "torch")):
+        assert ours is None or torch.equal(ours, exact.float()), geometry
+import bigmodel_kernels
+print(bigmodel_kernels.build_info().get("isa"))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "BIGMODEL_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() in (isa, "None")
+
+
+def test_offsets_past_two_to_the_31():
+    storage = torch.empty(2**31 + 4096, dtype=torch.bfloat16)  # only the pages that are written are ever backed
+    x = storage.as_strided((2, 3, 8, 8), (2**31, 64, 8, 1))
+    x.copy_(make(2, 3, 8, 8, dtype=torch.bfloat16))
+    w = make(4, 3, 3, 3, dtype=torch.bfloat16)
+    assert torch.equal(bmk.conv(x, w, backend="cpu"), bmk.conv(x.contiguous(), w, backend="cpu"))
+
+
+def test_auto_and_explain():
+    assert set(bmk.explain(bmk.conv, make(1, 2, 8, 8), make(3, 2, 3, 3)).reasons) == {"cpu", "cuda", "triton", "torch"}
+    half = make(1, 2, 8, 8, dtype=torch.float16), make(3, 2, 3, 3, dtype=torch.float16)
+    assert bmk.explain(bmk.conv, *half).backend == "torch"
+    assert bmk.conv(*half).dtype == torch.float16
+    with pytest.raises(RuntimeError, match="float16"):
+        bmk.conv(*half, backend="cpu")
+    with pytest.raises(RuntimeError, match="window of 256"):
+        bmk.conv(make(1, 1, 20, 20), make(2, 1, 3, 3), pool=("max", 16), backend="cpu")
+    with pytest.raises(RuntimeError, match="groups is 2"):
+        bmk.conv(make(1, 2, 8), make(4, 1, 3), groups=2, activation="tanh_sigmoid", backend="cpu")
+
+
+def test_autocast():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = bmk.conv(make(1, 2, 8, 8), make(3, 2, 3, 3), make(3), activation="relu", backend="cpu")
+    assert out.dtype == torch.bfloat16
+
+
+X, W = make(2, 4, 8, 8), make(6, 4, 3, 3)
+ERRORS = {
+    "x_not_tensor": (TypeError, "x must be a tensor", [[1.0]], W, {}),
+    "weight_not_tensor": (TypeError, "weight must be a tensor", X, None, {}),
+    "bias_not_tensor": (TypeError, "bias must be a tensor", X, W, {"bias": 1.0}),
+    "residual_not_tensor": (TypeError, "residual must be a tensor", X, W, {"residual": "x"}),
+    "weight_rank": (RuntimeError, "weight must have 3 or 4 dimensions", X, W[0, 0], {}),
+    "x_rank": (RuntimeError, "x must have 4 dimensions", X[0, 0], W, {}),
+    "channels": (RuntimeError, "x must have 4 channels", X[:, :3], W, {}),
+    "group_channels": (RuntimeError, "x must have 8 channels", X, W, {"groups": 2}),
+    "group_multiple": (RuntimeError, "weight must have a multiple of groups=4", X, W[:, :1], {"groups": 4}),
+    "groups_zero": (RuntimeError, "groups must be positive", X, W, {"groups": 0}),
+    "groups_type": (TypeError, "groups must be an int", X, W, {"groups": 1.5}),
+    "weight_dtype": (RuntimeError, "weight must be torch.float32", X, W.double(), {}),
+    "bias_dtype": (RuntimeError, "bias must be torch.float32", X, W, {"bias": make(6).bfloat16()}),
+    "device": (RuntimeError, "weight must be torch.float32 on cpu", X, W.to("meta"), {}),
+    "negative_padding": (RuntimeError, "padding must be non-negative", X, W, {"padding": -1}),
+    "padding_name": (ValueError, "padding must be .*'full'", X, W, {"padding": "full"}),
+    "padding_length": (RuntimeError, "padding must have 2 entries", X, W, {"padding": (1, 1, 1)}),
+    "padding_type": (TypeError, "padding must be an int", X, W, {"padding": 1.5}),
+    "same_with_stride": (RuntimeError, "padding='same' needs stride 1", X, W, {"padding": "same", "stride": 2}),
+    "causal_2d": (ValueError, "padding='causal' needs one spatial axis", X, W, {"padding": "causal"}),
+    "same_transposed": (ValueError, "padding='same' is not for", X, make(4, 6, 3, 3), {"padding": "same", "transposed": True}),
+    "stride_zero": (RuntimeError, "stride must be positive", X, W, {"stride": 0}),
+    "stride_length": (RuntimeError, "stride must have 2 entries", X, W, {"stride": (1, 1, 1)}),
+    "dilation_zero": (RuntimeError, "dilation must be positive", X, W, {"dilation": (1, 0)}),
+    "too_small": (RuntimeError, "x of size .* gives an empty output", X, W, {"dilation": 9}),
+    "output_padding": (ValueError, "output_padding is for transposed", X, W, {"output_padding": 1}),
+    "large_output_padding": (
+        RuntimeError, "output_padding must be smaller", X, make(4, 6, 3, 3),
+        {"output_padding": 2, "transposed": True, "stride": 2},
+    ),
+    "bias_shape": (RuntimeError, "bias must have shape", X, W, {"bias": make(4)}),
+    "scale_shape": (RuntimeError, "scale must have shape", X, W, {"scale": make(6, 1)}),
+    "shift_shape": (RuntimeError, "shift must have shape", X, W, {"shift": make(1)}),
+    "residual_shape": (RuntimeError, "residual must have shape", X, W, {"residual": make(2, 6, 6, 5)}),
+    "activation": (ValueError, "activation must be None or one of", X, W, {"activation": "swish"}),
+    "gate_channels": (ValueError, "'tanh_sigmoid' needs an even", X, W[:5], {"activation": "tanh_sigmoid"}),
+    "pool_type": (TypeError, "pool must be None", X, W, {"pool": 2}),
+    "pool_name": (ValueError, "pool must be one of max, avg", X, W, {"pool": ("min", 2)}),
+    "pool_size": (RuntimeError, "pool size must be positive", X, W, {"pool": ("max", 0)}),
+    "pool_stride": (RuntimeError, "pool stride must be positive", X, W, {"pool": ("max", 2, 0)}),
+    "pool_fits": (RuntimeError, "pool must fit the output", X, W, {"pool": ("avg", 7)}),
+    "backend": (ValueError, "backend must be one of", X, W, {"backend": "fast"}),
+    "absent_backend": (RuntimeError, "backend 'cuda' cannot run this call", X, W, {"backend": "cuda"}),
+    "empty_kernel": (RuntimeError, "weight must have a kernel that is not empty", X, W[..., :0], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case):
+    kind, message, x, weight, options = ERRORS[case]
+    with pytest.raises(kind, match=message) as info:
+        bmk.conv(x, weight, **options)
+    assert info.type is kind
