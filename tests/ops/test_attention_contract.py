@@ -182,13 +182,14 @@ def test_gradient_of_a_mask_passes_gradcheck():
     assert torch.autograd.gradcheck(lambda *t: bmk.attention(*t[:3], attn_mask=t[3], backend="cpu"), (q, k, v, mask))
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_compiles_whole_with_dynamic_shapes(backend):
+@pytest.mark.parametrize(("backend", "compiler"), [("auto", "inductor"), ("auto", "aot_eager"), ("torch", "aot_eager")])
+def test_compiles_whole_with_dynamic_shapes(backend, compiler):
     def loss(q, k, v, mask):
         out, lse = bmk.attention(q, k, v, attn_mask=mask, is_causal=True, return_lse=True)
         return bmk.attention(q, k, v, window=3).square().sum() + out.sum() + lse.sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=compiler)
     for length in (5, 9):
         leaves = [t.requires_grad_() for t in qkv(2, 3, length, 8)]
         mask = make(length, length, seed=7).requires_grad_()
