@@ -180,10 +180,11 @@ inline void pack_a(T* packed, const S* a, int64_t row_stride, int64_t step_strid
 
 // C (+)= A B with all of the threads; A of any strides and storage type, B packed by pack_b.
 // Blocks of rows x chunks of panels are the tasks; each packs its block of A once and runs it over its panels.
-// Sums run over the depth in the same order whatever the number of threads: results do not depend on it.
+// Sums run over the depth in the same order whatever the number of threads: results do not depend on it. `chain` is how many
+// terms are added up one after the other, where the sums of a caller need shorter blocks than depth_block.
 template <class T, class A, class C>
 inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed, C* c,
-                        int64_t c_row, bool accumulate = false) {
+                        int64_t c_row, bool accumulate = false, std::optional<int64_t> chain = std::nullopt) {
   constexpr int R = Tile<T>::kRows;
   constexpr int64_t panel_columns = Tile<T>::kColumns;
   const int64_t panels = (columns + panel_columns - 1) / panel_columns;
@@ -207,7 +208,7 @@ inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a
         pack_a<T>(block.get(), a + m0 * a_row, a_row, a_step, m1 - m0, depth);
         packed_block = m0;
       }
-      const int64_t step = depth_block<C>(depth);
+      const int64_t step = chain.value_or(depth_block<C>(depth));
       for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
         const int64_t steps = std::min(step, depth - k0);
         const bool add = accumulate || k0 > 0;

@@ -21,15 +21,23 @@ struct StateTile {
   static constexpr int kColumns = kVectors * kLanes<T>;
 };
 
+// dh[R rows, one panel of columns] = dgates W_hh, in chains of kStateDepth terms (see kSumDepth).
+inline constexpr int64_t kStateDepth = 256;
+
 template <int R, class T>
 void state_product(const T* dgates, int64_t dgates_row, const T* panel, int64_t depth, T* dh, int64_t dh_row) {
   constexpr int NV = StateTile<T>::kVectors, W = kLanes<T>;
-  vec<T> acc[R][NV] = {};
-  multiply_tile<R, NV, T>(acc, dgates, dgates_row, 1, panel, NV * W, depth);
+  for (int64_t k0 = 0; k0 < depth; k0 += kStateDepth) {
+    vec<T> acc[R][NV] = {};
+    multiply_tile<R, NV, T>(acc, dgates + k0, dgates_row, 1, panel + k0 * NV * W, NV * W, std::min(kStateDepth, depth - k0));
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) store(dh + r * dh_row + v * W, acc[r][v]);
+      for (int v = 0; v < NV; ++v) {
+        T* out = dh + r * dh_row + v * W;
+        store(out, k0 > 0 ? load(out) + acc[r][v] : acc[r][v]);
+      }
+  }
 }
 
 template <int R, class T>
@@ -223,6 +231,9 @@ void pack_step_inputs(compute_t<S>* packed, const LstmShape& shape, const LstmBa
   });
 }
 
+// Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
+inline constexpr int64_t kTokenChain = 48;
+
 template <class S>
 void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>>& buffers,
                            int64_t d) {
@@ -232,7 +243,7 @@ void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute
   {
     Scratch<T> inputs(packed_size<T>(shape.tokens, columns)), sums(G * columns);
     pack_step_inputs(inputs.get(), shape, layer, d);
-    gemm_packed<T>(G, columns, shape.tokens, buffers.dgates.get(), 1, G, inputs.get(), sums.get(), columns);
+    gemm_packed<T>(G, columns, shape.tokens, buffers.dgates.get(), 1, G, inputs.get(), sums.get(), columns, false, kTokenChain);
     for (int64_t gate = 0; gate < G; ++gate) {
       const T* sum = sums + gate * columns;
       store_row(out.w_ih + gate * I, sum, I);
@@ -250,7 +261,9 @@ void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute
         const vec<T> o = load_partial(gates + token * G + 3 * H + unit, units), c = load_partial(cells + token * H + unit, units);
         store_partial(u + token * H + unit, o * tanh(c), units);
       }
-    gemm<T, T, T>(P, H, shape.tokens, buffers.dh.get(), 1, P, u.get(), H, 1, sums.get(), H);
+    Scratch<T> packed(packed_size<T>(shape.tokens, H));
+    pack_b<T>(packed.get(), u.get(), H, 1, shape.tokens, H);
+    gemm_packed<T>(P, H, shape.tokens, buffers.dh.get(), 1, P, packed.get(), sums.get(), H, false, kTokenChain);
     store_row(out.w_hr, sums.get(), P * H);
   }
 }

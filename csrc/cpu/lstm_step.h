@@ -76,12 +76,14 @@ void pack_gate_panel(T* out, const S* w, int64_t hidden, int64_t depth, int64_t 
   const int64_t units = std::min<int64_t>(W, hidden - panel * W);
   for (int64_t gate = 0; gate < 4; ++gate) {
     const S* source = w + (gate * hidden + panel * W) * depth;
-    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-      const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
-      for (int64_t j = 0; j < units; ++j)
-        for (int64_t k = k0; k < k1; ++k) out[(k * 4 + gate) * W + j] = to_compute(source[j * depth + k]);
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t j = units; j < W; ++j) out[(k * 4 + gate) * W + j] = 0;
+    for (int64_t k0 = 0; k0 < depth; k0 += W) {
+      T* block = out + (k0 * 4 + gate) * W;
+      if (units == W && k0 + W <= depth) {
+        copy_transposed(block, 4 * W, source + k0, depth);
+        continue;
+      }
+      for (int64_t k = 0; k < std::min<int64_t>(W, depth - k0); ++k)
+        for (int64_t j = 0; j < W; ++j) block[k * 4 * W + j] = j < units ? T(to_compute(source[j * depth + k0 + k])) : T(0);
     }
   }
 }
@@ -152,38 +154,43 @@ struct CellTile {
 #endif
 };
 
+// sums[R][4][lanes] = start + the products of R rows and a panel of weights; row r of start is at start + r * start_row. At most
+// kSumDepth terms are added up one after the other: one long chain rounds worse than torch's own product does.
+inline constexpr int64_t kSumDepth = 128;
+
+template <int R, class T>
+INLINE void add_products(T* sums, const T* start, int64_t start_row, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+  constexpr int W = kLanes<T>;
+  for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth) {
+    vec<T> acc[R][4] = {};
+    multiply_tile<R, 4, T>(acc, a + k0, a_row, 1, panel + k0 * 4 * W, 4 * W, std::min(kSumDepth, depth - k0));
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) store(sums + (r * 4 + g) * W, load(start + r * start_row + g * W) + acc[r][g]);
+    start = sums;
+    start_row = 4 * W;
+  }
+}
+
 // The gates of R sequences x one panel before their activation, into gates [R][4][lanes].
 template <int R, class S>
 void cell_product(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t row, int64_t panel,
                   compute_t<S>* gates) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
-  vec<T> acc[R][4] = {};
+  const T* bias = cell.bias.get() + panel * 4 * W;
   if (step.x) {
-    multiply_tile<R, 4, T>(acc, step.x + row * step.x_row, step.x_row, 1, cell.w_ih.get() + panel * shape.input * 4 * W, 4 * W,
-                           shape.input);
+    add_products<R>(gates, bias, 0, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
   } else {
     const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
-    const T* product = step.x_product + row * step.row_stride * shape.gates() + panel * W;
-#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) {
-        const T* p = product + r * step.row_stride * shape.gates() + g * shape.hidden;
-        acc[r][g] = units == W ? load(p) : load_partial(p, units);
+        const T* product = step.x_product + (row + r) * step.row_stride * shape.gates() + g * shape.hidden + panel * W;
+        store(gates + (r * 4 + g) * W, load(bias + g * W) + (units == W ? load(product) : load_partial(product, units)));
       }
   }
-#pragma GCC unroll 4
-  for (int g = 0; g < 4; ++g) {
-    const vec<T> bias = load(cell.bias.get() + (panel * 4 + g) * W);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) acc[r][g] += bias;
-  }
-  multiply_tile<R, 4, T>(acc, step.h + row * step.h_row, step.h_row, 1, cell.w_hh.get() + panel * shape.state * 4 * W, 4 * W, shape.state);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) store(gates + (r * 4 + g) * W, acc[r][g]);
+  add_products<R>(gates, gates, 4 * W, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
 }
 
 template <int R, class S>
