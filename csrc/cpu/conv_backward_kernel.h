@@ -70,7 +70,7 @@ void conv_backward(const ConvBackward& call) {
   if (call.dx.data) {
     TensorSink<T, S> sink{call.dx.as<S>(), nullptr, backward.out_channels};
     const auto weights = weights_of<T, S>(backward, call.weight.as<const S>(), static_cast<const S*>(call.scale));
-    run_pass<T>(backward, Window{}, weights, gradient, [&](const Bands& bands) {
+    run_pass<T>(backward, Window{}, weights, gradient, true, [&](const Bands& bands) {
       sink.bands = &bands;
       return sink;
     });

@@ -37,7 +37,7 @@ void conv_forward(const ConvForward& call) {
                       call.index.as<uint8_t>(),
                       nullptr,
                       pass.out_channels};
-  run_pass<T>(pass, call.window, weights, source, [&](const Bands& bands) {
+  run_pass<T>(pass, call.window, weights, source, !call.transposed, [&](const Bands& bands) {
     sink.bands = &bands;
     return [&sink](int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) { sink(n, g, i, y, y_columns, y_stride); };
   });
