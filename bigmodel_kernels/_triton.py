@@ -85,12 +85,12 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """An odd polynomial near 0 (Moshier's Cephes), (1 - e^-2|x|) / (1 + e^-2|x|) beyond."""
+    """An odd polynomial near 0 (Moshier's Cephes), 1 - 2 e^-2|x| / (1 + e^-2|x|) beyond."""
     z = x * x
     near = z * -5.70498872745e-3 + 2.06390887954e-2
     near = near * z - 5.37397155531e-2
     near = near * z + 1.33314422036e-1
     near = near * z - 3.33332819422e-1
     e = exp_of_negative(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
+    far = 1.0 - 2.0 * e / (1.0 + e)
     return tl.where(tl.abs(x) < 0.625, x + x * z * near, tl.where(x < 0, -far, far))

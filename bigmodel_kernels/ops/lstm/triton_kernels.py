@@ -71,18 +71,20 @@ class _Tokens:
         return before
 
 
-def _launch_constants(kernel: str, x: Tensor, hidden: int, projected: bool, tokens: _Tokens) -> dict | None:
-    """Of the sequence kernel; None where this call goes step by step."""
-    capturing = x.is_cuda and tokens.packed and torch.cuda.is_current_stream_capturing()
-    return None if projected or capturing else config(kernel, x.element_size(), hidden)
+def _launch_constants(x: Tensor, hidden: int, projected: bool, tokens: _Tokens) -> dict | None:
+    """Of the sequence kernels; None where this call goes step by step."""
+    if projected or (tokens.packed and x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return None
+    precision = _triton.precision(x.dtype)
+    sizes = config(_triton.gpu(x.device.index), x.dtype, precision, hidden)
+    return sizes and {"H": hidden, "PRECISION": precision, "PACKED": tokens.packed, **sizes}
 
 
 def _at_once(kernel, tensors: tuple, strides: tuple, tokens: _Tokens, directions: int, constants: dict) -> None:
     firsts, lengths = tokens.tables() if tokens.packed else (tensors[0], tensors[0])
     _triton.launch(
         kernel, directions * -(-tokens.batch // constants["BLOCK_B"]),
-        *tensors, firsts, lengths, len(tokens.sizes), tokens.batch, tokens.count, *strides,
-        PACKED=tokens.packed, **constants,
+        *tensors, firsts, lengths, len(tokens.sizes), tokens.batch, tokens.count, *strides, **constants,
     )  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional
     directions, (_, batch, hidden) = 2 if bidirectional else 1, c0.shape
     tokens = _Tokens(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
-    constants = _launch_constants("forward", x, hidden, parameters[0][4] is not None, tokens)
+    constants = _launch_constants(x, hidden, parameters[0][4] is not None, tokens)
     shapes, dtype = saved_shapes(x, h0, c0, num_layers, bidirectional, save), saved_dtype(x.dtype)
     gates, cells, between = (
         torch.empty(shape, dtype=t, device=x.device) for shape, t in zip(shapes, (dtype, dtype, x.dtype))
@@ -130,9 +132,9 @@ def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional
             _triton.product(source, parameters[cell][0].t(), from_input[d])
         bias = torch.stack([bias_of(*parameters[cell][1:4]) for cell in own])
         if constants is not None:
-            w_hh = torch.stack([parameters[cell][1] for cell in own])
+            w_hh = torch.stack([parameters[cell][1].t() for cell in own])
             tensors = (from_input, w_hh, bias, h[own.start :], c[own.start :], y, layer_gates, layer_cells)
-            options = {"H": hidden, "SAVE": save, "PRECISION": _triton.precision(x.dtype), **constants}
+            options = {"SAVE": save, **constants}
             _at_once(triton_sequence.forward_kernel, tensors, (y.stride(0),), tokens, directions, options)
         else:
             for d, cell in enumerate(own):
@@ -189,7 +191,7 @@ def bwd(
     tokens = _Tokens(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
     projected = parameters[0][4] is not None
-    constants = _launch_constants("backward", x, units, projected, tokens)
+    constants = _launch_constants(x, units, projected, tokens)
     gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
     d_h, d_c = _float_state(d_h_n, h0), _float_state(d_c_n, c0)
     d_y = output.new_zeros(tokens.count, width) if d_output is None else d_output.reshape(tokens.count, width)
@@ -214,9 +216,8 @@ def bwd(
                 w_hh,
                 d_gates,
             )
-            options = {"H": units, "PRECISION": _triton.precision(x.dtype), **constants}
             strides = (d_y.stride(0), d_gates.stride(0))
-            _at_once(triton_sequence.backward_kernel, tensors, strides, tokens, directions, options)
+            _at_once(triton_sequence.backward_kernel, tensors, strides, tokens, directions, constants)
         else:
             for d, cell in enumerate(own):
                 _, w_hh, _, _, w_hr = parameters[cell]

@@ -56,25 +56,25 @@ def first_token(firsts_pointer, t, batch, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_weights(pointer, H: tl.constexpr, BLOCK_H: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """U's four blocks [gate, state], or transposed, 0 past H."""
+def load_weights(pointer, distance, stride, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The blocks of four gates, `distance` apart, with rows `stride` apart; 0 past H.
+
+    Their columns are those of the product and next to each other in memory, so that a warp reads shared memory in rows.
+    """
     row, column = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_H)[None, :]
-    if TRANSPOSED:
-        places = column * H + row
-    else:
-        places = row * H + column
+    pointer += row * stride + column
     inside = (row < H) & (column < H)
-    i = tl.load(pointer + places, mask=inside, other=0.0)
-    f = tl.load(pointer + H * H + places, mask=inside, other=0.0)
-    g = tl.load(pointer + 2 * H * H + places, mask=inside, other=0.0)
-    o = tl.load(pointer + 3 * H * H + places, mask=inside, other=0.0)
+    i = tl.load(pointer, mask=inside, other=0.0)
+    f = tl.load(pointer + distance, mask=inside, other=0.0)
+    g = tl.load(pointer + 2 * distance, mask=inside, other=0.0)
+    o = tl.load(pointer + 3 * distance, mask=inside, other=0.0)
     return i, f, g, o
 
 
 @triton.jit(do_not_specialize=["steps", "batch", "tokens"])
 def forward_kernel(
     from_input_pointer,  # [D, tokens, 4 H] float32: W x; may be gates
-    w_pointer,  # [D, 4 H, H]: U
+    w_pointer,  # [D, H, 4 H]: U, transposed
     bias_pointer,  # [D, 4 H] float32
     h_pointer,  # [D, B, H]: initial states; on return final ones
     c_pointer,  # [D, B, H] float32: likewise
@@ -91,7 +91,7 @@ def forward_kernel(
         lengths_pointer, batch, steps, H, PACKED, BLOCK_B, BLOCK_H
     )
     backwards = direction == 1
-    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H, BLOCK_H, True)
+    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H, 4 * H, H, BLOCK_H)
     bi, bf, bg, bo = load_four(bias_pointer + direction * 4 * H + unit, H, inside)
     states = (direction * batch + row) * H + unit
     exists = (row < batch) & inside
@@ -144,7 +144,7 @@ def backward_kernel(
         lengths_pointer, batch, steps, H, PACKED, BLOCK_B, BLOCK_H
     )
     forwards = direction == 1  # through time: the opposite of the direction's own order
-    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H, BLOCK_H, False)
+    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H * H, H, H, BLOCK_H)
     states = (direction * batch + row) * H + unit
     exists = (row < batch) & inside
     d_h = tl.load(d_h_pointer + states, mask=exists, other=0.0)
