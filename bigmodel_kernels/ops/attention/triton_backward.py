@@ -17,9 +17,9 @@ Floor: 7 products instead of the 5 of a kernel that adds up dq atomically: 3.5 t
 import triton
 import triton.language as tl
 
+from bigmodel_kernels._triton import LOG2E
 from bigmodel_kernels.ops.attention.triton_tile import (
     LENGTHS,
-    LOG2E,
     NO_MASK,
     all_finite,
     finish_scores,
@@ -36,9 +36,21 @@ from bigmodel_kernels.ops.attention.triton_tile import (
 
 
 @triton.jit
-def load_lse(pointer, batch_head, i, q_len):
-    """lse of the queries i in units of log2; +inf, so that 2^(s - lse) is 0, where there is none."""
-    lse = tl.load(pointer + tl.cast(batch_head, tl.int64) * q_len + i, mask=i < q_len, other=float("-inf"))
+def load_row(pointer, batch_head, start, q_len, past_end, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Entries start .. start + BLOCK of one head's [S]."""
+    i = start + tl.arange(0, BLOCK)
+    pointers = pointer + tl.cast(batch_head, tl.int64) * q_len + i
+    if EDGE:
+        row = tl.load(pointers, mask=i < q_len, other=past_end)
+    else:
+        row = tl.load(pointers)
+    return row
+
+
+@triton.jit
+def load_lse(pointer, batch_head, start, q_len, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """lse of a tile's queries in units of log2; +inf, so that 2^(s - lse) is 0, where there is none."""
+    lse = load_row(pointer, batch_head, start, q_len, float("-inf"), BLOCK, EDGE)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
@@ -78,7 +90,7 @@ def query_gradient(
     q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
     do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
     i = start_m + tl.arange(0, BLOCK_M)
-    lse = load_lse(lse_pointer, batch_head, i, q_len)
+    lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, True)
 
     first = start_m + offset
     last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
@@ -219,7 +231,7 @@ def key_gradient(
                         mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
                         part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
                     )  # fmt: skip
-                    lse = load_lse(lse_pointer, batch_head, i, q_len)
+                    lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, part != 1)
                     p = tl.exp2(s * unit - lse[None, :])
                     do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1)
                     dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
@@ -233,8 +245,7 @@ def key_gradient(
                         do, bad = finite_part(do)
                         poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (weights != 0.0)).to(tl.int32), 1))
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-                    rows = tl.cast(batch_head, tl.int64) * q_len + i
-                    delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
+                    delta = load_row(delta_pointer, batch_head, start_m, q_len, 0.0, BLOCK_M, part != 1)
                     ds = score_gradient(p, dp, delta[None, :], part != 1 or MASK != NO_MASK)
                     if SOFTCAP:
                         ds = ds * capped
@@ -348,9 +359,8 @@ def mask_kernel(
             i = start_m + tl.arange(0, BLOCK_M)
             q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
             do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
-            lse = load_lse(lse_pointer, batch_head, i, q_len)
-            rows = tl.cast(batch_head, tl.int64) * q_len + i
-            delta = tl.load(delta_pointer + rows, mask=i < q_len, other=0.0)
+            lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, True)
+            delta = load_row(delta_pointer, batch_head, start_m, q_len, 0.0, BLOCK_M, True)
             last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
             lo, _a, _b, hi = span(start_m + offset, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
             for start_n in range(tl.maximum(first_n, lo), tl.minimum(end_n, hi), BLOCK_N):

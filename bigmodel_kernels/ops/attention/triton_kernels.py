@@ -7,7 +7,7 @@ import torch
 from bigmodel_kernels import _triton
 from bigmodel_kernels.ops.attention.op import heads_inside
 from bigmodel_kernels.ops.attention.triton_backward import key_kernel, mask_kernel, query_kernel
-from bigmodel_kernels.ops.attention.triton_configs import config, gpu
+from bigmodel_kernels.ops.attention.triton_configs import config
 from bigmodel_kernels.ops.attention.triton_forward import forward_kernel
 from bigmodel_kernels.ops.attention.triton_tile import ADDED_MASK, BOOL_MASK, NO_MASK
 
@@ -35,7 +35,7 @@ class _Call:
         self.batch_heads = q.shape[0] * self.heads
         self.group = self.heads // self.kv_heads if self.kv_heads else 1
         self.element_size, self.head_dim = q.element_size(), max(q.shape[3], v.shape[3])
-        self.gpu = gpu(q.device.index)
+        self.gpu = _triton.gpu(q.device.index)
         self.dropout = dropout_p > 0
         # The kernels want scores that grow with the product: the sign of a scale (and 0) goes into q.
         self.sign = 1.0
@@ -148,6 +148,3 @@ def bwd(
         ONE_ROW=rows == 1, ONE_COLUMN=columns == 1, **call.constants, **sizes,
     )  # fmt: skip
     return dq, dk, dv, dmask
-
-
-__all__ = ["bwd", "fwd", "supports"]

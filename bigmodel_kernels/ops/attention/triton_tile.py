@@ -8,7 +8,8 @@ A tile is BLOCK_M queries by BLOCK_N keys; `i` and `j` are the indices of its qu
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from bigmodel_kernels._triton import LOG2E, tanh
+
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = (tl.constexpr(kind) for kind in range(3))  # what MASK says of attn_mask
 LENGTHS = [  # arguments of the kernels whose values are not worth a compilation of their own
@@ -98,19 +99,6 @@ def store_tile(
 ):  # fmt: skip
     pointers = tile_pointers(pointer, start, strides, ROWS, COLUMNS)
     tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=inside(start, size, WIDTH, ROWS, COLUMNS))
-
-
-@triton.jit
-def tanh(x):
-    """To 2 units in the last place: an odd polynomial near 0 (Moshier's Cephes), 1 - 2 / (e^2x + 1) beyond."""
-    magnitude = tl.abs(x)
-    z = x * x
-    near = z * -5.70498872745e-3 + 2.06390887954e-2
-    near = near * z - 5.37397155531e-2
-    near = near * z + 1.33314422036e-1
-    near = near * z - 3.33332819422e-1
-    far = 1.0 - 2.0 / (tl.exp2(magnitude * (2.0 * LOG2E)) + 1.0)
-    return tl.where(magnitude < 0.625, x + x * z * near, tl.where(x < 0, -far, far))
 
 
 @triton.jit
