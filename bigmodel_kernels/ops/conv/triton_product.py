@@ -55,11 +55,10 @@ def load_step(
 
 @triton.jit
 def multiply(in_tile, w_tile, acc, PIXELS: tl.constexpr, PRECISION: tl.constexpr):
-    if PIXELS == 0:
-        acc = tl.dot(in_tile, w_tile, acc, input_precision=PRECISION)
-    else:
-        acc = tl.dot(w_tile, in_tile, acc, input_precision=PRECISION)
-    return acc
+    """acc [pixels, channels], the long side first, as the matrix units of sm_90 want it."""
+    if PIXELS == 1:
+        in_tile, w_tile = tl.trans(in_tile), tl.trans(w_tile)
+    return tl.dot(in_tile, w_tile, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -102,10 +101,7 @@ def product_kernel(
     wanted = column < columns
 
     GATED: tl.constexpr = ACTIVATION == "tanh_sigmoid"
-    if PIXELS == 0:
-        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_gate = acc
     total = taps_y * taps_x * channels
     for start in range(0, total, BLOCK_K):
@@ -124,6 +120,8 @@ def product_kernel(
             w_tile = tl.load(w_pointers + tl.cast(gate, tl.int64) * w_strides[3], mask=w_inside, other=0.0)
             acc_gate = multiply(in_tile, w_tile, acc_gate, PIXELS, PRECISION)
 
+    if PIXELS == 1:
+        acc, acc_gate = tl.trans(acc), tl.trans(acc_gate)
     finish(
         acc, acc_gate, start_m, count_y, count_x, batch, phase_y, phase_x, group * columns + column, wanted, gate,
         bias_pointer, scale_pointer, shift_pointer, residual_pointer, out_pointer, index_pointer, pre_pointer,

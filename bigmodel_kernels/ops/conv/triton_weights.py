@@ -48,7 +48,7 @@ def weights_kernel(
     narrow_channel = (group * narrow + row).to(tl.int64) * narrow_strides[1]
     wanted, row_wanted = k < columns, row < narrow
 
-    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(part * chunk, tl.minimum((part + 1) * chunk, batch * height * width), BLOCK_K):
         n, y, x, exists = pixels_of(start, height, width, batch, BLOCK_K, 1, 1)
         at = offset_of(n, y, x, narrow_strides)
@@ -66,16 +66,15 @@ def weights_kernel(
         mask = mask & along(exists, WIDE_PIXELS) & along(wanted, 1 - WIDE_PIXELS)
         pointers = wide_pointer + (along(at, WIDE_PIXELS) + along(wide_channel, 1 - WIDE_PIXELS))
         wide_tile = tl.load(pointers, mask=mask, other=0.0)
-        if NARROW_PIXELS == 0:
+        if NARROW_PIXELS == 1:
             narrow_tile = tl.trans(narrow_tile)
-        if WIDE_PIXELS == 1:
+        if WIDE_PIXELS == 0:
             wide_tile = tl.trans(wide_tile)
-        acc = tl.dot(narrow_tile, wide_tile, acc, input_precision=PRECISION)
+        acc = tl.dot(wide_tile, narrow_tile, acc, input_precision=PRECISION)
 
     out_row = (part * groups + group).to(tl.int64) * narrow + row
-    tl.store(
-        partial_pointer + (out_row[:, None] * columns + k[None, :]), acc, mask=row_wanted[:, None] & wanted[None, :]
-    )
+    pointers = partial_pointer + (out_row[None, :] * columns + k[:, None])
+    tl.store(pointers, acc, mask=row_wanted[None, :] & wanted[:, None])
 
 
 @triton.jit(do_not_specialize=SIZES)
