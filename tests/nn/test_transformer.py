@@ -98,7 +98,8 @@ def test_torchs_containers_take_our_layers_and_never_the_fast_path():
     nested = torch.nn.TransformerEncoder(layer, 2).eval()
     assert attention_calls(nested, x, src_key_padding_mask=padding()) == ["cpu"] * 2
     model = bmk.nn.Transformer(D, HEADS, 2, 1, WIDTH, batch_first=True).eval()
-    assert attention_calls(model, x, x, src_key_padding_mask=padding()) == ["cpu"] * 4
+    masks = {f"{name}_key_padding_mask": padding() for name in ("src", "tgt", "memory")}
+    assert attention_calls(model, x, x, **masks) == ["cpu"] * 4
 
 
 def test_padded_sequences_keep_their_length_in_eval():

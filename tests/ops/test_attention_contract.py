@@ -291,7 +291,16 @@ def test_auto_takes_what_the_kernels_cannot():
     explanation = bmk.explain(bmk.attention, q, k, v)
     assert explanation.backend == "torch"
     assert "float16" in explanation.reasons["cpu"]
-    assert bmk.explain(bmk.attention, *qkv()).backend == "cpu"
+
+
+def test_auto_gives_small_plain_calls_to_torch_and_no_others():
+    def choice(*shape, **options):
+        return bmk.explain(bmk.attention, *qkv(*shape), **options).backend
+
+    assert choice(*SHAPE) == "torch"
+    assert choice(2, 4, 200, 16) == "cpu"
+    for options in ({"is_causal": True}, {"window": 2}, {"attn_mask": torch.ones(6, 6).bool()}, {"softcap": 1.0}):
+        assert choice(*SHAPE, **options) == "cpu"
 
 
 def test_deterministic_and_functional_call():

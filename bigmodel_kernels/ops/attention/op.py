@@ -72,11 +72,9 @@ def attention(
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
         args = (*args[:5], seed, *args[6:])
     out, lse = OP(*args, backend=backend)
-    batch = _batch_shape(q, k, v)
     if q.dim() != 4:
-        out, lse = (
-            t if t is None else t.reshape(*batch, *t.shape[4 - q.dim() if q.dim() < 4 else 1 :]) for t in (out, lse)
-        )
+        shape, first = _batch_shape(q, k, v), max(1, 4 - q.dim())
+        out, lse = (t if t is None else t.reshape(*shape, *t.shape[first:]) for t in (out, lse))
     return (out, lse) if return_lse else out
 
 
@@ -278,12 +276,26 @@ def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest
     )
 
 
-def prefer(q, k, v, attn_mask, *rest) -> tuple[str, ...]:
-    """Measured on AVX-512 without AMX (docs/decisions.md): "cpu" is ahead for every size, dtype and flag. PyTorch multiplies
-    bfloat16 on AMX tiles where there are any; its kernel is kept there but for decoding, until ours is measured against it."""
-    if q.dtype == torch.bfloat16 and q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported():
-        return ("torch",)
-    return ("cpu", "torch")
+# Operations below which a call costs more than it computes: measured break-even between 1.6 and 3.2 million.
+_SMALL = 3e6
+
+
+def prefer(
+    q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse,
+    deterministic,
+) -> tuple[str, ...]:  # fmt: skip
+    """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag but in small plain calls, all overhead.
+
+    PyTorch multiplies bfloat16 on AMX tiles where the machine has any; there its kernel is kept for all but decoding.
+    What masks anything out is never given to PyTorch's kernels: NaNs behind the mask would come through.
+    """
+    masked = attn_mask is not None or window_left >= 0 or window_right >= 0
+    if masked or dropout_p > 0 or softcap > 0 or alibi_slopes is not None or return_lse:
+        return ("cpu", "torch")
+    if q.dtype == torch.bfloat16:
+        return ("torch",) if q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported() else ("cpu", "torch")
+    operations = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+    return ("torch",) if operations < _SMALL else ("cpu", "torch")
 
 
 def _backward(op, args, outputs, grads, needs, backend):
