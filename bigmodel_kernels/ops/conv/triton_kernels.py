@@ -253,11 +253,13 @@ def fwd(x, weight, bias, scale, shift, residual, *options):
             **parts, index=index, pre=pre, activation=call.activation, pool=call.pool,
         )  # fmt: skip
     else:
-        z = pre if pre is not None and call.pool != "max" else op.channels_innermost(x, call.full)
+        # Rounding z would make ties, and send gradients to other elements than the largest.
+        exact = torch.float32 if save and call.pool == "max" else x.dtype
+        z = pre if pre is not None and call.pool != "max" else op.channels_innermost(x, call.full, exact)
         call.correlate(call.transposed, x, packed, z, size, **parts)
         call.pool_of(z, out, index, None if z is pre else pre)
-    empty = x.new_empty(0)
-    return out, empty.to(torch.uint8) if index is None else index, empty if pre is None else pre
+    index = x.new_empty(0, dtype=torch.uint8) if index is None else index
+    return out, index, x.new_empty(0) if pre is None else pre
 
 
 def bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *options):
@@ -279,12 +281,12 @@ def bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *
         dw = call.weights(*((d, x) if call.transposed else (x, d))).reshape(weight.shape)
     if sums is None:
         sums = grad.new_zeros(call.full[1], dtype=torch.float32)
-    parameters = reference.finish(
-        sums[None], dx, dw, weight, bias, scale, call.transposed, call.groups, needs
-    )[1:5]  # fmt: skip
-    empty = x.new_empty(0)
-    parameters = [g.to(x.dtype).contiguous() if n else empty for g, n in zip(parameters, needs[1:5])]
-    return dx if needs[0] else empty, *parameters, d if needs[5] else empty
+    parameters = reference.finish(sums[None], dx, dw, weight, bias, scale, call.transposed, call.groups, needs)[1:5]
+    found = [dx, *parameters, d]
+    for i, g in enumerate(parameters, 1):
+        if needs[i]:  # memory of its own: dbias may be dshift
+            found[i] = g.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+    return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs))
 
 
 __all__ = ["bwd", "fwd", "supports"]
