@@ -5,7 +5,7 @@ registers (Milakov & Gimelshein 2018; Dao et al. 2022). Tiles that causality or 
 tested only in the tiles on the edge, which have loops of their own. For causal attention the longest rows start first.
 Saved for backward: lse [B, Hq, Sq], float32.
 Infinities and NaNs: a weight of 0 would spread those of a masked value, since 0 * NaN is NaN. Only if a result holds any is
-it computed again with them set aside, so that the usual case pays one reduction per program.
+it computed again with them counted as 0, for the rows that attend to none: the usual case pays one reduction per program.
 Floor: 4 B Hq Sq Sk D operations (half of it causal) over the peak of the matrix units; q, k, v read and out written once.
 """
 
@@ -23,8 +23,8 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     keep_tile,
     load_tile,
     part_of_span,
-    restore_poison,
     span,
+    store_again,
     store_tile,
     tile_of_program,
 )
@@ -41,10 +41,7 @@ def attend(
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """(out, lse, rows that attend to a value that is not finite) of BLOCK_M queries.
-
-    CAREFUL: such values count as 0, and the rows are told; otherwise they spread, and no row is told.
-    """
+    """out and lse of BLOCK_M queries; CAREFUL: values that are not finite count as 0, and the rows attending to any are told."""
     batch, head = batch_head // heads, batch_head % heads
     q_head = head_pointer(q_pointer, q_strides, batch, head)
     k_head = head_pointer(k_pointer, k_strides, batch, head // group)
@@ -133,7 +130,6 @@ def forward_kernel(
 
     if LEFT or RIGHT or MASK != NO_MASK:  # noqa: SIM102 (decided by the compiler)
         if all_finite(out) == 0:
-            tl.debug_barrier()  # what was stored is read again, by other threads
             careful, _same_lse, poisoned = attend(
                 q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
                 q_strides, k_strides, v_strides, mask_strides, slopes_stride,
@@ -141,6 +137,5 @@ def forward_kernel(
                 scale, softcap, threshold, kept,
                 D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
             )  # fmt: skip
-            spread = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
-            careful = restore_poison(careful, spread.to(tl.float32), poisoned)
-            store_tile(out_head, careful, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)
+            rows = poisoned == 0
+            store_again(out_head, careful, rows, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)

@@ -102,6 +102,17 @@ def store_tile(
 
 
 @triton.jit
+def store_again(
+    pointer, tile, rows, start, strides, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """store_tile of the rows that `rows` has, over what this program has stored before."""
+    tl.debug_barrier()
+    pointers = tile_pointers(pointer, start, strides, ROWS, COLUMNS)
+    here = inside(start, size, WIDTH, ROWS, COLUMNS) & rows[:, None]
+    tl.store(pointers, tile.to(pointer.dtype.element_ty), mask=here)
+
+
+@triton.jit
 def finish_scores(
     s, i, j,
     mask_pointer, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -183,10 +194,3 @@ def finite_part(x):
     """x with 0 for infinities and NaNs, and which rows had any."""
     finite = tl.abs(x) < float("inf")
     return tl.where(finite, x, 0.0).to(x.dtype), tl.min(finite.to(tl.int32), 1) == 0
-
-
-@triton.jit
-def restore_poison(careful, first, poisoned):
-    """A careful result, in whose poisoned rows what was not finite at first is so again."""
-    finite = tl.abs(first) < float("inf")
-    return tl.where(finite | (poisoned[:, None] == 0), careful, first)
