@@ -110,6 +110,8 @@ def prepare(
     _check_shape("hx[0]", h0, (cells, batch, state))
     _check_shape("hx[1]", c0, (cells, batch, hidden))
     _check_weights(weights, cells, num_layers, x.shape[-1], hidden, state)
+    if c0 is h0:  # torch.compile does not trace an autograd.Function that is given a tensor twice
+        c0 = c0.clone()
     save = needs_grad(x, h0, c0, weights)
     if batch_sizes is None or not x.is_cpu:  # as torch's own: its packed LSTM on the CPU returns what it was given
         x, h0, c0, weights = autocast(x, h0, c0, weights)
@@ -156,7 +158,7 @@ def _check_weights(
 ) -> None:
     n = len(weights) // cells
     for i, w in enumerate(weights):
-        cell, j = divmod(i, n)
+        cell, j = i // n, i % n
         layer_input = input_size if cell * num_layers < cells else state * (cells // num_layers)
         if j == 0:
             shape = (4 * hidden, layer_input)
@@ -175,10 +177,15 @@ def saved_shapes(x, h0, c0, num_layers, bidirectional, save) -> tuple[tuple[int,
     return (kept, tokens, 4 * hidden), (kept, tokens, hidden), (num_layers - 1, rows, width)
 
 
+def saved_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of gates and cells: in 16 bits, 1 - i would lose all but a few of them where i is near 1."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def _fake_fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save):
     width = h0.shape[2] * (2 if bidirectional else 1)
     gates, cells, hidden = saved_shapes(x, h0, c0, num_layers, bidirectional, save)
-    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+    dtype = saved_dtype(x.dtype)
     return (
         x.new_empty(*x.shape[:-1], width),
         h0.new_empty(h0.shape),

@@ -40,9 +40,9 @@ def call(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectiona
 def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save):
     output, h_n, c_n, *_ = call(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save)
     # Nothing of what it saved can be seen: the outputs for the backward have their sizes only.
-    from bigmodel_kernels.ops.lstm.op import saved_shapes
+    from bigmodel_kernels.ops.lstm.op import saved_dtype, saved_shapes
 
-    dtypes = (*[torch.float32 if x.dtype == torch.bfloat16 else x.dtype] * 2, x.dtype)
+    dtypes = (saved_dtype(x.dtype), saved_dtype(x.dtype), x.dtype)
     shapes = saved_shapes(x, h0, c0, num_layers, bidirectional, save)
     saved = [x.new_zeros(shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes)]
     return output.contiguous(), h_n.contiguous(), c_n.contiguous(), *saved

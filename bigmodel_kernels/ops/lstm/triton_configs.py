@@ -27,7 +27,7 @@ TABLE = {
     },
 }
 # 163 and 227 KB
-TABLE["sm_80"] = TABLE["sm_86"] | {"16-bit": TABLE["sm_86"]["16-bit"] | {128: (16, 8)}}
+TABLE["sm_80"] = TABLE["sm_86"] | {"16-bit": TABLE["sm_86"]["16-bit"] | {128: (16, 16)}}
 TABLE["sm_90"] = TABLE["sm_80"]
 
 

@@ -19,7 +19,7 @@ from bigmodel_kernels.ops.lstm.op import saved_shapes
 from bigmodel_kernels.ops.lstm.reference import split_weights
 from bigmodel_kernels.ops.lstm.triton_configs import config
 from bigmodel_kernels.ops.lstm_cell import triton_step
-from bigmodel_kernels.ops.lstm_cell.triton_kernels import bias_of, saved_dtype
+from bigmodel_kernels.ops.lstm_cell.triton_kernels import bias_of
 from bigmodel_kernels.ops.lstm_cell.triton_kernels import supports as supports
 
 
@@ -111,14 +111,14 @@ def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional
     tokens = _Tokens(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
     constants = _launch_constants(x, hidden, parameters[0][4] is not None, tokens)
-    shapes, dtype = saved_shapes(x, h0, c0, num_layers, bidirectional, save), saved_dtype(x.dtype)
+    shapes = saved_shapes(x, h0, c0, num_layers, bidirectional, save)
     gates, cells, between = (
-        torch.empty(shape, dtype=t, device=x.device) for shape, t in zip(shapes, (dtype, dtype, x.dtype))
+        torch.empty(shape, dtype=dtype, device=x.device)
+        for shape, dtype in zip(shapes, (torch.float32, torch.float32, x.dtype))
     )
     h = h0.clone(memory_format=torch.contiguous_format)
     c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    in_place = save and dtype == torch.float32  # the products with x lie where the gates will
-    scratch = gates if in_place else torch.empty(directions, tokens.count, 4 * hidden, device=x.device)
+    scratch = None if save else torch.empty(directions, tokens.count, 4 * hidden, dtype=torch.float32, device=x.device)
 
     y = x.reshape(tokens.count, x.shape[-1])
     for layer in range(num_layers):
@@ -126,14 +126,14 @@ def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional
         last = layer == num_layers - 1
         y = between[layer] if save and not last else x.new_empty(tokens.count, directions * h0.shape[2])
         own = range(layer * directions, (layer + 1) * directions)
+        # The products with x lie where the gates will.
         layer_gates, layer_cells = (t[own.start : own.stop] if save else scratch for t in (gates, cells))
-        from_input = layer_gates if in_place else scratch
         for d, cell in enumerate(own):
-            _triton.product(source, parameters[cell][0].t(), from_input[d])
+            _triton.product(source, parameters[cell][0].t(), layer_gates[d])
         bias = torch.stack([bias_of(*parameters[cell][1:4]) for cell in own])
         if constants is not None:
             w_hh = torch.stack([parameters[cell][1].t() for cell in own])
-            tensors = (from_input, w_hh, bias, h[own.start :], c[own.start :], y, layer_gates, layer_cells)
+            tensors = (layer_gates, w_hh, bias, h[own.start :], c[own.start :], y, layer_gates, layer_cells)
             options = {"SAVE": save, **constants}
             _at_once(triton_sequence.forward_kernel, tensors, (y.stride(0),), tokens, directions, options)
         else:
@@ -142,7 +142,7 @@ def fwd(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional
                 part = y.chunk(directions, 1)[d]
                 steps = tokens.steps[::-1] if d else tokens.steps
                 _forward_by_step(
-                    from_input[d],
+                    layer_gates[d],
                     w_hh,
                     w_hr,
                     bias[d],
@@ -180,6 +180,16 @@ def _float_state(given: Tensor | None, like: Tensor) -> Tensor:
     if given is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _gradient_of_source(d_gates: Tensor, w_ih: list[Tensor]) -> Tensor:
+    """The sum over directions of d_gates W, rounded once. (As one product, sums twice as long round off more.)"""
+    if len(w_ih) == 1:
+        return d_gates[:, 0] @ w_ih[0]
+    found = torch.empty(2, d_gates.shape[0], w_ih[0].shape[1], dtype=torch.float32, device=d_gates.device)
+    for d in range(2):
+        _triton.product(d_gates[:, d], w_ih[d], found[d])
+    return found.sum(0).to(d_gates.dtype)
 
 
 def bwd(
@@ -241,7 +251,7 @@ def bwd(
                     u = layer_gates[d, :, 3 * units :].float() * layer_cells[d].float().tanh()
                     d_weights[cell].append(d_projected[d].t() @ u.to(x.dtype))
         if layer or need_d_x:
-            d_y = d_gates.flatten(1) @ torch.cat([parameters[cell][0] for cell in own])
+            d_y = _gradient_of_source(d_gates, [parameters[cell][0] for cell in own])
             d_y = d_y if mask is None else d_y * mask
     d_x = d_y.view(x.shape) if need_d_x else x.new_empty(0)
     return d_x, d_h.to(h0.dtype), d_c.to(c0.dtype), [w for group in d_weights for w in group]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.lstm_cell import reference
 
 
@@ -78,6 +78,8 @@ def prepare(
     ):
         if t is not None and t.shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+    if c is h:  # torch.compile does not trace an autograd.Function that is given a tensor twice
+        c = c.clone()
     save = needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if not x.is_cpu:  # as torch's own: on the CPU its cell returns what it was given
         x, h, c, w_ih, w_hh, b_ih, b_hh = autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
@@ -94,8 +96,7 @@ def saved_shapes(x, h, save) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _fake_fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
-    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-    saved = [x.new_empty(shape, dtype=dtype) for shape in saved_shapes(x, h, save)]
+    saved = [x.new_empty(shape, dtype=saved_dtype(x.dtype)) for shape in saved_shapes(x, h, save)]
     return h.new_empty(h.shape), c.new_empty(c.shape), *saved
 
 

@@ -14,12 +14,11 @@ def call(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
 
 
 def fwd(x, h, c, *rest):
-    from bigmodel_kernels.ops.lstm_cell.op import saved_shapes
+    from bigmodel_kernels.ops.lstm_cell.op import saved_dtype, saved_shapes
 
     h_new, c_new, *_ = call(x, h, c, *rest)
-    dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     # Nothing of what it saved can be seen: the outputs for the backward have their sizes only.
-    saved = [x.new_zeros(shape, dtype=dtype) for shape in saved_shapes(x, h, rest[-1])]
+    saved = [x.new_zeros(shape, dtype=saved_dtype(x.dtype)) for shape in saved_shapes(x, h, rest[-1])]
     return h_new.contiguous(), c_new.contiguous(), *saved
 
 

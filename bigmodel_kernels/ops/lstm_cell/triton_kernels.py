@@ -21,19 +21,13 @@ def bias_of(w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
     return torch.add(b_ih.float(), b_hh.float())
 
 
-def saved_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of the gates and cell states kept for the backward; see _fake_fwd of the ops."""
-    return torch.float32 if dtype == torch.bfloat16 else dtype
-
-
 def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     (batch, hidden), device = h.shape, x.device
     from_input, from_state = torch.empty(2, batch, 4 * hidden, dtype=torch.float32, device=device)
     _triton.product(x, w_ih.t(), from_input)
     _triton.product(h, w_hh.t(), from_state)
     h_new, c_new = torch.empty(2, batch, hidden, dtype=x.dtype, device=device)
-    dtype = saved_dtype(x.dtype)
-    gates, cells = (torch.empty(shape, dtype=dtype, device=device) for shape in saved_shapes(x, h, save))
+    gates, cells = (torch.empty(shape, dtype=torch.float32, device=device) for shape in saved_shapes(x, h, save))
     count, constants = programs(batch, hidden)
     _triton.launch(
         forward_kernel, count,

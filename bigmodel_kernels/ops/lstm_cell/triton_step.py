@@ -6,7 +6,7 @@
 
 Program: BLOCK_B rows of the batch by BLOCK_H units, all four gates of each. The products are PyTorch's (cuBLAS), in float32; so
 is all arithmetic here, and the cell state from step to step, whatever the tensors' dtype.
-Saved for backward: activated gates and cell states, in the op's dtype for them.
+Saved for backward: activated gates and cell states, float32.
 Steps of a sequence are told apart by their first token, an argument that compiles nothing anew; pointers stay those of
 whole tensors. Offsets are int64 from the row on.
 Floor: memory: 9 H floats read and 2 to 7 H written per row forward; the products around it cost more from H = 32 or so.
@@ -79,8 +79,8 @@ def forward_kernel(
     c_pointer,  # [B, H]; may be c_before
     h_pointer,  # [B, H]
     output_pointer,  # [tokens, >= H]: h once more, if OUTPUT
-    gates_pointer,  # [tokens, 4 H], if SAVE
-    cells_pointer,  # [tokens, H], if SAVE
+    gates_pointer,  # [tokens, 4 H] float32, if SAVE
+    cells_pointer,  # [tokens, H] float32, if SAVE
     rows, first, hidden, output_stride,
     OUTPUT: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +105,8 @@ def backward_kernel(
     d_h_pointer,  # [B, H] float32: the gradient of h from the steps after
     d_output_pointer,  # [tokens, >= H]: added to it, if OUTPUT
     d_c_pointer,  # [B, H] float32: the gradient of c from the steps after; on return that of c'
-    gates_pointer,  # [tokens, 4 H]
-    cells_pointer,  # [tokens, H]
+    gates_pointer,  # [tokens, 4 H] float32
+    cells_pointer,  # [tokens, H] float32
     c0_pointer,  # [B, H]: c' of the rows from rows_before on; those below have theirs in cells, from the token before on
     d_gates_pointer,  # [tokens, >= 4 H]
     rows, first, before, rows_before, hidden, d_output_stride, d_gates_stride,
