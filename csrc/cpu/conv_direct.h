@@ -114,14 +114,12 @@ inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t c
   constexpr int W = kLanes<T>;
   vec<T> acc[kRows][kVectors] = {};
   bool add = false;
-  int64_t terms = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (terms + taps[i].depth > kRunLength && terms > 0) {
+    if (taps[i].begins) {
       flush<kRows, kVectors, T>(acc, y, y_stride, add);
-      add = true, terms = 0;
+      add = true;
     }
     multiply_rows<kRows, kVectors, T>(acc, a + taps[i].source, row_stride, panel + taps[i].weight * kVectors * W, taps[i].depth);
-    terms += taps[i].depth;
   }
   flush<kRows, kVectors, T>(acc, y, y_stride, add);
 }

@@ -86,21 +86,23 @@ struct PassAxis {
   }
 };
 
-// One run of the reduction: `depth` consecutive elements of the source block times `depth` consecutive weight rows.
+// One run of the reduction: `depth` consecutive elements of the source block times `depth` consecutive weight rows. A run
+// that `begins` a sum makes the tile add what it has to the output first.
 struct Tap {
   int64_t source, weight, depth;
+  bool begins = false;
 };
 
-// A single precision sum loses a digit over a few hundred terms: after this many, what was summed up is added to the output
-// and a new sum begun.
-inline constexpr int64_t kRunLength = 96;
+// A single precision sum loses a digit over a few hundred terms, so that after this many a new one is begun. PyTorch's
+// transposed convolution sums every tap by itself first, and is that much more accurate: ours begins anew more often there.
+inline constexpr int64_t kSumLength = 48, kTransposedSumLength = 16;
 
-// Appends a run, joined to the one before where source and weights both continue, in pieces of at most kRunLength.
-inline void append_run(std::vector<Tap>& taps, Tap tap) {
+// Appends a run, joined to the one before where source and weights both continue, in pieces of at most `length`.
+inline void append_run(std::vector<Tap>& taps, Tap tap, int64_t length) {
   while (tap.depth > 0) {
     const bool continues =
         !taps.empty() && taps.back().source + taps.back().depth == tap.source && taps.back().weight + taps.back().depth == tap.weight;
-    const int64_t room = continues ? kRunLength - taps.back().depth : 0, depth = std::min(tap.depth, room > 0 ? room : kRunLength);
+    const int64_t room = continues ? length - taps.back().depth : 0, depth = std::min(tap.depth, room > 0 ? room : length);
     if (room > 0)
       taps.back().depth += depth;
     else
@@ -108,11 +110,19 @@ inline void append_run(std::vector<Tap>& taps, Tap tap) {
     tap.source += depth, tap.weight += depth, tap.depth -= depth;
   }
 }
+inline void mark_sums(std::vector<Tap>& taps, int64_t length) {
+  int64_t terms = 0;
+  for (Tap& tap : taps) {
+    tap.begins = terms > 0 && terms + tap.depth > length;
+    terms = (tap.begins ? 0 : terms) + tap.depth;
+  }
+}
 
 // One pass: source [batch, groups * channels, h.sources, w.sources] -> output [batch, groups * out_channels, ..].
 struct Pass {
   int64_t batch, groups, channels, out_channels;  // channels per group
   PassAxis h, w;
+  int64_t sum_length = kSumLength;
 
   int64_t depth() const { return h.axis.taps * w.axis.taps * channels; }
   // Where the weights of one tap begin. A scatter meets the sources from the last tap to the first.
@@ -132,8 +142,9 @@ struct Pass {
             const int64_t kw = w.scatter ? w.axis.taps - 1 - column : column;
             int64_t row_offset, column_offset;
             if (!h.tap_offset(ph, kh, &row_offset) || !w.tap_offset(pw, kw, &column_offset)) continue;
-            append_run(taps, {(row_offset * columns + column_offset) * stride, weight_row(kh, kw), channels});
+            append_run(taps, {(row_offset * columns + column_offset) * stride, weight_row(kh, kw), channels}, sum_length);
           }
+        mark_sums(taps, sum_length);
         all.push_back(std::move(taps));
       }
     return all;

@@ -12,7 +12,8 @@ template <class S>
 void conv_forward(const ConvForward& call) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
-  const Pass pass = call.transposed ? scatter_pass(call.conv) : gather_pass(call.conv);
+  Pass pass = call.transposed ? scatter_pass(call.conv) : gather_pass(call.conv);
+  if (call.transposed) pass.sum_length = kTransposedSumLength;
   const int64_t channels = pass.groups * pass.out_channels;
   if (call.out.height == 0 || call.out.width == 0 || pass.batch == 0 || channels == 0) return;
 

@@ -109,7 +109,8 @@ inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, cons
   // One vector more than the data, so that the 16 matrices do not fall onto the same sets of the first-level cache.
   const int64_t v_step = tiles * stride + W, m_step = tiles * kColumns + W;
   std::vector<Tap> runs;
-  append_run(runs, {0, 0, C});
+  append_run(runs, {0, 0, C}, pass.sum_length);
+  mark_sums(runs, pass.sum_length);
   torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> block(rows * columns * stride), v(16 * v_step), m(16 * m_step), y(2 * down * y_columns * padded + W);
     for (int64_t task = begin; task < end; ++task) {
