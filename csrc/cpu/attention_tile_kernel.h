@@ -26,23 +26,20 @@ template <int R, int NV, Start start, class T>
 void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t depth, T* c, int64_t c_row,
                   const T* factor) {
   constexpr int W = kLanes<T>;
-  vec<T> acc[R][NV];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      if constexpr (start == Start::zero)
-        acc[r][v] = vec<T>{};
-      else if constexpr (start == Start::add)
-        acc[r][v] = load(c + r * c_row + v * W);
-      else
-        acc[r][v] = load(c + r * c_row + v * W) * factor[r];
-    }
+  vec<T> acc[R][NV] = {};
   multiply_tile<R, NV, T>(acc, a, a_row, a_step, b, b_step, depth);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) store(c + r * c_row + v * W, acc[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      T* at = c + r * c_row + v * W;
+      if constexpr (start == Start::zero)
+        store(at, acc[r][v]);
+      else if constexpr (start == Start::add)
+        store(at, load(at) + acc[r][v]);
+      else
+        store(at, load(at) * factor[r] + acc[r][v]);
+    }
 }
 
 // One tile of kTileRows rows (the first `rows` of them matter) and `vectors` columns' vectors (1 or 2).
