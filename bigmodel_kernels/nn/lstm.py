@@ -116,8 +116,7 @@ class LSTMCell(nn.LSTMCell):
             input = input.unsqueeze(0)
             hx = None if hx is None else tuple(t.unsqueeze(0) for t in hx)
         if hx is None:
-            zeros = input.new_zeros(input.size(0), self.hidden_size)
-            hx = (zeros, zeros)
+            hx = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(2))
         h, c = lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
