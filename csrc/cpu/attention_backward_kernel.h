@@ -17,7 +17,7 @@ struct GradBlock {
   Scratch<T> keys_t, values_t, keys;  // panels of [D][kPanel] and [Dv][kPanel]; rows [kKeys][depth_ld]
   Scratch<T> q, grad_out;             // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
   Scratch<T> p, ds;                   // [kRows][kKeys]: first the products q k^T and do v^T
-  SetAside<T> keys_aside, q_aside, grad_out_aside;
+  SetAside<T> q_aside, grad_out_aside;
   Scores<T> scores;
   int64_t k0 = 0, n = 0;       // the block of keys
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
@@ -44,8 +44,9 @@ struct GradBlock {
     const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
     pack_transposed<S, T>(keys_t, k, a.k.stride[2], a.k.stride[3], n, a.head_dim);
     pack_transposed<S, T>(values_t, v, a.v.stride[2], a.v.stride[3], n, a.value_dim);
-    keys_aside.clear();
-    pack_rows<S, T>(keys, k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, T(1), 0, keys_aside);
+    // A key that is attended and not finite has made ds NaN already, which it stays times 0: nothing is to be added afterwards.
+    SetAside<T> aside;
+    pack_rows<S, T>(keys, k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, T(1), 0, aside);
   }
 
   // Which keys of the block the tiles of `rows` need; false where there are none.
@@ -182,7 +183,6 @@ struct GradBlock {
         if (lo[t] < hi[t])
           product<Start::add, T>(rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + lo[t], kLd, 1, keys + lo[t] * depth_ld + d,
                                  depth_ld, hi[t] - lo[t], dq + t * R * depth_ld + d, depth_ld);
-    keys_aside.add(dq, depth_ld, rows.count, depth_ld, 0, n, [&](int64_t r, int64_t key) { return ds[r * kLd + key]; });
   }
 };
 
