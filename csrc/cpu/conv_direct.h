@@ -6,6 +6,9 @@
 // at a time in registers: R + kVectors loads for R * kVectors multiply-adds a step, below the two load ports from R = 3 on.
 // The outputs of the band stay in a block [rows][columns][channels] of the compute type, in the first or second cache level;
 // the sink applies what follows (bias, activation, pool, ...) and is the only one to write memory.
+//
+// Floor: the multiply-adds at two vectors a cycle. 1 -> 32 channels, 3x3 on 28 x 28 with ReLU and 2x2 max-pool, per image on
+// one Zen 5 core: floor 7,100 cycles, predicted 11,000, measured 17,900; the pool and the NCHW stores are most of the rest.
 
 template <class T>
 struct ConvTile {

