@@ -312,7 +312,7 @@ def check_far_tokens():
         for at_once in (False, True):
             gates[token] = make(batch, 4 * hidden, seed=3)
             h, c = make(batch, hidden, seed=4), make(batch, hidden, seed=5)
-            d_gates = torch.empty(batch, 4 * hidden)
+            d_gates = torch.empty(first + batch, 4 * hidden)
             if at_once:
                 table = torch.tensor([first])
                 options = {"H": hidden, "PACKED": True, "PRECISION": "ieee", "BLOCK_B": 4, "BLOCK_H": 16}
@@ -321,12 +321,10 @@ def check_far_tokens():
                     triton_sequence.forward_kernel, 1, gates, w, bias, h, c, y, gates, cells, table, lengths,
                     1, batch, first + batch, hidden, SAVE=True, **options,
                 )  # fmt: skip
-                wide = torch.empty(first + batch, 4 * hidden)
                 _triton.launch(
-                    triton_sequence.backward_kernel, 1, y, h, c, gates, cells, c.clone(), w, wide, table, lengths,
+                    triton_sequence.backward_kernel, 1, y, h, c, gates, cells, c.clone(), w, d_gates, table, lengths,
                     1, batch, first + batch, hidden, 4 * hidden, **options,
                 )  # fmt: skip
-                d_gates = wide[token]
             else:
                 _triton.launch(
                     triton_step.forward_kernel, 1, gates, state, bias, c, c, h, h, gates, cells,
@@ -334,9 +332,9 @@ def check_far_tokens():
                 )  # fmt: skip
                 _triton.launch(
                     triton_step.backward_kernel, 1, h, h, c, gates, cells, c.clone(), d_gates,
-                    batch, first, 0, 0, hidden, hidden, 0, OUTPUT=False, **blocks,
+                    batch, first, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **blocks,
                 )  # fmt: skip
-            found += [gates[token].clone(), cells[token].clone(), h, c, d_gates.clone()]
+            found += [gates[token].clone(), cells[token].clone(), h, c, d_gates[token].clone()]
         results.append(found)
     for near, far_away in zip(*results):
         assert torch.equal(near, far_away)
