@@ -26,8 +26,9 @@ void store_final_states(const LstmShape& shape, const LstmForward<S, compute_t<S
 }
 
 // The sequences `rows.first`, `rows.first + rows.stride`, ... of direction d, from the first step to the last.
+// `cell` is null if the weights are read as they lie.
 template <class S>
-void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const PackedCell<compute_t<S>>& cell, int64_t d,
+void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const PackedCell<compute_t<S>>* cell, int64_t d,
                        Rows rows, const compute_t<S>* x_product, bool share_panels) {
   using T = compute_t<S>;
   const int64_t count = rows.count(shape.batch);
@@ -35,7 +36,7 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
   const int64_t h_row = padded<T>(P), c_row = padded<T>(H);
   // h_t is written while h_(t-1) is still read. Both start as h0: a sequence that joins later finds it in either.
   Scratch<T> h_memory(2 * count * h_row), c_memory(count * c_row);
-  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, T> || x_product ? 0 : count * shape.input);
+  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, T> || x_product || !cell ? 0 : count * shape.input);
   T *h = h_memory, *h_next = h + count * h_row;
   for (int64_t r = 0; r < count; ++r) {
     load_row<T>(h + r * h_row, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
@@ -50,7 +51,9 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
     CellStep<S> step{};
     step.rows = active;
     step.row_stride = rows.stride;
-    if (x_product) {
+    if (!cell) {
+      // lstm_step_direct takes the input in its own type.
+    } else if (x_product) {
       step.x_product = x_product + token * G;
     } else if constexpr (std::is_same_v<S, T>) {
       step.x = layer.x + token * shape.input;
@@ -73,9 +76,14 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
       step.gates = layer.gates + (d * shape.tokens + token) * G;
       step.cells = layer.cells + (d * shape.tokens + token) * H;
     }
-    for_range(share_panels, cell.panels, [&](int64_t first, int64_t last) { lstm_step(shape, cell, step, first, last); });
+    for_range(share_panels, padded<T>(H) / kLanes<T>, [&](int64_t first, int64_t last) {
+      if (cell)
+        lstm_step(shape, *cell, step, first, last);
+      else
+        lstm_step_direct(shape, layer.weights[d], step, layer.x + token * shape.input, first, last);
+    });
     if (shape.projected) {
-      gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell.projection.get(), h_next, h_row, false);
+      gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
       for (int64_t r = 0; r < active; ++r)
         store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
     }
@@ -89,7 +97,7 @@ void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S
   using T = compute_t<S>;
   const Plan plan = make_plan(shape);
   std::optional<PackedCell<T>> cells[2];
-  for (int64_t d = 0; d < shape.directions; ++d) cells[d].emplace(shape, layer.weights[d]);
+  for (int64_t d = 0; d < shape.directions && !plan.direct; ++d) cells[d].emplace(shape, layer.weights[d]);
 
   // W_ih x for all tokens at once, where a step has too few sequences to reuse what it loads of W_ih.
   std::optional<Scratch<T>> products[2];
@@ -102,8 +110,9 @@ void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S
     gemm<S, S, T>(shape.tokens, shape.gates(), shape.input, layer.x, shape.input, 1, layer.weights[d].w_ih, 1, shape.input, x_product[d],
                   shape.gates());
   }
-  for_tasks(shape, plan,
-            [&](int64_t d, Rows rows) { lstm_rows_forward<S>(shape, layer, *cells[d], d, rows, x_product[d], plan.share_panels); });
+  for_tasks(shape, plan, [&](int64_t d, Rows rows) {
+    lstm_rows_forward<S>(shape, layer, cells[d] ? &*cells[d] : nullptr, d, rows, x_product[d], plan.share_panels);
+  });
 }
 #include "lstm_backward_kernel.h"
 

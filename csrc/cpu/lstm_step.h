@@ -29,21 +29,25 @@ struct Rows {
 struct Plan {
   int64_t groups;     // of sequences, per direction
   bool share_panels;  // one group, every step shared among the threads
-  bool hoist_input;   // W_ih x for all tokens before the time loop (a matter of the shape alone, never of the threads)
+  // These two are a matter of the shape alone, never of the threads:
+  bool hoist_input;  // W_ih x for all tokens before the time loop
+  bool direct;       // weights read as they lie: too few sequences and steps for packing to pay
 };
 
 inline Plan make_plan(const LstmShape& shape) {
   const int64_t threads = torch::stable::get_num_threads();
   Plan plan;
-  plan.hoist_input = shape.batch < 24 || shape.input > 384;
+  plan.direct = shape.steps == 1 && shape.batch <= 16 && !shape.projected;
+  plan.hoist_input = !plan.direct && (shape.batch < 24 || shape.input > 384);
   const int64_t wanted = threads % shape.directions == 0 ? threads / shape.directions : threads;
   // More than 64 sequences at a time would push the states out of the first-level cache.
   const int64_t balanced = (shape.batch + wanted * 64 - 1) / (wanted * 64) * wanted;
   plan.groups = std::max<int64_t>(1, std::min(shape.batch, balanced));
   const int64_t weight_bytes = shape.gates() * shape.state * 4;
   const int64_t rows = (shape.batch + plan.groups - 1) / std::max<int64_t>(plan.groups, 1);
-  plan.share_panels = threads > 1 && !shape.projected && weight_bytes >= (1 << 19) && rows <= 12;
-  if (plan.share_panels) plan.groups = 1;
+  const bool big = plan.direct ? weight_bytes >= 1 << 16 : weight_bytes >= 1 << 19 && rows <= 12;
+  plan.share_panels = threads > 1 && !shape.projected && big;
+  if (plan.share_panels || plan.direct) plan.groups = 1;
   return plan;
 }
 
@@ -251,6 +255,82 @@ void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, con
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * step.rows / tiles, rows = (tile + 1) * step.rows / tiles - row;
       cell_product_rows<R>(rows, shape, cell, step, row, panel, gates);
+      cell_pointwise(shape, step, row, rows, panel, gates);
+    }
+}
+
+// ---- one step with the weights as they lie -----------------------------------------------------------------------
+
+// The dot products of R rows of x and of h with four rows of weights each, vectors along the inputs.
+template <int R, class T, class S, class A>
+INLINE void add_dot_products(vec<T> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth) {
+  constexpr int W = kLanes<T>;
+  const auto add = [&](int64_t k, auto get) {
+    vec<T> weights[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) weights[g] = get(w[g] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vec<T> x = get(a + r * a_row + k);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) acc[r][g] += x * weights[g];
+    }
+  };
+  int64_t k = 0;
+  for (; k + W <= depth; k += W) add(k, [](const auto* p) { return load(p); });
+  if (k < depth) add(k, [&](const auto* p) { return load_partial(p, depth - k); });
+}
+
+// The gates of R <= 4 sequences x one panel before their activation, into gates [R][4][lanes].
+template <int R, class S>
+void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step, const S* x, int64_t row,
+                    int64_t panel, compute_t<S>* gates) {
+  using T = compute_t<S>;
+  constexpr int W = kLanes<T>;
+  const int64_t H = shape.hidden, I = shape.input, P = shape.state;
+  for (int64_t j = 0; j < W; ++j) {
+    const int64_t unit = panel * W + j;
+    vec<T> acc[R][4] = {};
+    if (unit < H) {
+      const S *w_ih[4], *w_hh[4];
+      for (int g = 0; g < 4; ++g) {
+        w_ih[g] = weights.w_ih + (g * H + unit) * I;
+        w_hh[g] = weights.w_hh + (g * H + unit) * P;
+      }
+      add_dot_products<R, T>(acc, x + row * I, I, w_ih, I);
+      add_dot_products<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
+    }
+    for (int g = 0; g < 4; ++g) {
+      T bias = 0;
+      if (weights.b_ih && unit < H) bias = to_compute(weights.b_ih[g * H + unit]) + to_compute(weights.b_hh[g * H + unit]);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) gates[(r * 4 + g) * W + j] = bias + reduce_add(acc[r][g]);
+    }
+  }
+}
+
+template <int R, class S>
+INLINE void direct_product_rows(int64_t rows, const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step,
+                                const S* x, int64_t row, int64_t panel, compute_t<S>* gates) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      direct_product<R>(shape, weights, step, x, row, panel, gates);
+    else
+      direct_product_rows<R - 1>(rows, shape, weights, step, x, row, panel, gates);
+  }
+}
+
+// As lstm_step, for consecutive sequences with inputs x [rows, I].
+template <class S>
+void lstm_step_direct(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step, const S* x, int64_t first,
+                      int64_t last) {
+  using T = compute_t<S>;
+  constexpr int64_t R = 4;
+  alignas(64) T gates[R * 4 * kLanes<T>];
+  for (int64_t panel = first; panel < last; ++panel)
+    for (int64_t row = 0; row < step.rows; row += R) {
+      const int64_t rows = std::min(R, step.rows - row);
+      direct_product_rows<R>(rows, shape, weights, step, x, row, panel, gates);
       cell_pointwise(shape, step, row, rows, panel, gates);
     }
 }

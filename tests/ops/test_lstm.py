@@ -220,9 +220,13 @@ def test_packed_is_a_loop_over_sequences(variant, dtype):
         tokens = [starts[t] + row for t in range(length)]
         hx = (p.h0[:, row : row + 1], p.c0[:, row : row + 1])
         output, (h_n, c_n) = bmk.lstm(p.x[tokens, None], hx, p.weights, **options)
-        assert torch.equal(output[:, 0], packed["output"][tokens])
-        assert torch.equal(h_n[:, 0], packed["h_n"][:, row])
-        assert torch.equal(c_n[:, 0], packed["c_n"][:, row])
+        # A single step reads its weights in another order than a longer sequence.
+        compare = (
+            torch.testing.assert_close if length == 1 else lambda a, b: torch.testing.assert_close(a, b, rtol=0, atol=0)
+        )
+        compare(output[:, 0], packed["output"][tokens])
+        compare(h_n[:, 0], packed["h_n"][:, row])
+        compare(c_n[:, 0], packed["c_n"][:, row])
 
 
 def test_bidirectional_is_two_unidirectional():
@@ -235,16 +239,17 @@ def test_bidirectional_is_two_unidirectional():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("batch", [1, 7, 40])
-def test_chunks_with_carried_state_are_one_run(batch, dtype):
+@pytest.mark.parametrize("chunks", [[2, 3, 4], [1, 1, 3, 4]], ids=str)
+def test_chunks_with_carried_state_are_one_run(batch, dtype, chunks):
     p = Problem(9, batch, 5, 20, num_layers=2, dtype=dtype)
     whole, _ = p.run("cpu")
     hx, outputs = (p.h0, p.c0), []
-    for chunk in p.x.split([1, 3, 5]):
+    for chunk in p.x.split(chunks):
         output, hx = bmk.lstm(chunk, hx, p.weights, num_layers=2, backend="cpu")
         outputs.append(output)
-    assert torch.equal(torch.cat(outputs), whole["output"])
-    assert torch.equal(hx[0], whole["h_n"])
-    assert torch.equal(hx[1], whole["c_n"])
+    exactly = {} if 1 in chunks else {"rtol": 0, "atol": 0}  # a single step reads its weights in another order
+    torch.testing.assert_close(torch.cat(outputs), whole["output"], **exactly)
+    torch.testing.assert_close(hx, (whole["h_n"], whole["c_n"]), **exactly)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
