@@ -83,7 +83,8 @@ def conv_flops(conv: nn.Module, inputs: Tensor, output: Tensor) -> float:
     return 2.0 * output.numel() * taps * conv.in_channels / conv.groups
 
 
-def build(dtype, pass_, *, layers, shape) -> Problem:
+def build(dtype, pass_, *, layers, shape, last=False) -> Problem:
+    """last: ours too is given channels_last, as in a network that is kept in it."""
     stack = nn.Sequential(*layers())
     for module in stack:
         if isinstance(module, nn.BatchNorm2d):  # statistics of a trained network, not the identity of a new one
@@ -97,8 +98,9 @@ def build(dtype, pass_, *, layers, shape) -> Problem:
     eager = Contestant("eager", stack, (draw(shape, dtype, grid=grid, train=pass_ == TRAIN),))
     with torch.no_grad():
         flops = conv_flops(stack[0], eager.inputs[0], stack[0](eager.inputs[0]))
+    ours = Contestant("ours", Fused(stack), eager.inputs)
     return Problem(
-        ours=Contestant("ours", Fused(stack), eager.inputs),
+        ours=ours.converted("ours", memory_format=torch.channels_last) if last else ours,
         stock=[eager, channels_last(eager)],
         flops=flops,
         compile=["eager", "channels_last"],
@@ -121,8 +123,8 @@ def build_causal(dtype, pass_, *, channels, length, dilation) -> Problem:
     )
 
 
-def case(name: str, shape, layers, *, passes=PASSES, quick=False) -> Case:
-    return Case("conv", name, partial(build, layers=layers, shape=shape), passes, quick=quick)
+def case(name: str, shape, layers, *, passes=PASSES, quick=False, last=False) -> Case:
+    return Case("conv", name, partial(build, layers=layers, shape=shape, last=last), passes, quick=quick)
 
 
 CASES = [
@@ -148,13 +150,20 @@ CASES = [
             nn.MaxPool2d(3, stride=2, padding=1),
         ],
         passes=(FWD,),
+        last=True,
     ),
-    case("1x1 256-64 56² B1", (1, 256, 56, 56), lambda: [nn.Conv2d(256, 64, 1)]),
-    case("depthwise 3x3 256 28² B8", (8, 256, 28, 28), lambda: [nn.Conv2d(256, 256, 3, padding=1, groups=256)]),
+    case("1x1 256-64 56² B1", (1, 256, 56, 56), lambda: [nn.Conv2d(256, 64, 1)], last=True),
+    case(
+        "depthwise 3x3 256 28² B8",
+        (8, 256, 28, 28),
+        lambda: [nn.Conv2d(256, 256, 3, padding=1, groups=256)],
+        last=True,
+    ),
     Case("conv", "causal 1d k2 d4 64 T16000 B1", partial(build_causal, channels=64, length=16000, dilation=4)),
     case(
         "transposed 4x4/2 128-64 16² B16 + ReLU",
         (16, 128, 16, 16),
         lambda: [nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1), nn.ReLU()],
+        last=True,
     ),
 ]

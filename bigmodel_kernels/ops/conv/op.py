@@ -299,7 +299,7 @@ def prefer(
     first, second, *kernel = weight.shape
     if x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
         ours = second <= 3 and groups == 1 and not transposed and not save
-    elif groups > 1:
+    elif groups > 1 or transposed:
         ours = False
     elif save:
         ours = first * second <= 128 * 128 and (len(kernel) < 2 or kernel != [1, 1])

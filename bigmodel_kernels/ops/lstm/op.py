@@ -215,6 +215,11 @@ def _differentiable(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, b
 
 
 def prefer(x, h0, c0, weights, batch_sizes, *rest) -> tuple[str, ...]:
+    """All but dense bfloat16 of some size to the kernels: the table "LSTM on the CPU" in docs/decisions.md."""
+    if (
+        x.dtype == torch.bfloat16 and batch_sizes is None and c0.shape[2] >= 64
+    ):  # PyTorch uses the bfloat16 instructions
+        return ("torch", "cpu")
     return ("cpu", "torch")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bigmodel_kernels._library import Op, autocast, needs_grad
@@ -117,8 +118,9 @@ def _differentiable(*args):
     return reference.forward(*args[:-1])
 
 
-def prefer(*args) -> tuple[str, ...]:
-    return ("cpu", "torch")
+def prefer(x, *rest) -> tuple[str, ...]:
+    """Batches that repay packing the weights to the kernel: the table "LSTM on the CPU" in docs/decisions.md."""
+    return ("cpu", "torch") if x.shape[0] >= 64 and x.dtype != torch.bfloat16 else ("torch", "cpu")
 
 
 _ARGS = "Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save"
