@@ -9,8 +9,33 @@ import functools
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
+from typing import ClassVar
 
 import torch
+from triton.runtime import interpreter
+
+
+class _Patched:
+    """What the interpreter puts in place of triton.language while a kernel runs: once per module, not per function call."""
+
+    _patch = staticmethod(interpreter._patch_lang)
+    _scopes: ClassVar[dict] = {}
+
+    @classmethod
+    def enter(cls, function):
+        if function.__module__ not in cls._scopes:
+            cls._scopes[function.__module__] = cls._patch(function)
+        return cls
+
+    @classmethod
+    def restore(cls):
+        while cls._scopes:
+            cls._scopes.popitem()[1].restore()
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    interpreter._patch_lang = _Patched.enter
 
 
 @functools.cache
@@ -18,9 +43,7 @@ def _child() -> ProcessPoolExecutor:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        executor = ProcessPoolExecutor(
-            1, mp_context=multiprocessing.get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
-        )
+        executor = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _start)
         executor.submit(os.getpid).result()  # started while the variable is set
     finally:
         if before is None:

@@ -1,0 +1,126 @@
+"""The Triton attention kernels compiled for GPUs that are not here: every row of the table of tile sizes, within a budget.
+
+attention_triton_budget.json gives for each row what the compiler made of it: registers of a thread, bytes of shared memory,
+and of the innermost loop over whole tiles its instructions and how many of them go to local memory.
+`python -m tests.ops.test_attention_triton_compile` writes the file anew.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.ops.attention import triton_configs, triton_kernels
+from tests.triton_aot import SHARED_LIMIT, compiling
+
+BUDGET = Path(__file__).with_name("attention_triton_budget.json")
+SLACK = 1.15  # of what the budget gives, for versions of the compiler
+NAMES = {"forward_kernel": "forward", "query_kernel": "query", "key_kernel": "key", "mask_kernel": "mask"}
+WGMMA_ROWS = 64  # of the left operand, below which the compiler takes the older instruction
+ROWS = [
+    *((gpu, "bfloat16", head_dim) for gpu in ("sm_80", "sm_86", "sm_90") for head_dim in (64, 128, 256)),
+    *((gpu, "float32", head_dim) for gpu in ("sm_80", "sm_90") for head_dim in (64, 128, 256)),
+]
+OPTIONS = {
+    "mask_and_window": {"mask": True, "window": (100, 20)},
+    "dropout": {"dropout_p": 0.1},
+    "scores": {"softcap": 20.0, "alibi": True, "is_causal": True},
+    "odd": {"head_dim": 80, "length": 333},
+}
+
+
+def product_instruction(gpu, dtype, kernel, constants):
+    if dtype == "float32":
+        return "FFMA"
+    rows = constants["BLOCK_N" if kernel == "key" else "BLOCK_M"]
+    return "HGMMA" if gpu == "sm_90" and rows >= WGMMA_ROWS else "HMMA"
+
+
+def compile_call(gpu, dtype, head_dim, monkeypatch, only=None, mask=False, alibi=False, length=512, **options):
+    """What a call's forward and backward would launch, by the table's names."""
+    q, k, v, grad_out = (torch.empty(2, 4, length, head_dim, dtype=getattr(torch, dtype)) for _ in range(4))
+    mask = torch.empty(length, length, dtype=q.dtype) if mask else None
+    slopes = torch.ones(4) if alibi else None
+    args = list(bmk.attention.prepare(q, k, v, attn_mask=mask, alibi_slopes=slopes, **options))
+    args[5] = torch.zeros(1, dtype=torch.int64)
+    with compiling(gpu, monkeypatch, only) as binaries:
+        out, lse = triton_kernels.fwd(*args)
+        triton_kernels.bwd(grad_out, lse, out, lse, mask is not None, *args)
+    return {NAMES[binary.name]: binary for binary in binaries}
+
+
+def innermost_loops(sass):
+    """The bodies of the loops that hold no other, as lists of instructions."""
+    lines = [line for line in sass.splitlines() if re.match(r"\s*(\.L_|/\*[0-9a-f]{4,}\*/)", line)]
+    labels = {m[1]: n for n, line in enumerate(lines) if (m := re.match(r"\s*(\.L_\w+):", line))}
+    jumps = [(n, re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) for n, line in enumerate(lines)]
+    spans = [(labels[m[1]], n) for n, m in jumps if m and labels[m[1]] < n]
+    inner = [(a, b) for a, b in spans if not any(a <= c and d <= b and (c, d) != (a, b) for c, d in spans)]
+    return [[line for line in lines[a : b + 1] if "/*" in line] for a, b in inner]
+
+
+def measure(binary, instruction):
+    """Registers, shared memory; of the shortest loop with products, over whole tiles: instructions, those for local memory."""
+    loops = [(body, sum(instruction in line for line in body)) for body in innermost_loops(binary.sass)]
+    assert any(products for _, products in loops), f"no {instruction} in the loops of {binary}"
+    body, _ = min((loop for loop in loops if loop[1]), key=lambda loop: len(loop[0]))
+    local = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body)
+    return {"registers": binary.registers, "shared": binary.shared, "loop": len(body), "local": local}
+
+
+def compile_row(gpu, dtype, head_dim, monkeypatch):
+    """{kernel: what was measured} of a row of the table: a causal call, and the mask's gradient."""
+    binaries = compile_call(gpu, dtype, head_dim, monkeypatch, is_causal=True)
+    binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, only="mask_kernel", mask=True)
+    return {
+        kernel: measure(binary, product_instruction(gpu, dtype, kernel, binary.constants))
+        for kernel, binary in binaries.items()
+    }
+
+
+def row_id(gpu, dtype, head_dim):
+    return f"{gpu} {dtype} {head_dim}"
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row_id(*row))
+def test_table_is_within_budget(row, monkeypatch):
+    budget = json.loads(BUDGET.read_text())[row_id(*row)]
+    found = compile_row(*row, monkeypatch)
+    assert sorted(found) == sorted(budget)
+    for kernel, numbers in found.items():
+        allowed = budget[kernel]
+        assert numbers["shared"] <= min(allowed["shared"] * SLACK, SHARED_LIMIT[row[0]]), (kernel, numbers)
+        assert numbers["registers"] <= allowed["registers"] * SLACK, (kernel, numbers)
+        assert numbers["loop"] <= allowed["loop"] * SLACK, (kernel, numbers)
+        assert numbers["local"] <= allowed["local"] * SLACK, (kernel, numbers)
+
+
+def test_only_float32_with_256_columns_spills_in_its_loops():
+    budget = json.loads(BUDGET.read_text())
+    assert all(n["local"] == 0 for row, k in budget.items() if not row.endswith("float32 256") for n in k.values())
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_other_calls_compile(options, gpu, monkeypatch):
+    options = {"head_dim": 64, **OPTIONS[options]}
+    binaries = compile_call(gpu, "float16", options.pop("head_dim"), monkeypatch, **options)
+    assert len(binaries) == 3 + options.get("mask", False)
+    for kernel, binary in binaries.items():
+        measure(binary, product_instruction(gpu, "float16", kernel, binary.constants))
+        assert binary.shared <= SHARED_LIMIT[gpu], binary
+
+
+def test_every_row_of_the_table_is_tested():
+    tested = {(gpu, head_dim) for gpu, dtype, head_dim in ROWS if dtype != "float32"}
+    in_table = {(gpu, d) for gpu, kernels in triton_configs.HALF.items() for by_dim in kernels.values() for d in by_dim}
+    assert tested == in_table
+    assert all(set(by_dim) == {64, 128, 256} for by_dim in triton_configs.SINGLE.values())
+
+
+if __name__ == "__main__":
+    budget = {row_id(*row): compile_row(*row, pytest.MonkeyPatch()) for row in ROWS}
+    BUDGET.write_text(json.dumps(budget, indent=2) + "\n")
