@@ -21,6 +21,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     Shapes: query [L, N, E], key [S, N, kdim], value [S, N, vdim]; N first with batch_first; without N for one sequence.
     """
 
+    backend = "auto"  # may be set on the class or a layer
+
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:
         """The layer that shares the parameters, hooks and settings of `module`."""
@@ -83,7 +85,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
-            out = attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout)
+            out = attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, backend=self.backend)
         out = out.transpose(1, 2) if (batched and self.batch_first) or not batched else out.permute(2, 0, 1, 3)
         out = F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:

@@ -17,6 +17,8 @@ class LSTM(nn.RNNBase):
     training too, and its backward runs in eval mode and can be differentiated again on every device.
     """
 
+    backend = "auto"  # may be set on the class or a layer
+
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)
 
@@ -89,6 +91,7 @@ class LSTM(nn.RNNBase):
             bidirectional=self.bidirectional,
             dropout=self.dropout,
             training=self.training,
+            backend=self.backend,
             **options,
         )
 
@@ -104,6 +107,8 @@ class LSTM(nn.RNNBase):
 class LSTMCell(nn.LSTMCell):
     """torch.nn.LSTMCell on the kernels of this library; see there for arguments, inputs and outputs."""
 
+    backend = "auto"  # may be set on the class or a layer
+
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -117,7 +122,7 @@ class LSTMCell(nn.LSTMCell):
             hx = None if hx is None else tuple(t.unsqueeze(0) for t in hx)
         if hx is None:
             hx = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(2))
-        h, c = lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
+        h, c = lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 

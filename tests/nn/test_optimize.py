@@ -216,11 +216,16 @@ def test_survives_copy_move_and_compile():
     torch.testing.assert_close(compiled(IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_backend_is_handed_down():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_backend_is_handed_down(backend):
+    for model, x in ((TextbookCNN(), IMAGES), (Recurrent(), torch.randn(3, 6, 5))):
+        report = bmk.optimize(model, backend=backend)
+        assert {c.backend for c in bmk.explain(model, x).calls} == {backend}
+        report.revert()
+
+
+def test_bad_arguments_are_refused():
     model = TextbookCNN()
-    report = bmk.optimize(model, backend="torch")
-    assert {c.backend for c in bmk.explain(model, IMAGES).calls} == {"torch"}
-    report.revert()
     with pytest.raises(ValueError, match="backend must be one of"):
         bmk.optimize(model, backend="gpu")
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):

@@ -51,7 +51,7 @@ def attention(
         return_lse: also return the log-sum-exp of the scores, [B, Hq, Sq], float32 (float64 for float64 inputs), differentiable.
         deterministic: give the same bits on every run; None for what torch.use_deterministic_algorithms says. On the CPU
             it always holds, for any number of threads.
-        backend: "auto", "cpu" or "torch".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         [B, Hq, Sq, Dv], stored as [B, Sq, Hq, Dv], so that merging the heads afterwards costs nothing; with return_lse also lse.

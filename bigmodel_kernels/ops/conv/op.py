@@ -45,7 +45,7 @@ def conv(
         activation: None, "relu", "gelu" (exact), "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01), or "tanh_sigmoid", the
             gate of WaveNet: tanh(first half of the channels) * sigmoid(second half).
         pool: None, or ("max" | "avg", size) or (.., size, stride): windows without padding; the stride is the size by default.
-        backend: "auto", "cpu" or "torch".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         The result, in the memory format that PyTorch's own convolution would give it.
