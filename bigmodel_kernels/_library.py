@@ -83,8 +83,10 @@ class Op:
         self.name = name
         self.prefer = prefer
         self.arity = len(torch._C.parse_schema(f"{name}{fwd}").arguments)
-        self.fwd = self._define(f"{name}_fwd", fwd, fake_fwd, "fwd")
-        self.bwd = self._define(f"{name}_bwd", bwd, fake_bwd, "bwd")
+        self._operators = {
+            "fwd": self._define(f"{name}_fwd", fwd, fake_fwd, "fwd"),
+            "bwd": self._define(f"{name}_bwd", bwd, fake_bwd, "bwd"),
+        }
         self.backward, self.differentiable, self.results = backward, differentiable, results
         self.reads_results = reads_results
         _ops[name] = self
@@ -118,7 +120,42 @@ class Op:
         if not needs_grad(*args):
             return self.fwd(*args, backend)
         flat, lengths = _flatten(args)
-        return _Pair.apply(self.name, backend, lengths, *flat)
+        pair = _EagerPair if _is_plain_eager(flat) else _Pair
+        return pair.apply(self.name, backend, lengths, *flat)
+
+    def fwd(self, *args: Any):
+        """The forward on the backend named last, which has been selected for these arguments; no gradient."""
+        return self._run("fwd", args)
+
+    def bwd(self, *args: Any):
+        """The backward; as `fwd`."""
+        return self._run("bwd", args)
+
+    def _run(self, direction: str, args: tuple):
+        # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
+        if args[-1] != "auto" and _is_plain_eager(args):
+            return getattr(_registry.module(self.name, args[-1]), direction)(*args[:-1])
+        return self._operators[direction](*args)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_plain_eager(args: Sequence) -> bool:
+    """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return False
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            if type(a) not in _PLAIN:
+                return False
+        elif isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in a):
+            return False
+    return True
 
 
 def _flatten(args: Sequence) -> tuple[list, tuple[int, ...]]:
@@ -180,6 +217,19 @@ class _Pair(torch.autograd.Function):
         for g, n in zip(gradients, ctx.lengths):
             out.extend([g] if n < 0 else (g if g is not None else [None] * n))
         return tuple(out)
+
+
+class _EagerPair(torch.autograd.Function):
+    """`_Pair` in the older form with the context in forward, which torch.func does not take: `apply` then need not inspect the
+    signature of forward on every call, half of what a small call costs."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        outputs = _Pair.forward(*inputs)
+        _Pair.setup_context(ctx, inputs, outputs)
+        return outputs
+
+    backward = staticmethod(_Pair.backward)
 
 
 def _gradient_with_graph(

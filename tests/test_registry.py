@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels import _library, _registry
@@ -146,7 +147,7 @@ def test_compiled_call_chooses_on_real_tensors(ran):
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(ran, requires_grad):
     x, *scales = tensors(requires_grad=requires_grad)
-    torch.library.opcheck(scaled.fwd, (x, scales, 3, "auto"))
+    torch.library.opcheck(torch.ops.bigmodel_kernels.scaled_fwd.default, (x, scales, 3, "auto"))
 
 
 def test_explain_gives_the_choice_and_every_reason(ran):
@@ -222,3 +223,34 @@ def test_import_is_lean():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_plain_eager_calls_go_straight_to_the_backend_and_all_others_through_the_operators(ran):
+    """A mode that watches operators, such as a FLOP counter, a profiler or a tracer, must see one opaque operator."""
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x, *scales = tensors(requires_grad=True)
+    with Watch():
+        call(x, *scales, backend="cpu").sum().backward()
+    assert "bigmodel_kernels.scaled_fwd.default" in seen
+    assert "bigmodel_kernels.scaled_bwd.default" in seen
+    watched = [t.grad.clone() for t in (x, *scales) if t.grad is not None]
+    with torch.no_grad():
+        for t in (x, *scales):
+            t.grad = None
+    call(x, *scales, backend="cpu").sum().backward()
+    assert ran == ["cpu", "cpu backward"] * 2
+    assert all(torch.equal(a, t.grad) for a, t in zip(watched, (t for t in (x, *scales) if t.grad is not None)))
+
+
+def test_torch_func_takes_gradients(ran):
+    x, *scales = tensors()
+    grad = torch.func.grad(lambda x: call(x, *scales, backend="cpu").sum())(x)
+    x.requires_grad_()
+    call(x, *scales, backend="cpu").sum().backward()
+    torch.testing.assert_close(grad, x.grad)

@@ -186,9 +186,12 @@ def test_opcheck(tail, contiguous):
     t = {k: v if contiguous or v is None else layout(v) for k, v in p.tensors.items()}
     args = op.prepare(**{k: None if v is None else v.requires_grad_() for k, v in t.items()}, **p.options)
     args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-    torch.library.opcheck(op.OP.fwd, (*args, "cpu"))
+    torch.library.opcheck(torch.ops.bigmodel_kernels.conv_fwd.default, (*args, "cpu"))
     outs = op.OP.fwd(*args, "cpu")
-    torch.library.opcheck(op.OP.bwd, (p.grad, *outs, [int(a is not None) for a in args[:6]], *args, "cpu"))
+    torch.library.opcheck(
+        torch.ops.bigmodel_kernels.conv_bwd.default,
+        (p.grad, *outs, [int(a is not None) for a in args[:6]], *args, "cpu"),
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])

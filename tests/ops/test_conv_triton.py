@@ -252,10 +252,16 @@ def check_opcheck():
         for image in (x, x.contiguous(memory_format=torch.channels_last), x.mT):
             args = bmk.conv.prepare(image.detach().requires_grad_(), w, make(4), **options)
             with torch.no_grad():
-                torch.library.opcheck(bmk.conv.op.fwd, (*args, "triton"), test_utils=("test_schema", "test_faketensor"))
+                torch.library.opcheck(
+                    torch.ops.bigmodel_kernels.conv_fwd.default,
+                    (*args, "triton"),
+                    test_utils=("test_schema", "test_faketensor"),
+                )
                 saved = bmk.conv.op.fwd(*args, "triton")
                 inputs = (torch.ones_like(saved[0]), *saved, [1, 1, 1, 0, 0, 0], *args, "triton")
-                torch.library.opcheck(bmk.conv.op.bwd, inputs, test_utils=("test_schema", "test_faketensor"))
+                torch.library.opcheck(
+                    torch.ops.bigmodel_kernels.conv_bwd.default, inputs, test_utils=("test_schema", "test_faketensor")
+                )
 
 
 def test_opcheck():
