@@ -45,7 +45,7 @@ inline Plan make_plan(const LstmShape& shape) {
   plan.groups = std::max<int64_t>(1, std::min(shape.batch, balanced));
   const int64_t weight_bytes = shape.gates() * shape.state * 4;
   const int64_t rows = (shape.batch + plan.groups - 1) / std::max<int64_t>(plan.groups, 1);
-  const bool big = plan.direct ? weight_bytes >= 1 << 16 : weight_bytes >= 1 << 19 && rows <= 12;
+  const bool big = plan.direct ? weight_bytes >= 1 << 16 : weight_bytes >= 1 << 21 || (weight_bytes >= 1 << 19 && rows <= 12);
   plan.share_panels = threads > 1 && !shape.projected && big;
   if (plan.share_panels || plan.direct) plan.groups = 1;
   return plan;
@@ -158,54 +158,46 @@ struct CellTile {
 #endif
 };
 
-// sums[R][4][lanes] = start + the products of R rows and a panel of weights; row r of start is at start + r * start_row. At most
-// kSumDepth terms are added up one after the other: one long chain rounds worse than torch's own product does.
-inline constexpr int64_t kSumDepth = 128;
+// At most kSumDepth terms are added up one after the other: one long chain rounds worse than torch's own product does. The
+// part of a panel that such a chain takes also stays in the first-level cache for the kRowBlock sequences it is used for.
+inline constexpr int64_t kSumDepth = 128, kRowBlock = 48;
+
+// gates[R][4][lanes] += the products of R rows and a panel of weights, over `depth` steps.
+template <int R, class T>
+void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+  constexpr int W = kLanes<T>;
+  vec<T> acc[R][4] = {};
+  multiply_tile<R, 4, T>(acc, a, a_row, 1, panel, 4 * W, depth);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      T* sum = gates + (r * 4 + g) * W;
+      store(sum, load(sum) + acc[r][g]);
+    }
+}
 
 template <int R, class T>
-INLINE void add_products(T* sums, const T* start, int64_t start_row, const T* a, int64_t a_row, const T* panel, int64_t depth) {
-  constexpr int W = kLanes<T>;
-  for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth) {
-    vec<T> acc[R][4] = {};
-    multiply_tile<R, 4, T>(acc, a + k0, a_row, 1, panel + k0 * 4 * W, 4 * W, std::min(kSumDepth, depth - k0));
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) store(sums + (r * 4 + g) * W, load(start + r * start_row + g * W) + acc[r][g]);
-    start = sums;
-    start_row = 4 * W;
-  }
-}
-
-// The gates of R sequences x one panel before their activation, into gates [R][4][lanes].
-template <int R, class S>
-void cell_product(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t row, int64_t panel,
-                  compute_t<S>* gates) {
-  using T = compute_t<S>;
-  constexpr int W = kLanes<T>;
-  const T* bias = cell.bias.get() + panel * 4 * W;
-  if (step.x) {
-    add_products<R>(gates, bias, 0, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
-  } else {
-    const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
-    for (int r = 0; r < R; ++r)
-      for (int g = 0; g < 4; ++g) {
-        const T* product = step.x_product + (row + r) * step.row_stride * shape.gates() + g * shape.hidden + panel * W;
-        store(gates + (r * 4 + g) * W, load(bias + g * W) + (units == W ? load(product) : load_partial(product, units)));
-      }
-  }
-  add_products<R>(gates, gates, 4 * W, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
-}
-
-template <int R, class S>
-INLINE void cell_product_rows(int64_t rows, const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step,
-                              int64_t row, int64_t panel, compute_t<S>* gates) {
+INLINE void add_products_rows(int64_t rows, T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
   if constexpr (R > 0) {
     if (rows == R)
-      cell_product<R>(shape, cell, step, row, panel, gates);
+      add_products<R>(gates, a, a_row, panel, depth);
     else
-      cell_product_rows<R - 1>(rows, shape, cell, step, row, panel, gates);
+      add_products_rows<R - 1>(rows, gates, a, a_row, panel, depth);
   }
+}
+
+// The same for any number of rows. They are dealt out evenly to the tiles: a tile of one or two rows would wait for its few
+// accumulators.
+template <class T>
+INLINE void add_product(int64_t rows, T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+  constexpr int R = CellTile<T>::kRows, W = kLanes<T>;
+  const int64_t tiles = (rows + R - 1) / R;
+  for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth)
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
+      add_products_rows<R>(count, gates + row * 4 * W, a + row * a_row + k0, a_row, panel + k0 * 4 * W, std::min(kSumDepth, depth - k0));
+    }
 }
 
 // Activations, cell update and all stores of `rows` sequences x one panel. Not inlined into the tiles of different
@@ -243,20 +235,33 @@ __attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const Cell
   }
 }
 
-// All active sequences x the panels [first, last). Rows are dealt out evenly to the tiles: a tile of one or two rows
-// would wait for its few accumulators.
+// All active sequences x the panels [first, last).
 template <class S>
 void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t first, int64_t last) {
   using T = compute_t<S>;
-  constexpr int R = CellTile<T>::kRows;
-  alignas(64) T gates[R * 4 * kLanes<T>];
-  const int64_t tiles = (step.rows + R - 1) / R;
-  for (int64_t panel = first; panel < last; ++panel)
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t row = tile * step.rows / tiles, rows = (tile + 1) * step.rows / tiles - row;
-      cell_product_rows<R>(rows, shape, cell, step, row, panel, gates);
+  constexpr int W = kLanes<T>;
+  alignas(64) T gates[kRowBlock * 4 * W];
+  const int64_t blocks = (step.rows + kRowBlock - 1) / kRowBlock;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
+    const T* bias = cell.bias.get() + panel * 4 * W;
+    for (int64_t block = 0; block < blocks; ++block) {
+      const int64_t row = block * step.rows / blocks, rows = (block + 1) * step.rows / blocks - row;
+      for (int64_t r = 0; r < rows; ++r)
+        for (int g = 0; g < 4; ++g) {
+          vec<T> start = load(bias + g * W);
+          if (step.x_product) {
+            const T* product = step.x_product + (row + r) * step.row_stride * shape.gates() + g * shape.hidden + panel * W;
+            start += units == W ? load(product) : load_partial(product, units);
+          }
+          store(gates + (r * 4 + g) * W, start);
+        }
+      if (step.x)
+        add_product(rows, gates, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
+      add_product(rows, gates, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
       cell_pointwise(shape, step, row, rows, panel, gates);
     }
+  }
 }
 
 // ---- one step with the weights as they lie -----------------------------------------------------------------------

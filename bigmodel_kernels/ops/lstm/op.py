@@ -214,12 +214,15 @@ def _differentiable(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, b
     return reference.forward(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional)
 
 
-def prefer(x, h0, c0, weights, batch_sizes, *rest) -> tuple[str, ...]:
-    """All but dense bfloat16 of some size to the kernels: the table "LSTM on the CPU" in docs/decisions.md."""
-    if (
-        x.dtype == torch.bfloat16 and batch_sizes is None and c0.shape[2] >= 64
-    ):  # PyTorch uses the bfloat16 instructions
-        return ("torch", "cpu")
+def prefer(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save) -> tuple[str, ...]:
+    """All but large dense products in bfloat16, which oneDNN makes with dot products of that type: the table "LSTM on the
+    CPU" in docs/decisions.md."""
+    if x.dtype == torch.bfloat16 and batch_sizes is None and h0.shape[2] == c0.shape[2]:
+        steps, batch, inputs = x.shape
+        one_step = steps == 1 and batch <= 16
+        few_in_training = save and batch <= 4
+        if batch * 4 * c0.shape[2] * (inputs + h0.shape[2]) > 2**19 and not one_step and not few_in_training:
+            return ("torch", "cpu")
     return ("cpu", "torch")
 
 
