@@ -192,7 +192,7 @@ PTX uint64_t globaltimer() {  // nanoseconds
   ON_EMULATOR(return emulator::globaltimer());
 }
 // Ends the launch with an error, and says why. Not inlined, so that its stack frame weighs on no kernel.
-__device__ __noinline__ inline void trap_with(const char* why) {
+__device__ ON_DEVICE(__noinline__) inline void trap_with(const char* why) {
   ON_DEVICE(printf("block (%d, %d, %d), thread %d: %s\n", blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x, why); __trap());
   ON_EMULATOR(emulator::trap_with(why));
 }
