@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bigmodel_kernels._fusion import folded_norm
 from bigmodel_kernels.nn.conv import Conv1d, Conv2d
-from bigmodel_kernels.ops.conv.op import ACTIVATIONS, conv
+from bigmodel_kernels.ops.conv.op import conv, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
 
 
@@ -36,8 +36,7 @@ class _ConvBlock(nn.Module):
         super().__init__()
         if norm not in (None, "batch"):
             raise ValueError(f"norm must be None or 'batch', got {norm!r}")
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        parse_activation(activation)
         if pool is not None and (not isinstance(pool, (tuple, list)) or pool[0] not in self._pools):
             raise ValueError(f"pool must be None or ('max' | 'avg', size[, stride]), got {pool!r}")
         options = {"device": device, "dtype": dtype}
@@ -52,7 +51,7 @@ class _ConvBlock(nn.Module):
         x: Tensor,  # [N, Cin, ..]
     ) -> Tensor:  # [N, Cout, ..], pooled
         if self.norm is not None and self.norm.training:
-            y = activate(self.norm(self.conv(x)), self.activation or "none")
+            y = activate(self.norm(self.conv(x)), *parse_activation(self.activation))
             return y if self.pool is None else self._pools[self.pool[0]](y, *self.pool[1:])
         scale, shift = (None, None) if self.norm is None else folded_norm(self.norm)
         layer = self.conv
@@ -93,8 +92,7 @@ class CausalConv1d(Conv1d):
         self, in_channels, out_channels, kernel_size, dilation=1, groups=1, bias=True, activation=None, device=None,
         dtype=None,
     ) -> None:  # fmt: skip
-        if activation is not None and activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+        parse_activation(activation)
         super().__init__(
             in_channels,
             out_channels,

@@ -17,8 +17,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weigh
                                             const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
                                             bool transposed, const std::vector<int64_t>& output_padding, const std::string& activation,
                                             const std::string& pool, const std::vector<int64_t>& pool_size,
-                                            const std::vector<int64_t>& pool_stride, bool save, bool channels_last) {
-  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride);
+                                            const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding, double slope,
+                                            bool save, bool channels_last) {
+  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
+                      pool_padding);
   call.check_channels(bias, x, "bias");
   call.check_channels(scale, x, "scale");
   call.check_channels(shift, x, "shift");
@@ -37,6 +39,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weigh
                               transposed,
                               call.window,
                               call.activation,
+                              slope,
                               image(x),
                               image(weight),
                               image(residual),
@@ -56,7 +59,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, "
       "int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, int[] pool_size, int[] pool_stride, "
-      "bool save, bool channels_last) -> (Tensor out, Tensor index, Tensor pre)");
+      "int[] pool_padding, float slope, bool save, bool channels_last) -> (Tensor out, Tensor index, Tensor pre)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) { m.impl("conv_fwd", TORCH_BOX(&bmk::conv_fwd)); }

@@ -40,10 +40,10 @@ INLINE bool is_monotone(Activation a) { return a != Activation::gelu && a != Act
 INLINE bool derivative_from_output(Activation a) { return is_monotone(a); }
 
 template <Activation kActivation, class V>
-INLINE V activate(V z) {
+INLINE V activate(V z, lane_t<V> slope) {
   using T = lane_t<V>;
   if constexpr (kActivation == Activation::relu) return z < 0 ? V{} : z;
-  if constexpr (kActivation == Activation::leaky_relu) return z < 0 ? z * static_cast<T>(kLeakySlope) : z;
+  if constexpr (kActivation == Activation::leaky_relu) return z < 0 ? z * slope : z;
   if constexpr (kActivation == Activation::tanh) return tanh(z);
   if constexpr (kActivation == Activation::sigmoid) return sigmoid(z);
   if constexpr (kActivation == Activation::gelu) return z * (erf(z * static_cast<T>(0.70710678118654752440)) + 1) * static_cast<T>(0.5);
@@ -51,13 +51,13 @@ INLINE V activate(V z) {
   return z;
 }
 
-// d activation / d z; `known` is the activation's value, or z where derivative_from_output is false.
+// d activation / d z (`slope`: of the leaky ReLU); `known` is the activation's value, or z where derivative_from_output is false.
 template <Activation kActivation, class V>
-INLINE V derivative(V known) {
+INLINE V derivative(V known, lane_t<V> slope) {
   using T = lane_t<V>;
   const V one = V{} + 1;
   if constexpr (kActivation == Activation::relu) return known <= 0 ? V{} : one;
-  if constexpr (kActivation == Activation::leaky_relu) return known > 0 ? one : V{} + static_cast<T>(kLeakySlope);
+  if constexpr (kActivation == Activation::leaky_relu) return known > 0 ? one : broadcast(slope);
   if constexpr (kActivation == Activation::tanh) return 1 - known * known;
   if constexpr (kActivation == Activation::sigmoid) return known * (1 - known);
   if constexpr (kActivation == Activation::gelu) {

@@ -60,7 +60,7 @@ struct ConvCall {
   ConvCall(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
            const std::vector<int64_t>& dilation, int64_t groups, bool transposed, const std::vector<int64_t>& output_padding,
            const std::string& activation_name, const std::string& pool, const std::vector<int64_t>& pool_size,
-           const std::vector<int64_t>& pool_stride)
+           const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding)
       : activation(parse_activation(activation_name)), transposed(transposed) {
     CHECK_CPU(x);
     CHECK_CPU(weight);
@@ -71,7 +71,7 @@ struct ConvCall {
     window.kind = parse_pooling(pool);
     const size_t pooled = window.kind == Pooling::none ? 0 : axes;
     STD_TORCH_CHECK(stride.size() == axes && dilation.size() == axes && padding.size() == 2 * axes && output_padding.size() == axes &&
-                        pool_size.size() == pooled && pool_stride.size() == pooled,
+                        pool_size.size() == pooled && pool_stride.size() == pooled && pool_padding.size() == pooled,
                     "conv: stride, dilation, output_padding and pool need one entry per spatial axis, padding two");
     STD_TORCH_CHECK(groups > 0, "groups must be positive, got ", groups);
     const int64_t in_channels = x.size(1);
@@ -100,11 +100,15 @@ struct ConvCall {
         out_shape.push_back(out);
         continue;
       }
-      STD_TORCH_CHECK(pool_size[i] > 0 && pool_stride[i] > 0 && pool_size[i] <= out, "pool must be positive and fit the output ", out,
-                      ", got ", pool_size[i]);
+      const int64_t pool_pad = pool_padding[i];
+      STD_TORCH_CHECK(pool_size[i] > 0 && pool_stride[i] > 0 && pool_size[i] <= out + 2 * pool_pad,
+                      "pool must be positive and fit the output ", out, ", got ", pool_size[i]);
+      STD_TORCH_CHECK(pool_pad == 0 || (pool_pad > 0 && 2 * pool_pad <= pool_size[i] && window.kind == Pooling::max),
+                      "pool padding is for a max-pool, and at most half of its window, got ", pool_pad);
       (i + 1 == axes ? window.w : window.h) = pool_size[i];
       (i + 1 == axes ? window.stride_w : window.stride_h) = pool_stride[i];
-      out_shape.push_back((out - pool_size[i]) / pool_stride[i] + 1);
+      (i + 1 == axes ? window.pad_w : window.pad_h) = pool_pad;
+      out_shape.push_back((out + 2 * pool_pad - pool_size[i]) / pool_stride[i] + 1);
     }
     STD_TORCH_CHECK(window.h * window.w < kNoGradient, "pool: a window holds at most ", kNoGradient - 1, " elements");
   }

@@ -15,8 +15,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
     const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::vector<int64_t>& stride,
     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool transposed,
     const std::vector<int64_t>& output_padding, const std::string& activation, const std::string& pool,
-    const std::vector<int64_t>& pool_size, const std::vector<int64_t>& pool_stride, bool channels_last) {
-  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride);
+    const std::vector<int64_t>& pool_size, const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding, double slope,
+    bool channels_last) {
+  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
+                      pool_padding);
   call.check_channels(bias, x, "bias");
   call.check_channels(scale, x, "scale");
   STD_TORCH_CHECK(needs.size() == 6, "needs must have 6 entries, got ", needs.size());
@@ -47,6 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
                                transposed,
                                call.window,
                                call.activation,
+                               slope,
                                image(x),
                                image(weight),
                                image(grad),
@@ -71,7 +74,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "conv_bwd(Tensor grad, Tensor out, Tensor index, Tensor pre, int[] needs, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, "
       "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, "
-      "int[] pool_size, int[] pool_stride, bool channels_last) -> "
+      "int[] pool_size, int[] pool_stride, int[] pool_padding, float slope, bool channels_last) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dresidual)");
 }
 

@@ -61,6 +61,7 @@ void conv_backward(const ConvBackward& call) {
                                       call.pre.as<const S>(),
                                       call.index.as<const uint8_t>(),
                                       call.activation,
+                                      static_cast<T>(call.slope),
                                       call.window,
                                       channels,
                                       height,

@@ -9,6 +9,7 @@ struct Epilogue {
   static constexpr int W = kLanes<T>;
   const T *alpha, *beta;  // [output channels + W]
   Activation activation;
+  T slope;  // of the leaky ReLU
   Image<const S> residual;
   Image<S> out, pre;
   Image<uint8_t> index;
@@ -28,7 +29,7 @@ struct Epilogue {
         const Band band = bands->full(i);
         with_activation(activation, [&](auto a) {
           each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) {
-            store(p, activate<a.value>(load(p) * load(alpha + g * channels + c) + load(beta + g * channels + c)));
+            store(p, activate<a.value>(load(p) * load(alpha + g * channels + c) + load(beta + g * channels + c), slope));
           });
         });
         write(out, n, g * channels, channels, i, y, y_columns, y_stride);
@@ -61,46 +62,63 @@ struct Epilogue {
     const int64_t pixels = band.rows() * band.columns();
     Scratch<T> largest(pixels * y_stride + W), chosen(index.data ? pixels * y_stride + W : 0);
     if (index.data)
-      pick_max<kActivation, true>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max<kActivation, true>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
     else
-      pick_max<kActivation, false>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max<kActivation, false>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
     const int64_t count = gated() ? channels / 2 : channels;
     write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
     if (index.data) write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
   }
 
+  // The part of pooled window `p` that lies in the image, along one axis: elements [first, last) of the window, whose element 0
+  // is row or column `start` of the block.
+  struct Span {
+    int64_t start, first, last;
+  };
+  static INLINE Span span_of(int64_t p, int64_t stride, int64_t pad, int64_t size, int64_t begin, int64_t end) {
+    const int64_t start = p * stride - pad - begin;
+    return {start, std::max<int64_t>(0, -start), std::min(size, end - begin - start)};
+  }
+
   template <Activation kActivation, bool kIndex>
-  INLINE void pick_max(const Band& band, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
+  INLINE void pick_max(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
                        T* chosen) const {
-    if (bands->window.h == 2 && bands->window.w == 2)
-      pick_max_of<kActivation, kIndex, 2>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+    const Window& window = bands->window;
+    if (window.h == 2 && window.w == 2 && window.pad_h == 0 && window.pad_w == 0)
+      pick_max_of<kActivation, kIndex, 2>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
     else
-      pick_max_of<kActivation, kIndex, 0>(band, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max_of<kActivation, kIndex, 0>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
   }
 
   // kSide x kSide windows, or those of any size for kSide = 0.
   template <Activation kActivation, bool kIndex, int kSide>
-  INLINE void pick_max_of(const Band& band, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
+  INLINE void pick_max_of(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
                           T* chosen) const {
     const Window& window = bands->window;
-    const int64_t height = kSide ? kSide : window.h, width = kSide ? kSide : window.w;
+    const Band band = bands->pooled(i), full = bands->full(i);
     for (int64_t c = 0; c < y_stride; c += W) {
       const vec<T> alpha = load(scale + c), beta = load(offset + c);
       for (int64_t r = 0; r < band.rows(); ++r)
         for (int64_t p = 0; p < band.columns(); ++p) {
-          const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride + c;
-          vec<T> best = load(corner) * alpha + beta, position = {};
+          Span h{r * window.stride_h, 0, kSide}, w{p * window.stride_w, 0, kSide};
+          if constexpr (kSide == 0) {
+            h = span_of(band.top + r, window.stride_h, window.pad_h, window.h, full.top, full.bottom);
+            w = span_of(band.left + p, window.stride_w, window.pad_w, window.w, full.left, full.right);
+          }
+          const T* corner = y + (h.start * y_columns + w.start) * y_stride + c;
+          vec<T> best = load(corner + (h.first * y_columns + w.first) * y_stride) * alpha + beta;
+          vec<T> position = broadcast(static_cast<T>(h.first * window.w + w.first));
 #pragma GCC unroll 2
-          for (int64_t kh = 0; kh < height; ++kh)
+          for (int64_t kh = h.first; kh < h.last; ++kh)
 #pragma GCC unroll 2
-            for (int64_t kw = 0; kw < width; ++kw) {
-              if (kh == 0 && kw == 0) continue;
+            for (int64_t kw = w.first; kw < w.last; ++kw) {
+              if (kh == h.first && kw == w.first) continue;
               const vec<T> z = load(corner + (kh * y_columns + kw) * y_stride) * alpha + beta;
               const auto better = (z > best) | (z != z);
               best = better ? z : best;
-              if constexpr (kIndex) position = better ? broadcast(static_cast<T>(kh * width + kw)) : position;
+              if constexpr (kIndex) position = better ? broadcast(static_cast<T>(kh * window.w + kw)) : position;
             }
-          const vec<T> a = activate<kActivation>(best);
+          const vec<T> a = activate<kActivation>(best, slope);
           const int64_t at = (r * band.columns() + p) * y_stride + c;
           store(largest + at, a);
           if constexpr (kIndex)
@@ -149,7 +167,7 @@ struct Epilogue {
       });
     } else if (pool != Pooling::max || !is_monotone(activation)) {
       with_activation(activation, [&](auto kind) {
-        each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t) { store(a + (p - y), activate<kind.value>(load(p))); });
+        each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t) { store(a + (p - y), activate<kind.value>(load(p), slope)); });
       });
     }
     if (pool == Pooling::none) {
@@ -177,21 +195,22 @@ struct Epilogue {
     const Band band = bands->pooled(i);
     const int64_t count = gated() ? channels / 2 : channels, size = band.rows() * band.columns() * y_stride + W;
     Scratch<T> largest(size), chosen(size);
-    pick_max<Activation::none, true>(band, a, y_columns, y_stride, units, zeros, largest, chosen);
+    pick_max<Activation::none, true>(i, a, y_columns, y_stride, units, zeros, largest, chosen);
     write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
     write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
     write_chosen(n, g, i, y, y_columns, y_stride, chosen.get());
   }
 
   void write_chosen(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* chosen) const {
-    const Band band = bands->pooled(i);
+    const Band band = bands->pooled(i), full = bands->full(i);
     const Window& window = bands->window;
     const int64_t count = gated() ? channels / 2 : channels;
     Scratch<T> values(band.rows() * band.columns() * y_stride + W);
     for (int64_t r = 0; r < band.rows(); ++r)
       for (int64_t p = 0; p < band.columns(); ++p) {
         const int64_t at = (r * band.columns() + p) * y_stride;
-        const T* corner = y + (r * window.stride_h * y_columns + p * window.stride_w) * y_stride;
+        const int64_t row = (band.top + r) * window.stride_h - window.pad_h - full.top;
+        const T* corner = y + (row * y_columns + (band.left + p) * window.stride_w - window.pad_w - full.left) * y_stride;
         for (int64_t c = 0; c < channels; ++c) {
           const int64_t k = static_cast<int64_t>(chosen[at + (c < count ? c : c - count)]);
           values[at + c] = corner[(k / window.w * y_columns + k % window.w) * y_stride + c];

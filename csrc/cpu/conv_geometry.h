@@ -11,7 +11,6 @@ namespace bmk {
 enum class Activation { none, relu, leaky_relu, tanh, sigmoid, gelu, silu, tanh_sigmoid };
 enum class Pooling { none, max, avg };
 
-inline constexpr double kLeakySlope = 0.01;
 // In the saved index of a max-pool: the ReLU of this window is off, so no gradient flows.
 inline constexpr int kNoGradient = 255;
 
@@ -39,7 +38,7 @@ struct Conv {
 
 struct Window {  // of a pool; 1 x 1 without one
   Pooling kind = Pooling::none;
-  int64_t h = 1, w = 1, stride_h = 1, stride_w = 1;
+  int64_t h = 1, w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
 };
 
 // One axis of a pass over the output: `gather` computes the narrow side from the wide one (convolution, gradient of a
@@ -178,15 +177,16 @@ struct Bands {
     const int64_t top = i / across() * rows, left = i % across() * columns;
     return {top, std::min(height, top + rows), left, std::min(width, left + columns)};
   }
-  // Coordinates before the pool.
+  // Coordinates before the pool; its padding is no part of a band.
   Band full(int64_t i) const {
     const Band p = pooled(i);
     if (window.kind == Pooling::none) return p;
-    return {p.top * window.stride_h, (p.bottom - 1) * window.stride_h + window.h, p.left * window.stride_w,
-            (p.right - 1) * window.stride_w + window.w};
+    const int64_t top = p.top * window.stride_h - window.pad_h, bottom = (p.bottom - 1) * window.stride_h - window.pad_h + window.h;
+    const int64_t left = p.left * window.stride_w - window.pad_w, right = (p.right - 1) * window.stride_w - window.pad_w + window.w;
+    return {std::max<int64_t>(top, 0), std::min(bottom, full_height), std::max<int64_t>(left, 0), std::min(right, full_width)};
   }
-  int64_t full_rows() const { return (rows - 1) * window.stride_h + window.h; }
-  int64_t full_columns() const { return (columns - 1) * window.stride_w + window.w; }
+  int64_t full_rows() const { return std::min(full_height, (rows - 1) * window.stride_h + window.h); }
+  int64_t full_columns() const { return std::min(full_width, (columns - 1) * window.stride_w + window.w); }
 };
 
 // Bands of about 64 columns, and of as many rows as keep `bytes_per_pixel` x pixels near `budget`; the batch is cut further
@@ -196,8 +196,8 @@ inline Bands make_bands(int64_t height, int64_t width, const Window& window, int
                         int64_t row_unit = 1) {
   constexpr int64_t kColumns = 64, kFewTasks = 8, kFewPixels = 512;
   Bands bands{0, 0, 0, 0, window, height, width};
-  bands.height = window.kind == Pooling::none ? height : (height - window.h) / window.stride_h + 1;
-  bands.width = window.kind == Pooling::none ? width : (width - window.w) / window.stride_w + 1;
+  bands.height = window.kind == Pooling::none ? height : (height + 2 * window.pad_h - window.h) / window.stride_h + 1;
+  bands.width = window.kind == Pooling::none ? width : (width + 2 * window.pad_w - window.w) / window.stride_w + 1;
   int64_t columns = width <= 2 * kColumns ? width : kColumns;
   if (height == 1 && width > 2 * kColumns) columns = 4 * kColumns;
   bands.columns = std::max<int64_t>(1, std::min(bands.width, columns / window.stride_w));
@@ -233,6 +233,7 @@ struct ConvForward {
   bool transposed;
   Window window;
   Activation activation;
+  double slope;  // of the leaky ReLU
   AnyImage x, weight, residual, out, pre, index;
   const void *bias, *scale, *shift;
 };
@@ -242,6 +243,7 @@ struct ConvBackward {
   bool transposed;
   Window window;
   Activation activation;
+  double slope;
   AnyImage x, weight, grad, out, pre, index;  // grad, index: pooled; out, pre: what the activation's derivative needs
   AnyImage dx, dweight, dresidual;            // null where not wanted
   const void *bias, *scale;

@@ -8,6 +8,7 @@ struct GradientSource {
   Image<const S> grad, out, pre;  // out, pre: what the derivative is computed from, the other is not read
   Image<const uint8_t> index;
   Activation activation;
+  T slope;  // of the leaky ReLU
   Window window;
   int64_t channels;  // of the convolution
   int64_t height, width;
@@ -22,8 +23,8 @@ struct GradientSource {
     }
     clear(block, stride, block_columns, rows, columns);
     int64_t top, bottom, left, right;
-    windows_over(row, rows, window.h, window.stride_h, grad.height, &top, &bottom);
-    windows_over(column, columns, window.w, window.stride_w, grad.width, &left, &right);
+    windows_over(row + window.pad_h, rows, window.h, window.stride_h, grad.height, &top, &bottom);
+    windows_over(column + window.pad_w, columns, window.w, window.stride_w, grad.width, &left, &right);
     if (top >= bottom || left >= right) return;
     const int64_t padded = round_up(count, W), pixels = (bottom - top) * (right - left);
     Scratch<T> g(pixels * padded), chosen(pixels * padded);
@@ -31,7 +32,7 @@ struct GradientSource {
     const bool overlapping = window.stride_h < window.h || window.stride_w < window.w;
     for (int64_t pr = top, p = 0; pr < bottom; ++pr)
       for (int64_t pc = left; pc < right; ++pc, ++p) {
-        const int64_t r0 = pr * window.stride_h - row, q0 = pc * window.stride_w - column;
+        const int64_t r0 = pr * window.stride_h - window.pad_h - row, q0 = pc * window.stride_w - window.pad_w - column;
         const int64_t kh0 = std::max<int64_t>(0, -r0), kh1 = std::min(window.h, rows - r0);
         const int64_t kw0 = std::max<int64_t>(0, -q0), kw1 = std::min(window.w, columns - q0);
         for (int64_t c = 0; c < count; c += W) {
@@ -98,8 +99,8 @@ struct GradientSource {
         for (int64_t i = 0; i < columns * stride; i += W) {
           const int64_t lanes = std::min<int64_t>(W, columns * stride - i);
           vec<T> z = read_lanes<T>(k + i, lanes);
-          if (from_pre) z = activate<kind.value>(z);
-          write_lanes<T>(d + i, read_lanes<T>(d + i, lanes) * derivative<kind.value>(z), lanes);
+          if (from_pre) z = activate<kind.value>(z, slope);
+          write_lanes<T>(d + i, read_lanes<T>(d + i, lanes) * derivative<kind.value>(z, slope), lanes);
         }
       }
     });
@@ -133,8 +134,8 @@ struct GradientSource {
     }
     clear(block, stride, block_columns, rows, columns);
     int64_t top, bottom, left, right;
-    windows_over(row, rows, window.h, window.stride_h, grad.height, &top, &bottom);
-    windows_over(column, columns, window.w, window.stride_w, grad.width, &left, &right);
+    windows_over(row + window.pad_h, rows, window.h, window.stride_h, grad.height, &top, &bottom);
+    windows_over(column + window.pad_w, columns, window.w, window.stride_w, grad.width, &left, &right);
     if (top >= bottom || left >= right) return;
     const int64_t padded = round_up(count, W), pixels = (bottom - top) * (right - left);
     Scratch<T> g(pixels * padded);

@@ -32,6 +32,7 @@ void conv_forward(const ConvForward& call) {
   Epilogue<T, S> sink{alpha,
                       beta,
                       call.activation,
+                      static_cast<T>(call.slope),
                       call.residual.as<const S>(),
                       call.out.as<S>(),
                       call.pre.as<S>(),

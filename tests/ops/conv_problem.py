@@ -75,13 +75,22 @@ TAILS = {
     "gate": (("residual",), "tanh_sigmoid", None),
 }
 
+# Those that not every backend has: a max-pool with padding, a slope of the leaky ReLU.
+MORE_TAILS = {
+    "norm_relu_padded": (("scale", "shift"), "relu", ("max", 3, 2, 1)),
+    "gelu_padded": (("bias", "residual"), "gelu", ("max", 3, 1, 1)),
+    "leaky": (("bias",), ("leaky_relu", 0.2), None),
+    "leaky_padded": (("bias", "scale"), ("leaky_relu", 0.3), ("max", 4, 3, 2)),
+    "gate_padded": ((), "tanh_sigmoid", ("max", 3, 2, 1)),
+}
+
 
 class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
         n, cin, cout, size, kernel, options = GEOMETRIES[geometry]
-        wanted, activation, pool = TAILS[tail]
+        wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
         self.options = dict(options)
         groups, transposed = options.get("groups", 1), options.get("transposed", False)
@@ -106,7 +115,8 @@ class Problem:
         self.tensors["residual"] = draw(*own.shape) if "residual" in wanted else None
         if pool is not None:  # a window no larger than the output
             side = [min(pool[1], s) for s in own.shape[2:]]
-            pool = (pool[0], side, *([[pool[2]] * len(side)] if len(pool) == 3 else []))
+            rim = [[min(pool[3], s // 2) for s in side]] if len(pool) == 4 else []
+            pool = (pool[0], side, *([[pool[2]] * len(side)] if len(pool) >= 3 else []), *rim)
         self.options |= {"activation": activation, "pool": pool}
         with torch.no_grad():
             self.grad = draw(*self.run(torch.float64, "torch", grads=False)[0].shape)

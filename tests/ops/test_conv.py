@@ -11,7 +11,7 @@ import torch
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.conv import op, reference
 from bigmodel_kernels.testing import assert_matches, make
-from tests.ops.conv_problem import GEOMETRIES, NAMES, TAILS, Problem
+from tests.ops.conv_problem import GEOMETRIES, MORE_TAILS, NAMES, TAILS, Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -21,6 +21,15 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 def test_matches_float64(geometry, tail, dtype):
     Problem(geometry, tail, dtype, seed=len(geometry) % 3).check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tail", MORE_TAILS)
+@pytest.mark.parametrize(
+    "geometry", ["wide1d", "textbook", "winograd_odd", "stem", "groups", "tall", "broad", "t2d_k4s2"]
+)
+def test_padded_pools_and_slopes(geometry, tail, dtype):
+    Problem(geometry, tail, dtype, seed=3).check()
 
 
 @pytest.mark.parametrize("tail", ["bias", "relu_max", "norm_residual_relu", "silu_avg", "gate"])
@@ -116,7 +125,7 @@ def test_empty_batch(geometry, tail, backend):
     assert all(not g.any() for g in grads if g is not None)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAILS | MORE_TAILS)
 @pytest.mark.parametrize("geometry", ["causal", "winograd_odd", "strides", "t2d_uneven", "t2d_groups"])
 def test_reference_backward_is_autograds(geometry, tail):
     p = Problem(geometry, tail, torch.float64)
@@ -134,7 +143,7 @@ def test_reference_backward_is_autograds(geometry, tail):
             torch.testing.assert_close(f, next(exact), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize("tail", TAILS | MORE_TAILS)
 @pytest.mark.parametrize("geometry", ["causal", "winograd_odd", "strides", "t2d_groups", "groups"])
 def test_torch_pair(geometry, tail):
     """The forward and backward that a compiled graph runs where torch is chosen, against the cpu kernel's."""
@@ -155,7 +164,9 @@ def test_torch_pair(geometry, tail):
                 torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("tail", ["bias", "all_gelu_max", "silu_avg", "gate", "tanh_max"])
+@pytest.mark.parametrize(
+    "tail", ["bias", "all_gelu_max", "silu_avg", "gate", "tanh_max", "gelu_padded", "leaky_padded"]
+)
 @pytest.mark.parametrize("geometry", ["k4s2", "k2x5", "t1d_s3", "groups"])
 def test_gradcheck(geometry, tail):
     p = Problem(geometry, tail, torch.float64)
@@ -178,19 +189,20 @@ def test_one_gradient_alone(needed):
     torch.testing.assert_close(found, every[needed], rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize("tail", ["bias", "relu_max", "gate_max", "silu_avg"])
-def test_opcheck(tail, contiguous):
+@pytest.mark.parametrize("tail", ["bias", "relu_max", "gate_max", "silu_avg", "norm_relu_padded"])
+def test_opcheck(tail, contiguous, backend):
     p = Problem("t2d" if tail == "bias" else "k2x5", tail)
     layout = _layouts()["transposed"]
     t = {k: v if contiguous or v is None else layout(v) for k, v in p.tensors.items()}
     args = op.prepare(**{k: None if v is None else v.requires_grad_() for k, v in t.items()}, **p.options)
     args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
-    torch.library.opcheck(torch.ops.bigmodel_kernels.conv_fwd.default, (*args, "cpu"))
-    outs = op.OP.fwd(*args, "cpu")
+    torch.library.opcheck(torch.ops.bigmodel_kernels.conv_fwd.default, (*args, backend))
+    outs = op.OP.fwd(*args, backend)
     torch.library.opcheck(
         torch.ops.bigmodel_kernels.conv_bwd.default,
-        (p.grad, *outs, [int(a is not None) for a in args[:6]], *args, "cpu"),
+        (p.grad, *outs, [int(a is not None) for a in args[:6]], *args, backend),
     )
 
 
@@ -295,6 +307,10 @@ def test_autocast():
 
 X, W = make(2, 4, 8, 8), make(6, 4, 3, 3)
 ERRORS = {
+    "negative_slope": (ValueError, "slope that is not negative", X, W, {"activation": ("leaky_relu", -0.1)}),
+    "slope_of_another": (ValueError, "activation must be None or one of", X, W, {"activation": ("relu", 0.1)}),
+    "pool_padding_of_average": (RuntimeError, "pool padding is for a max-pool", X, W, {"pool": ("avg", 2, 2, 1)}),
+    "pool_padding_too_large": (RuntimeError, "at most half", X, W, {"pool": ("max", 3, 2, 2)}),
     "x_not_tensor": (TypeError, "x must be a tensor", [[1.0]], W, {}),
     "weight_not_tensor": (TypeError, "weight must be a tensor", X, None, {}),
     "bias_not_tensor": (TypeError, "bias must be a tensor", X, W, {"bias": 1.0}),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels._library import Op, autocast, needs_grad
-from bigmodel_kernels.ops.conv import torch_op
+from bigmodel_kernels.ops.conv import reference, torch_op
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "tanh_sigmoid")
 POOLS = ("max", "avg")
@@ -29,7 +29,7 @@ def conv(
     scale: Tensor | None = None,  # [Cout]
     shift: Tensor | None = None,  # [Cout]
     residual: Tensor | None = None,  # [N, Cout, ..] as the convolution's own output
-    activation: str | None = None,
+    activation: str | tuple[str, float] | None = None,
     pool: tuple | None = None,
     backend: str = "auto",
 ) -> Tensor:  # [N, Cout, ..], pooled; Cout / 2 channels after "tanh_sigmoid"
@@ -42,9 +42,10 @@ def conv(
         transposed: the transposed convolution.
         scale, shift: a folded normalisation, per output channel.
         residual: added before the activation.
-        activation: None, "relu", "gelu" (exact), "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01), or "tanh_sigmoid", the
-            gate of WaveNet: tanh(first half of the channels) * sigmoid(second half).
-        pool: None, or ("max" | "avg", size) or (.., size, stride): windows without padding; the stride is the size by default.
+        activation: None, "relu", "gelu" (exact), "silu", "tanh", "sigmoid", "leaky_relu" (slope 0.01), ("leaky_relu", slope), or
+            "tanh_sigmoid", the gate of WaveNet: tanh(first half of the channels) * sigmoid(second half).
+        pool: None, ("max" | "avg", size), (.., size, stride) or ("max", size, stride, padding); the stride is the size and the
+            padding 0 by default.
         backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
@@ -77,7 +78,7 @@ def prepare(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
     residual: Tensor | None = None,
-    activation: str | None = None,
+    activation: str | tuple[str, float] | None = None,
     pool: tuple | None = None,
 ) -> tuple:
     """Validates a call of `conv`; returns the arguments of the op."""
@@ -92,8 +93,7 @@ def prepare(
         raise RuntimeError(
             f"x must have {axes + 2} dimensions (or {axes + 1}, unbatched) for a weight of {axes + 2}, got shape {list(x.shape)}"
         )
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    activation, slope = parse_activation(activation)
     save = needs_grad(x, weight, bias, scale, shift, residual)
     if x.dim() == axes + 1:
         x = x.unsqueeze(0)
@@ -129,13 +129,25 @@ def prepare(
         raise RuntimeError(f"residual must have shape {expected}, got {list(residual.shape)}")
     if activation == "tanh_sigmoid" and channels % 2:
         raise ValueError(f"activation 'tanh_sigmoid' needs an even number of output channels, got {channels}")
-    kind, size, step = _pool(pool, axes)
-    if any(n < k for n, k in zip(full, size)):
+    kind, size, step, rim = _pool(pool, axes)
+    if any(n + 2 * p < k for n, k, p in zip(full, size, rim)):
         raise RuntimeError(f"pool must fit the output {full}, got a window of {size}")
     return (
         x, weight, bias, scale, shift, residual, strides, pads, dilations, groups, bool(transposed), extra,
-        activation or "none", kind, size, step, save,
+        activation, kind, size, step, rim, slope, save,
     )  # fmt: skip
+
+
+def parse_activation(activation: Any) -> tuple[str, float]:
+    """(name or "none", slope of the leaky ReLU) of what the `activation` of `conv` may be."""
+    name, slope = activation, reference.LEAKY_SLOPE
+    if isinstance(activation, (tuple, list)) and len(activation) == 2 and activation[0] == "leaky_relu":
+        name, slope = activation
+        if not isinstance(slope, (int, float)) or not slope >= 0:
+            raise ValueError(f"activation 'leaky_relu' needs a slope that is not negative, got {slope!r}")
+    if name is not None and name not in ACTIVATIONS:
+        raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
+    return name or "none", float(slope)
 
 
 def _list(name: str, value: Any, axes: int, least: int) -> list[int]:
@@ -192,15 +204,20 @@ def _check_channels(x: Tensor, weight: Tensor, groups: Any, transposed: bool) ->
     return weight.shape[1] * groups if transposed else weight.shape[0]
 
 
-def _pool(pool: Any, axes: int) -> tuple[str, list[int], list[int]]:
+def _pool(pool: Any, axes: int) -> tuple[str, list[int], list[int], list[int]]:
+    """Kind, size, stride and padding, the last three per axis."""
     if pool is None:
-        return "none", [], []
-    if not isinstance(pool, (tuple, list)) or len(pool) not in (2, 3):
-        raise TypeError(f"pool must be None, (kind, size) or (kind, size, stride), got {pool!r}")
-    if pool[0] not in POOLS:
-        raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {pool[0]!r}")
-    size = _list("pool size", pool[1], axes, 1)
-    return pool[0], size, _list("pool stride", pool[2], axes, 1) if len(pool) == 3 and pool[2] is not None else size
+        return "none", [], [], []
+    if not isinstance(pool, (tuple, list)) or len(pool) not in (2, 3, 4):
+        raise TypeError(f"pool must be None, (kind, size), (kind, size, stride) or (.., padding), got {pool!r}")
+    kind, value, stride, padding = *pool, *(None, 0)[len(pool) - 2 :]
+    if kind not in POOLS:
+        raise ValueError(f"pool must be one of {', '.join(POOLS)}; got {kind!r}")
+    size = _list("pool size", value, axes, 1)
+    rim = _list("pool padding", padding, axes, 0)
+    if any(2 * p > k for p, k in zip(rim, size)) or (kind == "avg" and any(rim)):
+        raise RuntimeError(f"pool padding is for a max-pool, and at most half of its window {size}, got {padding!r}")
+    return kind, size, size if stride is None else _list("pool stride", stride, axes, 1), rim
 
 
 def output_size(sizes, kernel, stride, padding, dilation, transposed, output_padding) -> list[int]:
@@ -239,12 +256,17 @@ def saves_pre(activation: str, pool: str) -> bool:
 
 
 def shapes(
-    x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride
-):
+    x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
+    pool_padding,
+):  # fmt: skip
     """Shapes of the convolution's own output, of the result, and of what the activation's derivative may need."""
     channels = weight.shape[1] * groups if transposed else weight.shape[0]
     full = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
-    pooled = full if pool == "none" else [(n - k) // s + 1 for n, k, s in zip(full, pool_size, pool_stride)]
+    pooled = full
+    if pool != "none":
+        pooled = [
+            (n + 2 * p - k) // s + 1 for n, k, s, p in zip(full, pool_size, pool_stride, pool_padding, strict=True)
+        ]
     kept = channels // 2 if activation == "tanh_sigmoid" else channels
     pre = pooled if pool == "max" else full
     return [x.shape[0], channels, *full], [x.shape[0], kept, *pooled], [x.shape[0], channels, *pre]
@@ -256,7 +278,7 @@ def channels_innermost(like: Tensor, shape: Sequence[int], dtype: torch.dtype | 
 
 
 def _fake_fwd(x, weight, bias, scale, shift, residual, *options):
-    *geometry, save = options
+    *geometry, _, save = options
     activation, pool = geometry[6], geometry[7]
     _, out, pre = shapes(x, weight, *geometry)
     return (
@@ -268,7 +290,7 @@ def _fake_fwd(x, weight, bias, scale, shift, residual, *options):
 
 def _fake_bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *options):
     channels = weight.shape[1] * options[3] if options[4] else weight.shape[0]
-    full, _, _ = shapes(x, weight, *options[:-1])
+    full, _, _ = shapes(x, weight, *options[:-2])
     like_x = channels_innermost(x, x.shape) if is_channels_last(x) else x.new_empty(x.shape)
     return (
         like_x if needs[0] else x.new_empty(0),
@@ -288,12 +310,12 @@ def _backward(op, args, outputs, grads, needs, backend):
     wanted = [int(need) for need in needs[:6]]
     out, index, pre = outputs
     found = op.bwd(grads[0], grads[0] if out is None else out, index, pre, wanted, *args, backend)
-    return *(g if need else None for g, need in zip(found, wanted)), *[None] * 11
+    return *(g if need else None for g, need in zip(found, wanted)), *[None] * 13
 
 
 def prefer(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, pool_size, pool_stride, save,
+    pool, pool_size, pool_stride, pool_padding, slope, save,
 ) -> tuple[str, ...]:  # fmt: skip
     """Small channels to the kernels, large dense layers to PyTorch: the table "Convolution on the CPU" in docs/decisions.md."""
     first, second, *kernel = weight.shape
@@ -312,7 +334,7 @@ def prefer(
 _ARGS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, "
     "int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, int[] pool_size, "
-    "int[] pool_stride, bool save"
+    "int[] pool_stride, int[] pool_padding, float slope, bool save"
 )
 OP = Op(
     "conv",

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NO_GRADIENT = 255  # in the index of a max-pool: the ReLU of this window is off
-LEAKY_SLOPE = 0.01
+LEAKY_SLOPE = 0.01  # torch's default
 
 
 def per_output_channel(values: Tensor, weight: Tensor, transposed: bool, groups: int) -> Tensor:
@@ -70,11 +70,11 @@ def _scatter(narrow: Tensor, weight: Tensor, wide: list[int], stride, padding, d
     return out[(..., *(slice(padding[2 * i], padding[2 * i] + n) for i, n in enumerate(wide)))]
 
 
-def activate(z: Tensor, activation: str) -> Tensor:
+def activate(z: Tensor, activation: str, slope: float) -> Tensor:
     if activation == "relu":
         return z.relu()
     if activation == "leaky_relu":
-        return F.leaky_relu(z, LEAKY_SLOPE)
+        return F.leaky_relu(z, slope)
     if activation == "gelu":
         return F.gelu(z)
     if activation == "silu":
@@ -89,12 +89,12 @@ def activate(z: Tensor, activation: str) -> Tensor:
     return z
 
 
-def activation_gradient(g: Tensor, out: Tensor, z: Tensor, activation: str) -> Tensor:
+def activation_gradient(g: Tensor, out: Tensor, z: Tensor, activation: str, slope: float) -> Tensor:
     """g times the derivative; from `out` where that tells it, else from z, the value before the activation."""
     if activation == "relu":
         return torch.where(out <= 0, 0, g)
     if activation == "leaky_relu":
-        return torch.where(out > 0, g, LEAKY_SLOPE * g)
+        return torch.where(out > 0, g, slope * g)
     if activation == "tanh":
         return g * (1 - out * out)
     if activation == "sigmoid":
@@ -112,49 +112,57 @@ def activation_gradient(g: Tensor, out: Tensor, z: Tensor, activation: str) -> T
     return g
 
 
-def _flat_index(position: Tensor, width: int, size, stride) -> Tensor:
+def _corners(windows: Tensor, stride, padding) -> tuple[Tensor, Tensor]:
+    """Row and column of the first element of every window [.., PH, PW]."""
+    rows, columns = (torch.arange(windows.shape[i], device=windows.device) * stride[i] - padding[i] for i in (-2, -1))
+    return rows.view(-1, 1), columns
+
+
+def _flat_index(position: Tensor, width: int, size, stride, padding) -> Tensor:
     """Positions in the windows [N, C, PH, PW] -> positions in the rows of the pool's input, as torch counts them."""
-    rows = torch.arange(position.shape[-2], device=position.device).view(-1, 1) * stride[0]
-    columns = torch.arange(position.shape[-1], device=position.device) * stride[1]
+    rows, columns = _corners(position, stride, padding)
     p = position.long()
     return (rows + torch.div(p, size[1], rounding_mode="floor")) * width + columns + p % size[1]
 
 
-def _two_axes(t: Tensor, size, stride):
-    return (t.unsqueeze(2), [1, *size], [1, *stride]) if t.dim() == 3 else (t, size, stride)
+def _two_axes(t: Tensor, size, stride, padding):
+    return (t.unsqueeze(2), [1, *size], [1, *stride], [0, *padding]) if t.dim() == 3 else (t, size, stride, padding)
 
 
-def max_pool(a: Tensor, size, stride) -> tuple[Tensor, Tensor]:
+def max_pool(a: Tensor, size, stride, padding) -> tuple[Tensor, Tensor]:
     """The pooled values, and the position of each in its window (the first of equals; a NaN beats every number)."""
-    image, size, stride = _two_axes(a, size, stride)
-    out, flat = F.max_pool2d(image, size, stride, return_indices=True)
+    image, size, stride, padding = _two_axes(a, size, stride, padding)
+    out, flat = F.max_pool2d(image, size, stride, padding, return_indices=True)
     width = image.shape[-1]
-    rows = torch.arange(out.shape[-2], device=a.device).view(-1, 1) * stride[0]
-    columns = torch.arange(out.shape[-1], device=a.device) * stride[1]
+    rows, columns = _corners(out, stride, padding)
     position = (torch.div(flat, width, rounding_mode="floor") - rows) * size[1] + flat % width - columns
     return (out.squeeze(2), position.squeeze(2)) if a.dim() == 3 else (out, position)
 
 
-def tail(y: Tensor, residual, activation, pool, pool_size, pool_stride) -> tuple[Tensor, Tensor, Tensor]:
+def tail(
+    y: Tensor, residual, activation, pool, pool_size, pool_stride, pool_padding, slope
+) -> tuple[Tensor, Tensor, Tensor]:
     """What follows the normalised convolution y: the result, the index of a max-pool, and z (at the chosen elements)."""
     z = y if residual is None else y + residual
-    a = activate(z, activation)
+    a = activate(z, activation, slope)
     empty = y.new_empty(0, dtype=torch.uint8)
     if pool == "avg":
         return (F.avg_pool1d if y.dim() == 3 else F.avg_pool2d)(a, pool_size, pool_stride), empty, z
     if pool == "none":
         return a, empty, z
-    out, position = max_pool(a, pool_size, pool_stride)
-    image, size, stride = _two_axes(z, pool_size, pool_stride)
+    out, position = max_pool(a, pool_size, pool_stride, pool_padding)
+    image, *window = _two_axes(z, pool_size, pool_stride, pool_padding)
     both = position if out.shape[1] == z.shape[1] else torch.cat([position, position], 1)
-    flat = _flat_index(both if y.dim() == 4 else both.unsqueeze(2), image.shape[-1], size, stride)
+    flat = _flat_index(both if y.dim() == 4 else both.unsqueeze(2), image.shape[-1], *window)
     chosen = image.flatten(2).gather(2, flat.flatten(2)).view(both.shape)
     if activation == "relu":
         position = torch.where(out <= 0, NO_GRADIENT, position)
     return out, position.to(torch.uint8), chosen
 
 
-def tail_gradient(g: Tensor, out, index, pre, full, activation, pool, pool_size, pool_stride) -> Tensor:
+def tail_gradient(
+    g: Tensor, out, index, pre, full, activation, pool, pool_size, pool_stride, pool_padding, slope
+) -> Tensor:
     """The gradient of z, of shape `full`, from what `tail` gave."""
     if pool == "avg":
         spread = g.new_zeros(full[0], g.shape[1], *full[2:])
@@ -162,20 +170,21 @@ def tail_gradient(g: Tensor, out, index, pre, full, activation, pool, pool_size,
         for offsets in itertools.product(*(range(k) for k in pool_size)):
             window = (..., *(slice(o, o + (n - 1) * s + 1, s) for o, n, s in zip(offsets, g.shape[2:], pool_stride)))
             spread[window] += g / count
-        a = activate(pre, activation) if activation != "none" else None
-        return activation_gradient(spread, a, pre, activation)
+        a = activate(pre, activation, slope) if activation != "none" else None
+        return activation_gradient(spread, a, pre, activation, slope)
     if pool == "none":
-        return activation_gradient(g, out, pre, activation)
+        return activation_gradient(g, out, pre, activation, slope)
     if activation == "relu":
         d = torch.where(index == NO_GRADIENT, 0, g)
         position = torch.where(index == NO_GRADIENT, 0, index)
     else:
-        d, position = activation_gradient(g, out, pre, activation), index
+        d, position = activation_gradient(g, out, pre, activation, slope), index
     if activation == "tanh_sigmoid":
         position = torch.cat([position, position], 1)
-    image, size, stride = _two_axes(position, pool_size, pool_stride)
+    image, *window = _two_axes(position, pool_size, pool_stride, pool_padding)
     rows, width = (1, full[-1]) if g.dim() == 3 else full[-2:]
-    flat = _flat_index(image, width, size, stride).flatten(2)
+    # Position 0, which stands for no gradient, may lie in the padding.
+    flat = _flat_index(image, width, *window).flatten(2).clamp_(min=0)
     spread = d.new_zeros(full[0], full[1], rows * width)
     return spread.scatter_add(2, flat, d.reshape(flat.shape)).view(full)
 
@@ -206,7 +215,8 @@ def forward(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride, save,
+    stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
+    pool_padding, slope, save,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The result, the index of the max-pool and z, by the formula."""
     from bigmodel_kernels.ops.conv.op import output_size
@@ -220,20 +230,21 @@ def forward(
         y = y * scale.view(-1, *ones)
     if shift is not None:
         y = y + shift.view(-1, *ones)
-    return tail(y, residual, activation, pool, pool_size, pool_stride)
+    return tail(y, residual, activation, pool, pool_size, pool_stride, pool_padding, slope)
 
 
 def backward(
     grad, out, index, pre, needs,
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, pool_size, pool_stride, save,
+    pool, pool_size, pool_stride, pool_padding, slope, save,
 ):  # fmt: skip
     """Gradients of x, weight, bias, scale, shift and residual; None where `needs` is false."""
     from bigmodel_kernels.ops.conv.op import shapes
 
     geometry = (stride, padding, dilation, groups, transposed, output_padding)
-    full, _, _ = shapes(x, weight, *geometry, activation, pool, pool_size, pool_stride)
-    d = tail_gradient(grad, out, index, pre, full, activation, pool, pool_size, pool_stride)
+    pooling = (pool, pool_size, pool_stride, pool_padding)
+    full, _, _ = shapes(x, weight, *geometry, activation, *pooling)
+    d = tail_gradient(grad, out, index, pre, full, activation, *pooling, slope)
     scaled = d if scale is None else d * scale.view(-1, *[1] * (x.dim() - 2))
     back = _gather if transposed else _scatter
     dx = back(scaled, weight, list(x.shape[2:]), stride, padding, dilation, groups)

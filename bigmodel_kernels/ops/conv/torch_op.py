@@ -33,14 +33,14 @@ def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, group
 
 def call(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, pool_size, pool_stride, save,
+    pool, pool_size, pool_stride, pool_padding, slope, save,
 ):  # fmt: skip
     y = _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding)
     if residual is not None:
         y = y.add_(residual)
-    y = y.relu_() if activation == "relu" else reference.activate(y, activation)
+    y = y.relu_() if activation == "relu" else reference.activate(y, activation, slope)
     if pool == "max":
-        y = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(y, pool_size, pool_stride)
+        y = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(y, pool_size, pool_stride, pool_padding)
     elif pool == "avg":
         y = (F.avg_pool1d if x.dim() == 3 else F.avg_pool2d)(y, pool_size, pool_stride)
     return y, None, None
@@ -48,19 +48,19 @@ def call(
 
 def fwd(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, pool_size, pool_stride, save,
+    pool, pool_size, pool_stride, pool_padding, slope, save,
 ):  # fmt: skip
     from bigmodel_kernels.ops.conv import op
 
     if not save:
         out = call(
             x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding,
-            activation, pool, pool_size, pool_stride, save,
+            activation, pool, pool_size, pool_stride, pool_padding, slope, save,
         )[0]  # fmt: skip
         index, pre = x.new_empty(0, dtype=torch.uint8), x.new_empty(0)
     else:
         y = _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding)
-        out, index, pre = reference.tail(y, residual, activation, pool, pool_size, pool_stride)
+        out, index, pre = reference.tail(y, residual, activation, pool, pool_size, pool_stride, pool_padding, slope)
         index = reference.channels_innermost(index) if pool == "max" else index
         pre = reference.channels_innermost(pre) if op.saves_pre(activation, pool) else x.new_empty(0)
     out = reference.channels_innermost(out) if op.gives_channels_last(x, weight) else out.contiguous()
@@ -69,13 +69,14 @@ def fwd(
 
 def bwd(
     grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed,
-    output_padding, activation, pool, pool_size, pool_stride, save,
+    output_padding, activation, pool, pool_size, pool_stride, pool_padding, slope, save,
 ):  # fmt: skip
     from bigmodel_kernels.ops.conv import op
 
     geometry = (stride, padding, dilation, groups, transposed, output_padding)
-    full, _, _ = op.shapes(x, weight, *geometry, activation, pool, pool_size, pool_stride)
-    d = reference.tail_gradient(grad, out, index, pre, full, activation, pool, pool_size, pool_stride)
+    pooling = (pool, pool_size, pool_stride, pool_padding)
+    full, _, _ = op.shapes(x, weight, *geometry, activation, *pooling)
+    d = reference.tail_gradient(grad, out, index, pre, full, activation, *pooling, slope)
     padded, folded, _, pads = _folded(x, weight, None, scale, None, padding, transposed, groups)
     # dw does not depend on the weights, so it is that of the unscaled convolution.
     want_dw = bool(needs[1] or needs[3])
@@ -103,10 +104,11 @@ def _as_promised(found, x, needs):
     """The gradients in the memory formats of the operator; those that are not wanted empty."""
     from bigmodel_kernels.ops.conv import op
 
-    empty = x.new_empty(0)
-    dx, dw, dbias, dscale, dshift, dresidual = (g if need else empty for g, need in zip(found, needs))
+    dx, *parameters, dresidual = (g if need else x.new_empty(0) for g, need in zip(found, needs))
     if needs[0]:
         dx = reference.channels_innermost(dx) if op.is_channels_last(x) else dx.contiguous()
     if needs[5]:
         dresidual = reference.channels_innermost(dresidual)
-    return dx, dw.contiguous(), *(g.to(x.dtype).contiguous() for g in (dbias, dscale, dshift)), dresidual
+    if parameters[1] is parameters[3]:  # without a scale dbias is dshift, but no two results may share memory
+        parameters[3] = parameters[3].clone()
+    return dx, *(g.to(x.dtype).contiguous() for g in parameters), dresidual
