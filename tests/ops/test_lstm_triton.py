@@ -276,11 +276,11 @@ def test_empty_batch():
 
 
 def check_states_before():
-    from bigmodel_kernels.ops.lstm.triton_kernels import _Tokens
+    from bigmodel_kernels.ops.lstm.by_layer import Tokens
 
     for sizes in ([1], [3, 3, 3], [4, 2, 1], [4, 4, 2, 2, 2, 1], [5, 1, 1], [2, 2, 1, 0]):
         count = sum(sizes)
-        tokens = _Tokens(torch.empty(count, 1), 5, torch.tensor(sizes))
+        tokens = Tokens(torch.empty(count, 1), 5, torch.tensor(sizes))
         y, initial = make(count, 2, seed=1), make(5, 2, seed=2)
         for backwards in (False, True):
             state, expected = initial.clone(), torch.empty_like(y)

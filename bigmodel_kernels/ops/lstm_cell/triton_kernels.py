@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from bigmodel_kernels import _triton
+from bigmodel_kernels._gpu import product
+from bigmodel_kernels.ops.lstm.by_layer import bias_of
 from bigmodel_kernels.ops.lstm_cell.op import saved_shapes
 from bigmodel_kernels.ops.lstm_cell.triton_step import backward_kernel, forward_kernel, programs
 
@@ -14,18 +15,11 @@ def supports(x, *rest) -> str | None:
     return _triton.reason(x)
 
 
-def bias_of(w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """The sum of both biases [4 H], float32; 0 where there are none."""
-    if b_ih is None:
-        return torch.zeros(w_hh.shape[0], dtype=torch.float32, device=w_hh.device)
-    return torch.add(b_ih.float(), b_hh.float())
-
-
 def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
     (batch, hidden), device = h.shape, x.device
     from_input, from_state = torch.empty(2, batch, 4 * hidden, dtype=torch.float32, device=device)
-    _triton.product(x, w_ih.t(), from_input)
-    _triton.product(h, w_hh.t(), from_state)
+    product(x, w_ih.t(), from_input)
+    product(h, w_hh.t(), from_state)
     h_new, c_new = torch.empty(2, batch, hidden, dtype=x.dtype, device=device)
     gates, cells = (torch.empty(shape, dtype=torch.float32, device=device) for shape in saved_shapes(x, h, save))
     count, constants = programs(batch, hidden)
