@@ -43,6 +43,7 @@ T& static_shared(const char* name, int line) {
 
 // An access that may meet others (another thread runs first, perhaps) lies between these two.
 void begin_access(const void* address, std::size_t bytes, bool writes, const char* what);
+void copy_bytes(void* to, const void* from, std::size_t bytes);  // not seen by what watches the kernel's own accesses
 void end_load(const void* address, Order order, Scope scope);
 void end_store(const void* address, Order order, Scope scope, bool read_modify_write);
 
@@ -50,23 +51,23 @@ template <typename T>
 T load(const T* p, Order order, Scope scope) {
   begin_access(p, sizeof(T), false, "ordered load");
   T value;
-  std::memcpy(&value, p, sizeof(T));
+  copy_bytes(&value, p, sizeof(T));
   end_load(p, order, scope);
   return value;
 }
 template <typename T>
 void store(T* p, T value, Order order, Scope scope) {
   begin_access(p, sizeof(T), true, "ordered store");
-  std::memcpy(p, &value, sizeof(T));
+  copy_bytes(p, &value, sizeof(T));
   end_store(p, order, scope, false);
 }
 template <typename T, typename Update>
 T atomic(T* p, Order order, Scope scope, Update update) {
   begin_access(p, sizeof(T), true, "atomic");
   T old;
-  std::memcpy(&old, p, sizeof(T));
+  copy_bytes(&old, p, sizeof(T));
   const T value = update(old);
-  std::memcpy(p, &value, sizeof(T));
+  copy_bytes(p, &value, sizeof(T));
   if (order == Order::acquire || order == Order::acq_rel || order == Order::relaxed) end_load(p, order, scope);
   end_store(p, order, scope, true);
   return old;

@@ -236,7 +236,11 @@ def _with_lines(program: Path, message: str) -> str:
         return message
 
     def line(match: re.Match) -> str:
-        found = subprocess.run(["addr2line", "-e", program, match[1]], capture_output=True, text=True).stdout.strip()
-        return found.rpartition("/")[2] or match[0]
+        tool = ["addr2line", "-i", "-e", program, match[1]]  # the line itself, and those it was inlined into
+        lines = [
+            path.rpartition("/")[2] for path in subprocess.run(tool, capture_output=True, text=True).stdout.split("\n")
+        ]
+        of_kernel = [name for name in lines if ".cuh:" in name and not name.startswith("ptx")]
+        return (of_kernel or lines)[0].partition(" ")[0]
 
     return re.sub(r"pc=(0x[0-9a-f]+)", line, message)

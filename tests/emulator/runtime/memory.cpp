@@ -116,14 +116,27 @@ void check_word(Region& region, std::size_t index, const Touch& now) {
     fail("%s, byte %zu, is read (pc=0x%x) and was never written", region.name.c_str(), index * kWordBytes, now.pc);
 }
 
-Region& require_declared(const void* address, std::size_t bytes, Access access, const void* pc) {
+[[noreturn]] void out_of_bounds(const Region& region, const unsigned char* address, std::size_t bytes, Access access, const void* pc) {
+  std::string extents;
+  for (const auto& [from, to] : region.declared) extents += " [" + std::to_string(from) + ", " + std::to_string(to) + ")";
+  fail("%s of %zu bytes out of bounds: at byte %td of %s, of which there are%s (pc=%p)", describe(access), bytes, address - region.begin,
+       region.name.c_str(), extents.c_str(), pc);
+}
+
+Region& require_declared(const void* pointer, std::size_t bytes, Access access, const void* pc) {
+  const auto* address = static_cast<const unsigned char*>(pointer);
   Region* region = region_at(address);
-  if (!region) fail("%p is not memory of the device (%s of %zu bytes, pc=%p)", address, describe(access), bytes, pc);
-  const auto from = static_cast<std::size_t>(static_cast<const unsigned char*>(address) - region->begin);
-  for (const auto& [begin, end] : region->declared)
-    if (from >= begin && from + bytes <= end) return *region;
-  fail("%s of %zu bytes out of bounds: at byte %zu of %s, which has %zu (pc=%p)", describe(access), bytes, from, region->name.c_str(),
-       region->declared.empty() ? 0 : region->declared.front().second, pc);
+  if (region) {
+    const auto from = static_cast<std::size_t>(address - region->begin);
+    for (const auto& [begin, end] : region->declared)
+      if (from >= begin && from + bytes <= end) return *region;
+  }
+  if (!is_device_memory(address)) fail("%p is not memory of the device (%s of %zu bytes, pc=%p)", pointer, describe(access), bytes, pc);
+  // Just before a region, or somewhere behind its beginning.
+  const auto next = regions.upper_bound(static_cast<std::size_t>(address - reserved));
+  if (next != regions.end() && next->second.begin - address < static_cast<std::ptrdiff_t>(kPage)) region = &next->second;
+  if (region) out_of_bounds(*region, address, bytes, access, pc);
+  fail("%s of %zu bytes out of bounds: at %p, where nothing is (pc=%p)", describe(access), bytes, pointer, pc);
 }
 
 }  // namespace
@@ -244,6 +257,8 @@ void begin_access(const void* address, std::size_t bytes, bool writes, const cha
   yield();
   check_access(address, bytes, writes ? Access::ordered_write : Access::ordered_read, EMULATOR_PC);
 }
+
+void copy_bytes(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
 
 void end_load(const void* address, Order order, Scope scope) {
   if (!checks_races) return;

@@ -46,6 +46,7 @@ std::vector<Stack> free_stacks;
 std::vector<std::unique_ptr<Cluster>> live;
 uint64_t switches = 0, switches_at_progress = 0;
 unsigned depth_first;  // of 16 choices, how many go to the thread that was woken last
+uint64_t async_delay;  // how many switches an asynchronous copy takes on average, if threads can run meanwhile
 
 unsigned volume(Index size) { return size.x * size.y * size.z; }
 Index unfold(unsigned i, Index size) { return {i % size.x, i / size.x % size.y, i / size.x / size.y}; }
@@ -237,6 +238,7 @@ void run_launch(Kernel& kernel) {
   grid_size = launch.grid;
   random_numbers.seed(launch.seed);
   depth_first = static_cast<unsigned>(random_below(3) * 7);
+  async_delay = uint64_t{1} << 5 * random_below(3);
   std::vector<unsigned> clusters(volume(launch.grid) / volume(launch.cluster));
   for (unsigned i = 0; i < clusters.size(); ++i) clusters[i] = i;
   std::shuffle(clusters.begin(), clusters.end(), random_numbers);
@@ -246,7 +248,7 @@ void run_launch(Kernel& kernel) {
       start_cluster(clusters.back());
       clusters.pop_back();
     }
-    if (async_pending() && (runnable.empty() || random_below(4) == 0)) finish_some_async();
+    if (async_pending() && (runnable.empty() || random_below(async_delay) == 0)) finish_some_async();
     if (runnable.empty()) {
       if (async_pending()) continue;
       self = nullptr;
