@@ -5,7 +5,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#ifndef __x86_64__
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_SWITCH
+#else
 #include <ucontext.h>
 #endif
 
@@ -15,7 +17,7 @@ extern "C" {
 [[gnu::weak]] void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size);
 [[gnu::weak]] void __asan_poison_memory_region(const volatile void* address, std::size_t size);
 [[gnu::weak]] void __asan_unpoison_memory_region(const volatile void* address, std::size_t size);
-#ifdef __x86_64__
+#ifdef EMULATOR_SWITCH
 void emulator_switch(void** save, void* to);  // scheduler.cpp
 #endif
 }
@@ -34,7 +36,7 @@ struct Stack {
 };
 
 struct Context {
-#ifdef __x86_64__
+#ifdef EMULATOR_SWITCH
   void* sp = nullptr;
 #else
   ucontext_t context;
@@ -47,7 +49,7 @@ struct Context {
     bottom = stack.bottom;
     size = Stack::kBytes;
     if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(bottom, size);
-#ifdef __x86_64__
+#ifdef EMULATOR_SWITCH
     auto* top = reinterpret_cast<uint64_t*>(stack.bottom + Stack::kBytes);
     *--top = 0;  // where entry would return to: it never does; keeps the stack aligned as a call does
     *--top = reinterpret_cast<uint64_t>(entry);
@@ -66,7 +68,7 @@ struct Context {
 // Goes on at `to`; returns when someone switches back to `from`, which is never if `last`.
 inline void switch_context(Context& from, Context& to, bool last = false) {
   if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.bottom, to.size);
-#ifdef __x86_64__
+#ifdef EMULATOR_SWITCH
   emulator_switch(&from.sp, to.sp);
 #else
   swapcontext(&from.context, &to.context);

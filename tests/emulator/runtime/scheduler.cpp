@@ -5,7 +5,7 @@
 
 #include "runtime.h"
 
-#ifdef __x86_64__
+#ifdef EMULATOR_SWITCH
 asm(R"(
 .text
 .globl emulator_switch
