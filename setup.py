@@ -3,11 +3,14 @@
 `_native.so`  every native op, on the LibTorch stable ABI: no Python in it, one file serves torch 2.10 and later.
 `_C`          pybind11: build information and host-side geometry. Left out where Python's headers are not installed.
 
-CPU_ONLY=1 leaves CUDA out, FORCE_CUDA=1 raises if CUDA cannot be built, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
+CUDA kernels are compiled by nvcc, against a CPU or a CUDA build of torch alike, where a GPU is visible or one is asked for:
+CPU_ONLY=1 leaves them out, FORCE_CUDA=1 raises if they cannot be built, TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
 """
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -29,18 +32,49 @@ from setuptools import Extension, find_packages, setup
 TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"
+CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 
 
-def why_no_cuda() -> str | None:
+def cuda_home() -> Path | None:
+    """The CUDA toolkit: a folder that holds nvcc and the runtime's headers."""
+    nvcc = shutil.which("nvcc")
+    named = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    found = [nvcc and str(Path(nvcc).resolve().parents[1]), "/usr/local/cuda"]
+    for folder in map(Path, filter(None, named if any(named) else found)):
+        if (folder / "bin" / "nvcc").is_file() and (folder / "include" / "cuda_runtime.h").is_file():
+            return folder
+    return None
+
+
+def cuda_version(home: Path) -> str:
+    said = subprocess.run([home / "bin" / "nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", said)[1]
+
+
+def static_runtime(home: Path) -> Path | None:
+    """The folder of libcudart_static.a: linked in, so that the binary also loads where there is no CUDA at all."""
+    places = (home / "lib64", home / "targets" / f"{platform.machine()}-linux" / "lib", home / "lib")
+    return next((p for p in places if (p / "libcudart_static.a").is_file()), None)
+
+
+def why_no_cuda(home: Path | None) -> str | None:
     """The reason CUDA kernels cannot be built here, naming what mends it; None where they can."""
     if os.environ.get("CPU_ONLY") == "1":
         return "CPU_ONLY=1 is set"
-    if torch.version.cuda is None:
-        return "this torch is a CPU build: install a CUDA build of torch"
-    if cpp_extension.CUDA_HOME is None:
-        return "nvcc was not found on PATH or under CUDA_HOME: install the CUDA toolkit " + torch.version.cuda
-    if not (torch.cuda.is_available() or os.environ.get("FORCE_CUDA") or os.environ.get("TORCH_CUDA_ARCH_LIST")):
-        return "no GPU is visible: set FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST to build for one"
+    if not glob("csrc/cuda/*.cu"):
+        return "this version has no CUDA kernels"
+    if home is None:
+        return (
+            "nvcc and cuda_runtime.h were not found under CUDA_HOME, beside the nvcc on PATH or in /usr/local/cuda: "
+            f"install the CUDA toolkit {torch.version.cuda or '13.0'} or set CUDA_HOME"
+        )
+    if static_runtime(home) is None:
+        return f"libcudart_static.a was not found under {home}: install the development files of the CUDA runtime"
+    if torch.version.cuda and cuda_version(home).split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {cuda_version(home)}, torch of {torch.version.cuda}: install that toolkit and set CUDA_HOME"
+    asked = os.environ.get("FORCE_CUDA") == "1" or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not (torch.cuda.is_available() or asked):
+        return "no GPU is visible: set FORCE_CUDA=1 or TORCH_CUDA_ARCH_LIST to build for one (in a clone: make cuda)"
     return None
 
 
@@ -59,8 +93,8 @@ def compiler_version() -> str:
 
 def extensions() -> list[Extension]:
     headers = glob("csrc/**/*.h", recursive=True) + glob("csrc/**/*.cuh", recursive=True)
-    cuda_sources = sorted(glob("csrc/cuda/*.cu"))
-    no_cuda = why_no_cuda() if cuda_sources else "this version has no CUDA kernels"
+    home = cuda_home()
+    no_cuda = why_no_cuda(home)
     if no_cuda and os.environ.get("FORCE_CUDA") == "1":
         sys.exit(f"FORCE_CUDA=1, but CUDA kernels cannot be built: {no_cuda}")
     cxx = [
@@ -77,15 +111,21 @@ def extensions() -> list[Extension]:
     if SANITIZE:
         cxx += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"]
         link += [f"-fsanitize={SANITIZE}"]
-    make = cpp_extension.CppExtension if no_cuda else cpp_extension.CUDAExtension
-    native = make(
+    sources, cuda = sorted(glob("csrc/cpu/*.cpp")), {}
+    if not no_cuda:
+        cpp_extension.CUDA_HOME = str(home)  # which a CPU build of torch leaves unset
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHS
+        sources += sorted(glob("csrc/cuda/*.cu"))
+        cuda = {"libraries": ["cudart_static", "rt", "dl", "pthread"], "library_dirs": [str(static_runtime(home))]}
+    native = cpp_extension.CppExtension(
         "bigmodel_kernels._native",
-        sorted(glob("csrc/cpu/*.cpp")) + ([] if no_cuda else cuda_sources),
-        depends=headers,
-        define_macros=[("TORCH_TARGET_VERSION", TARGET)] + ([] if no_cuda else [("USE_CUDA", None)]),
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
+        sources,
+        depends=[*headers, "setup.py"],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET)],
+        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]},
         extra_link_args=link,
         py_limited_api=True,
+        **cuda,
     )
     if not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         print(
@@ -95,8 +135,8 @@ def extensions() -> list[Extension]:
         return [native]
     info = {
         "BUILD_COMPILER": compiler_version(),
-        "BUILD_CUDA": torch.version.cuda if not no_cuda else f"none: {no_cuda}",
-        "BUILD_CUDA_ARCHS": os.environ.get("TORCH_CUDA_ARCH_LIST", ""),
+        "BUILD_CUDA": f"none: {no_cuda}" if no_cuda else cuda_version(home),
+        "BUILD_CUDA_ARCHS": "" if no_cuda else os.environ["TORCH_CUDA_ARCH_LIST"],
         "BUILD_TORCH": torch.__version__,
     }
     bindings = Extension(

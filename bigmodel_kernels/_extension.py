@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 REMEDY = "build it with: pip install --no-build-isolation .   (in a clone: make build)"
+CUDA_REMEDY = "build it with: FORCE_CUDA=1 pip install --no-build-isolation .   (in a clone: make cuda)"
 
 
 def _load_native() -> str | None:
@@ -41,7 +42,8 @@ bindings, bindings_error = _load_bindings()
 def has_kernel(op: str, dispatch_key: str) -> bool:
     """Whether the loaded binary has a kernel of `bigmodel_native::<op>` for "CPU" or "CUDA"."""
     name = f"bigmodel_native::{op}"
-    return native_error is None and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
+    exists = native_error is None and torch._C._dispatch_has_kernel(name)
+    return exists and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
 
 
 def build_info() -> dict[str, str]:

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class Gpu:
+    """The properties that choices between kernels go by."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int  # that a block can have
+
+
+# By the CUDA programming guide's table of compute capabilities and the sizes of the largest products.
+A100 = Gpu((8, 0), 108, 163 << 10)
+L40S = Gpu((8, 9), 142, 99 << 10)
+H100 = Gpu((9, 0), 132, 227 << 10)
+
+
 @functools.cache
-def capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def properties(device: int) -> Gpu:
+    found = torch.cuda.get_device_properties(device)
+    return Gpu((found.major, found.minor), found.multi_processor_count, found.shared_memory_per_block_optin)
 
 
 def reason(t: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
@@ -21,8 +38,8 @@ def reason(t: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | N
         return f"the kernels take {', '.join(names[:-1])} and {names[-1]}, got {t.dtype}"
     if not t.is_cuda:
         return f"the tensors are on {t.device}, not on a GPU"
-    if capability(t.device.index) < (8, 0):
-        return f"the GPU has compute capability {capability(t.device.index)}, the kernels need 8.0"
+    if (found := properties(t.device.index).capability) < (8, 0):
+        return f"the GPU has compute capability {found}, the kernels need 8.0"
     return None
 
 

@@ -3,6 +3,7 @@
 A backend of the op `foo` is the module `bigmodel_kernels.ops.foo.<file>`, imported on first use, with
     supports(*args) -> str | None    the reason it cannot take these arguments, None where it can
     fwd(*args), bwd(*args)           the op's forward and backward; same arguments and results on every backend
+`cuda` modules also name a NATIVE_OP: where the binary has it for CUDA, it has all that the module calls.
 """
 
 from __future__ import annotations
@@ -74,8 +75,12 @@ def availability(op: str, backend: str) -> str | None:
 def _availability(op: str, backend: str, interpreted: bool) -> str | None:
     if importlib.util.find_spec(f"bigmodel_kernels.ops.{op}.{FILES[backend]}") is None:
         return f"this version has no {backend} kernel of {op}"
-    if backend in ("cpu", "cuda") and not _extension.has_kernel(f"{op}_fwd", backend.upper()):
-        return _extension.native_error or f"the binary was built without the {backend} kernel of {op}"
+    if backend == "cpu" and not _extension.has_kernel(f"{op}_fwd", "CPU"):
+        return _extension.native_error or f"the binary was built without the cpu kernel of {op}"
+    if backend == "cuda" and not _extension.has_kernel(module(op, backend).NATIVE_OP, "CUDA"):
+        return (
+            _extension.native_error or f"the binary was built without the cuda kernel of {op}; {_extension.CUDA_REMEDY}"
+        )
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
     if backend in ("cuda", "triton") and not (torch.cuda.is_available() or interpreted):
@@ -96,10 +101,12 @@ def reason(op: str, backend: str, args: tuple) -> str | None:
 
 
 def require(op: str, backend: str, args: tuple) -> None:
-    """Raises RuntimeError with every backend's reason unless `backend` can run this call."""
+    """Raises RuntimeError with every backend's reason unless `backend` can run this call: NotImplementedError, which is one,
+    where it has no kernel of the op on this machine at all."""
     if (why := reason(op, backend, args)) is not None:
         others = "".join(f"\n  {name}: {reason(op, name, args) or 'ok'}" for name in BACKENDS if name != backend)
-        raise RuntimeError(f"{op}: backend {backend!r} cannot run this call: {why}. The others:{others}")
+        error = RuntimeError if availability(op, backend) is None else NotImplementedError
+        raise error(f"{op}: backend {backend!r} cannot run this call: {why}. The others:{others}")
 
 
 def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: tuple) -> str:

@@ -73,6 +73,15 @@ def bias_of(w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
     return torch.add(b_ih.float(), b_hh.float())
 
 
+def weight_gradients(d_gates: Tensor, x: Tensor, h: Tensor, biased: bool) -> list[Tensor]:
+    """Of w_ih, w_hh and, where there are any, of both biases, from the gradient before activation [tokens, 4 H]."""
+    found = [d_gates.t() @ x, d_gates.t() @ h]
+    if biased:
+        d_bias = d_gates.sum(0)
+        found += [d_bias, d_bias.clone()]
+    return found
+
+
 def forward(
     layer: Callable, x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save
 ) -> tuple[Tensor, ...]:

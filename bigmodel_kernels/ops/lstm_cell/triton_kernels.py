@@ -6,7 +6,7 @@ import torch
 
 from bigmodel_kernels import _triton
 from bigmodel_kernels._gpu import product
-from bigmodel_kernels.ops.lstm.by_layer import bias_of
+from bigmodel_kernels.ops.lstm.by_layer import bias_of, weight_gradients
 from bigmodel_kernels.ops.lstm_cell.op import saved_shapes
 from bigmodel_kernels.ops.lstm_cell.triton_step import backward_kernel, forward_kernel, programs
 
@@ -47,10 +47,5 @@ def bwd(d_h_new, d_c_new, h_new, gates, cells, need_d_x, need_d_weights, x, h, c
         batch, 0, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **constants,
     )  # fmt: skip
     d_x = d_gates @ w_ih if need_d_x else x.new_empty(0)
-    d_weights = []
-    if need_d_weights:
-        d_weights = [d_gates.t() @ x, d_gates.t() @ h]
-        if b_ih is not None:
-            d_bias = d_gates.sum(0)
-            d_weights += [d_bias, d_bias.clone()]
+    d_weights = weight_gradients(d_gates, x, h, b_ih is not None) if need_d_weights else []
     return d_x, d_gates @ w_hh, d_c.to(c.dtype), d_weights

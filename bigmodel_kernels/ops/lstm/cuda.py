@@ -1,0 +1,62 @@
+"""The CUDA C++ kernels of csrc/cuda/lstm*.cuh: all steps of a layer in one launch; the products around them are PyTorch's."""
+
+from __future__ import annotations
+
+import torch
+
+from bigmodel_kernels import _gpu
+from bigmodel_kernels.ops.lstm import by_layer
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, plan
+
+NATIVE_OP = "lstm_sequence_fwd"
+DTYPES = (torch.float16, torch.bfloat16)
+native = torch.ops.bigmodel_native
+
+
+def supports(
+    x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save
+) -> str | None:  # fmt: skip
+    if (why := _gpu.reason(x, DTYPES)) is not None:
+        return why
+    if h0.shape[2] != c0.shape[2]:
+        return "h is projected"
+    directions, gpu = 2 if bidirectional else 1, _gpu.properties(x.device.index)
+    for kernel in (FORWARD, BACKWARD) if save else (FORWARD,):
+        if plan(kernel, c0.shape[2], directions, gpu) is None:
+            return f"the weights of {c0.shape[2]} units do not fit on the GPU's multiprocessors"
+    if batch_sizes is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        return "packed sequences need a table from the CPU, which a CUDA graph cannot capture"
+    return None
+
+
+def _plan(kernel, hidden: int, directions: int, device: torch.device) -> tuple:
+    found = plan(kernel, hidden, directions, _gpu.properties(device.index))
+    return found.scope, found.registers, found.warps
+
+
+def _tables(tokens: by_layer.Tokens) -> tuple:
+    return tokens.tables() if tokens.packed else (None, None)
+
+
+def _layer_forward(tokens, parameters, from_input, bias, h, c, y, gates, cells) -> None:
+    w_hh = torch.stack([w[1] for w in parameters])
+    native.lstm_sequence_fwd(
+        from_input, w_hh, bias, h.clone(), *_tables(tokens), len(tokens.sizes), y, h, c, gates, cells,
+        *_plan(FORWARD, c.shape[2], len(parameters), c.device),
+    )  # fmt: skip
+
+
+def fwd(*args):
+    return by_layer.forward(_layer_forward, *args)
+
+
+def _layer_backward(tokens, parameters, d_y, d_h, d_c, gates, cells, c0, d_gates, d_projected) -> None:
+    w_hh = torch.stack([w[1] for w in parameters])
+    native.lstm_sequence_bwd(
+        d_y, gates, cells, c0, w_hh, *_tables(tokens), len(tokens.sizes), d_h, d_c, d_gates,
+        *_plan(BACKWARD, c0.shape[2], len(parameters), c0.device),
+    )  # fmt: skip
+
+
+def bwd(*args):
+    return by_layer.backward(_layer_backward, *args)

@@ -1,0 +1,232 @@
+// Native ops lstm_sequence_fwd and lstm_sequence_bwd: checks, launch and registration of lstm_forward.cuh and lstm_backward.cuh.
+// Which kernel, with how many warps, is the caller's plan (ops/lstm/cuda_plan.py); what it needs of the GPU is asked for here.
+#include "host.h"
+#include "lstm_backward.cuh"
+#include "lstm_forward.cuh"
+
+namespace bmk {
+
+namespace {
+
+// What a launch needs to know about the plan.
+struct Plan {
+  Scope scope;
+  int warps, tiles, units, registers, depth_tiles;  // tiles and units of a warp
+
+  int threads() const { return warps * kWarpSize; }
+  int blocks(int64_t hidden) const { return static_cast<int>(ceil_div<int64_t>(hidden, units * warps)); }
+  int fragments_end() const { return lstm_shared_bytes(tiles, registers, depth_tiles, threads()); }
+  int words() const { return depth_tiles * kWordsPerTile; }
+};
+
+Scope parse_scope(const std::string& name) {
+  STD_TORCH_CHECK(name == "block" || name == "cluster" || name == "grid", "scope: unknown name ", name);
+  return name == "block" ? Scope::block : name == "cluster" ? Scope::cluster : Scope::grid;
+}
+
+// Launches `kernel` for all groups of rows; in scope grid as many at once as are sure to run at the same time.
+template <class Parameters>
+void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int directions, int shared_bytes, cudaStream_t stream) {
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "lstm: shared memory");
+  const int blocks = plan.blocks(p.shape.hidden);
+  int together = p.shape.groups;
+  cudaLaunchConfig_t config{};
+  config.blockDim = dim3(plan.threads());
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attribute{};
+  config.attrs = &attribute;
+  if (plan.scope == Scope::cluster) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    config.numAttrs = 1;
+    config.gridDim = dim3(blocks);
+    int clusters = 0;
+    check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "lstm: clusters");
+    STD_TORCH_CHECK(clusters > 0, "lstm: the GPU has no room for a cluster of ", blocks, " blocks");
+  } else if (plan.scope == Scope::grid) {
+    attribute.id = cudaLaunchAttributeCooperative;  // all blocks run at the same time, or the launch fails
+    attribute.val.cooperative = 1;
+    config.numAttrs = 1;
+    int device = 0, multiprocessors = 0, per_multiprocessor = 0;
+    check_cuda(cudaGetDevice(&device), "lstm");
+    check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "lstm");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, plan.threads(), shared_bytes), "lstm: occupancy");
+    together = std::min(together, multiprocessors * per_multiprocessor / (blocks * directions));
+    STD_TORCH_CHECK(together > 0, "lstm: ", blocks * directions, " blocks must run at the same time, the GPU has room for ",
+                    multiprocessors * per_multiprocessor);
+  }
+  constexpr int kMostGroups = 65535;  // of a grid's second dimension
+  together = std::min(together, kMostGroups);
+  for (int first = 0; first < p.shape.groups; first += together) {
+    p.shape.first_group = first;
+    config.gridDim = dim3(blocks, std::min(together, p.shape.groups - first), directions);
+    check_cuda(cudaLaunchKernelEx(&config, kernel, p), "lstm");
+  }
+}
+
+void check_tensor(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.is_contiguous() && t.scalar_type() == dtype && has_shape(t, sizes), name,
+                  " must be a contiguous CUDA tensor ", shape_string(sizes), " of scalar type ", static_cast<int>(dtype), ", got ",
+                  shape_string(t), " of ", static_cast<int>(t.scalar_type()));
+}
+
+LstmSteps steps_of(const Tensor& h, int64_t tokens, int64_t steps, const std::optional<Tensor>& firsts,
+                   const std::optional<Tensor>& lengths) {
+  const int64_t batch = h.size(1), hidden = h.size(2);
+  STD_TORCH_CHECK(tokens < (int64_t{1} << 31) && steps < (int64_t{1} << 31) && batch < (1 << 20) && hidden < (1 << 14),
+                  "lstm: too many tokens, rows or units: ", tokens, ", ", batch, ", ", hidden);
+  STD_TORCH_CHECK(firsts.has_value() == lengths.has_value(), "firsts and lengths must be given both or neither");
+  STD_TORCH_CHECK(firsts.has_value() || tokens == steps * batch, "lstm: ", tokens, " tokens are not ", steps, " steps of ", batch);
+  if (firsts) {
+    check_tensor(*firsts, {steps}, ScalarType::Long, "firsts");
+    check_tensor(*lengths, {batch}, ScalarType::Long, "lengths");
+  }
+  const int groups = static_cast<int>(ceil_div<int64_t>(batch, kColumns));
+  return {tokens,
+          static_cast<int>(batch),
+          static_cast<int>(hidden),
+          static_cast<int>(steps),
+          data<int64_t>(firsts),
+          data<int64_t>(lengths),
+          nullptr,
+          0,
+          groups,
+          0};
+}
+
+// The words of scope grid: [directions, groups, 2, words], zero.
+std::optional<Tensor> words_for(const Plan& plan, const LstmSteps& shape, int64_t directions, const Tensor& like) {
+  if (plan.scope != Scope::grid) return std::nullopt;
+  return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.words()}, ScalarType::Long);
+}
+
+template <class T, template <class> class Parameters>
+using Kernel = void (*)(Parameters<T>);
+
+template <class T>
+Kernel<T, LstmForward> forward_kernel(const Plan& plan) {
+  if (plan.scope == Scope::block && plan.registers == 2) return lstm_forward<T, Scope::block, 2>;
+  if (plan.scope == Scope::block && plan.registers == 4) return lstm_forward<T, Scope::block, 4>;
+  if (plan.scope == Scope::block && plan.registers == 8) return lstm_forward<T, Scope::block, 8>;
+  if (plan.scope == Scope::cluster && plan.registers == 16) return lstm_forward<T, Scope::cluster, 16>;
+  if (plan.scope == Scope::grid && plan.registers == 16) return lstm_forward<T, Scope::grid, 16>;
+  STD_TORCH_CHECK(false, "lstm_sequence_fwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+}
+
+template <class T>
+Kernel<T, LstmBackward> backward_kernel(const Plan& plan) {
+  if (plan.scope == Scope::block && plan.registers == 8) return lstm_backward<T, Scope::block, 8>;
+  if (plan.scope == Scope::block && plan.registers == 16) return lstm_backward<T, Scope::block, 16>;
+  if (plan.scope == Scope::block && plan.registers == 24) return lstm_backward<T, Scope::block, 24>;
+  if (plan.scope == Scope::cluster && plan.registers == 24) return lstm_backward<T, Scope::cluster, 24>;
+  if (plan.scope == Scope::grid && plan.registers == 24) return lstm_backward<T, Scope::grid, 24>;
+  STD_TORCH_CHECK(false, "lstm_sequence_bwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+}
+
+template <class Function>
+void dispatch_16_bit(ScalarType dtype, const Function& function) {
+  if (dtype == ScalarType::Half) return function(__half{});
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "lstm: the cuda kernels take float16 and bfloat16, got scalar type ",
+                  static_cast<int>(dtype));
+  function(__nv_bfloat16{});
+}
+
+}  // namespace
+
+// Writes output, h_n, and, where they are given, gates and cells; c holds the initial states and on return the final ones.
+void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tensor& bias, const Tensor& h0,
+                       const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor output, Tensor h_n,
+                       Tensor c, std::optional<Tensor> gates, std::optional<Tensor> cells, const std::string& scope, int64_t registers,
+                       int64_t warps) {
+  CHECK_DIM(h0, 3);
+  CHECK_DIM(from_input, 3);
+  const int64_t directions = h0.size(0), batch = h0.size(1), hidden = h0.size(2), tokens = from_input.size(1);
+  const ScalarType dtype = h0.scalar_type();
+  check_tensor(from_input, {directions, tokens, 4 * hidden}, ScalarType::Float, "from_input");
+  check_tensor(w_hh, {directions, 4 * hidden, hidden}, dtype, "w_hh");
+  check_tensor(bias, {directions, 4 * hidden}, ScalarType::Float, "bias");
+  check_tensor(h0, {directions, batch, hidden}, dtype, "h0");
+  check_tensor(h_n, {directions, batch, hidden}, dtype, "h_n");
+  check_tensor(c, {directions, batch, hidden}, ScalarType::Float, "c");
+  check_tensor(output, {tokens, directions * hidden}, dtype, "output");
+  STD_TORCH_CHECK(gates.has_value() == cells.has_value(), "gates and cells must be given both or neither");
+  if (gates) {
+    check_tensor(*gates, {directions, tokens, 4 * hidden}, ScalarType::Float, "gates");
+    check_tensor(*cells, {directions, tokens, hidden}, ScalarType::Float, "cells");
+  }
+  LstmSteps shape = steps_of(h0, tokens, steps, firsts, lengths);
+  const int depth = static_cast<int>(std::max<int64_t>(registers, round_up(ceil_div<int64_t>(hidden, 16), int64_t{2})));
+  const Plan plan{parse_scope(scope), static_cast<int>(warps), kForwardTiles, kForwardUnits, static_cast<int>(registers), depth};
+  STD_TORCH_CHECK(warps > 0 && warps <= (registers <= 8 ? 16 : 8) && (plan.scope != Scope::block || plan.blocks(hidden) == 1),
+                  "lstm_sequence_fwd: ", warps, " warps do not fit ", hidden, " units");
+  if (batch * hidden == 0) return;
+  const OnDeviceOf device(h0);
+  shape.bias_at = plan.fragments_end();
+  const auto words = words_for(plan, shape, directions, h0);
+  shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
+  dispatch_16_bit(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const LstmForward<T> p{shape,
+                           data<float>(from_input),
+                           data<T>(w_hh),
+                           data<float>(bias),
+                           data<T>(h0),
+                           mutable_data<T>(output),
+                           mutable_data<T>(h_n),
+                           mutable_data<float>(c),
+                           gates ? mutable_data<float>(*gates) : nullptr,
+                           cells ? mutable_data<float>(*cells) : nullptr};
+    const int shared_bytes = shape.bias_at + plan.units * plan.warps * static_cast<int>(sizeof(float4));
+    launch(forward_kernel<T>(plan), p, plan, static_cast<int>(directions), shared_bytes, device.stream());
+  });
+}
+
+// Writes d_gates; d_h and d_c hold the gradients of the final states and on return those of the initial ones.
+void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor& cells, const Tensor& c0, const Tensor& w_hh,
+                       const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor d_h, Tensor d_c,
+                       Tensor d_gates, const std::string& scope, int64_t registers, int64_t warps) {
+  CHECK_DIM(c0, 3);
+  CHECK_DIM(d_output, 2);
+  const int64_t directions = c0.size(0), batch = c0.size(1), hidden = c0.size(2), tokens = d_output.size(0);
+  const ScalarType dtype = c0.scalar_type();
+  check_tensor(d_output, {tokens, directions * hidden}, dtype, "d_output");
+  check_tensor(gates, {directions, tokens, 4 * hidden}, ScalarType::Float, "gates");
+  check_tensor(cells, {directions, tokens, hidden}, ScalarType::Float, "cells");
+  check_tensor(c0, {directions, batch, hidden}, dtype, "c0");
+  check_tensor(w_hh, {directions, 4 * hidden, hidden}, dtype, "w_hh");
+  check_tensor(d_h, {directions, batch, hidden}, ScalarType::Float, "d_h");
+  check_tensor(d_c, {directions, batch, hidden}, ScalarType::Float, "d_c");
+  check_tensor(d_gates, {tokens, directions, 4 * hidden}, dtype, "d_gates");
+  LstmSteps shape = steps_of(c0, tokens, steps, firsts, lengths);
+  const int depth = static_cast<int>(std::max<int64_t>(registers, round_up(hidden, int64_t{16}) / 4));
+  const Plan plan{parse_scope(scope), static_cast<int>(warps), kBackwardTiles, kBackwardUnits, static_cast<int>(registers), depth};
+  STD_TORCH_CHECK(warps > 0 && warps <= 8 && (plan.scope != Scope::block || plan.blocks(hidden) == 1), "lstm_sequence_bwd: ", warps,
+                  " warps do not fit ", hidden, " units");
+  if (batch * hidden == 0) return;
+  const OnDeviceOf device(c0);
+  const auto words = words_for(plan, shape, directions, c0);
+  shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
+  dispatch_16_bit(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const LstmBackward<T> p{shape,         data<T>(d_output),        data<float>(gates),       data<float>(cells),      data<T>(c0),
+                            data<T>(w_hh), mutable_data<float>(d_h), mutable_data<float>(d_c), mutable_data<T>(d_gates)};
+    launch(backward_kernel<T>(plan), p, plan, static_cast<int>(directions), plan.fragments_end(), device.stream());
+  });
+}
+
+}  // namespace bmk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
+  m.def(
+      "lstm_sequence_fwd(Tensor from_input, Tensor w_hh, Tensor bias, Tensor h0, Tensor? firsts, Tensor? lengths, int steps, "
+      "Tensor(a!) output, Tensor(b!) h_n, Tensor(c!) c, Tensor(d!)? gates, Tensor(e!)? cells, str scope, int registers, int warps) -> ()");
+  m.def(
+      "lstm_sequence_bwd(Tensor d_output, Tensor gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? firsts, Tensor? lengths, "
+      "int steps, Tensor(a!) d_h, Tensor(b!) d_c, Tensor(c!) d_gates, str scope, int registers, int warps) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CUDA, m) {
+  m.impl("lstm_sequence_fwd", TORCH_BOX(&bmk::lstm_sequence_fwd));
+  m.impl("lstm_sequence_bwd", TORCH_BOX(&bmk::lstm_sequence_bwd));
+}

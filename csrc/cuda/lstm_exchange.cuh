@@ -1,0 +1,109 @@
+// How the warps that share one LSTM recurrence hand each other what a step made: words of two 16-bit numbers.
+//
+// A word holds two neighbours along the depth k of the next product, for one of the 8 columns n (rows of the batch). Words lie in
+// the order in which lanes read them as B fragments of mma.m16n8k16, two tiles of 16 k to one 16-byte load.
+// Slots: a step's words are in slot step % 2 of shared memory. Who writes slot s of step k + 2 has received step k + 1, which
+// everyone sent after reading step k, so two slots are enough.
+//
+//   block    one block has all units: shared memory and its barrier
+//   cluster  the blocks of a cluster: every word is stored into each block's shared memory; one cluster barrier a step (sm_90)
+//   grid     blocks anywhere: every word travels through L2 as 8 bytes that hold it and the number of its step, so that what is
+//            read is known to be new without a flag beside it; no barrier between blocks. They must all be running: the
+//            launcher asks the occupancy calculator, and a wait that outlasts kPatience ends the launch with a message.
+#pragma once
+
+#include "common.cuh"
+
+namespace bmk {
+
+constexpr int kColumns = 8;        // rows of the batch of a block: the columns of a product
+constexpr int kWordsPerTile = 64;  // 16 k by 8 columns, in pairs
+
+// The word of (k, k + 1) for column n; k is even.
+__host__ __device__ constexpr int word_of(int k, int n) {
+  return k / 32 * (2 * kWordsPerTile) + (n * 4 + k % 8 / 2) * 4 + k % 32 / 16 * 2 + k % 16 / 8;
+}
+__host__ __device__ constexpr int depth_of_word(int word) { return word / 128 * 32 + word % 4 / 2 * 16 + word % 2 * 8 + word / 4 % 4 * 2; }
+__host__ __device__ constexpr int column_of_word(int word) { return word % 128 / 16; }
+
+enum class Scope { block, cluster, grid };
+
+struct Exchange {
+  unsigned* shared;            // [2, words]
+  unsigned long long* global;  // [2, words] of this group of blocks, zero at launch; scope grid only
+  int words;
+};
+
+constexpr uint64_t kPatience = 10'000'000'000;  // nanoseconds
+
+// After the slots have been filled as far as nobody sends to them, and before the first send.
+template <Scope scope>
+__device__ __forceinline__ void exchange_start() {
+  if constexpr (scope == Scope::cluster) {
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+  } else {
+    __syncthreads();
+  }
+}
+
+template <Scope scope>
+__device__ __forceinline__ void exchange_send(const Exchange& e, int step, int word, unsigned value) {
+  const int place = step % 2 * e.words + word;
+  if constexpr (scope == Scope::block) {
+    e.shared[place] = value;
+  } else if constexpr (scope == Scope::cluster) {
+    const unsigned blocks = ptx::cluster_size();
+    for (unsigned rank = 0; rank < blocks; ++rank) *ptx::mapa(&e.shared[place], rank) = value;
+  } else {
+    ptx::st_relaxed_gpu(&e.global[place], static_cast<unsigned long long>(step + 1) << 32 | value);
+  }
+}
+
+// After a thread's last send of a step: everything up to exchange_receive overlaps with the others' sending.
+template <Scope scope>
+__device__ __forceinline__ void exchange_sent() {
+  if constexpr (scope == Scope::cluster) ptx::cluster_arrive();
+}
+
+// The words of a step, once all are here. `sent(word)` tells which ones anybody sends.
+template <Scope scope, class Sent>
+__device__ __forceinline__ const uint4* exchange_receive(const Exchange& e, int step, const Sent& sent) {
+  unsigned* slot = e.shared + step % 2 * e.words;
+  if constexpr (scope == Scope::cluster) {
+    ptx::cluster_wait();
+  } else {
+    if constexpr (scope == Scope::grid) {
+      const unsigned long long* from = e.global + step % 2 * e.words;
+      uint64_t deadline = 0;
+      for (int word = threadIdx.x; word < e.words; word += blockDim.x) {
+        if (!sent(word)) continue;
+        unsigned long long found = ptx::ld_relaxed_gpu(&from[word]);
+        while (static_cast<unsigned>(found >> 32) != static_cast<unsigned>(step + 1)) {
+          const uint64_t now = ptx::globaltimer();
+          if (deadline == 0) deadline = now + kPatience;
+          if (now > deadline) ptx::trap_with("lstm: a block of the same recurrence does not answer");
+          found = ptx::ld_relaxed_gpu(&from[word]);
+        }
+        slot[word] = static_cast<unsigned>(found);
+      }
+    }
+    __syncthreads();
+  }
+  return reinterpret_cast<const uint4*>(slot);
+}
+
+// The 16-bit numbers of lanes with odd and even g = lane / 4, each with one for column 2 t and one for 2 t + 1 (t = lane % 4),
+// as words of neighbours in g: an even lane gets that of column 2 t, an odd one that of 2 t + 1.
+__device__ __forceinline__ unsigned pair_over_units(unsigned first_column, unsigned second_column) {
+  const bool odd = threadIdx.x / 4 % 2;
+  const unsigned other = __shfl_xor_sync(kFullWarp, odd ? first_column : second_column, 4);
+  return odd ? other | second_column << 16 : first_column | other << 16;
+}
+
+template <class T>
+__device__ __forceinline__ unsigned bits16(T x) {
+  return __builtin_bit_cast(unsigned short, x);
+}
+
+}  // namespace bmk

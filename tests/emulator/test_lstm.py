@@ -1,0 +1,107 @@
+"""The CUDA kernels of whole LSTM layers, emulated: against float64, forward and every gradient, in all three scopes."""
+
+import pytest
+import torch
+
+from bigmodel_kernels import _gpu
+from bigmodel_kernels.ops.lstm import cuda, cuda_plan
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, Plan
+from tests.emulator.backend import SUFFIX, emulated
+from tests.emulator.emulator import Program, needs_compiler
+from tests.ops.test_lstm import Problem, check
+
+pytestmark = needs_compiler
+DTYPES = [torch.float16, torch.bfloat16]
+SCOPES = {"block": 0, "cluster": 1, "grid": 2}
+REGISTERS = {"block": ((2, 4, 8), (8, 16, 24)), "cluster": ((16,), (24,)), "grid": ((16,), (24,))}
+# The plan for hidden sizes that one block could hold is made one of several blocks of one warp, so that small sizes have some.
+SMALL_SHARED = {
+    "cluster": (Plan("cluster", 16, 1), Plan("cluster", 24, 1)),
+    "grid": (Plan("grid", 16, 1), Plan("grid", 24, 1)),
+}
+
+
+def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) -> str:
+    return f"bmk::lstm_{direction}<{SUFFIX[dtype]}, static_cast<bmk::Scope>({SCOPES[scope]}), {registers}>"
+
+
+def program(direction: str, dtype: torch.dtype, scope: str) -> Program:
+    registers = REGISTERS[scope][direction == "backward"]
+    return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, dtype, scope, r) for r in registers))
+
+
+class Native:
+    """The native ops of csrc/cuda/lstm.cu, with its launches run by the emulator."""
+
+    def __init__(
+        self, seed: int = 0, detect: str = "memory", together: int = 2, edit: tuple[str, str, str] | None = None
+    ):
+        self.seed, self.detect, self.edit, self.together = seed, detect, edit, together
+
+    def _run(self, direction, kernel, like, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
+        directions, batch, hidden = like.shape
+        groups = -(-batch // ROWS)
+        blocks, depth = kernel.blocks(hidden, warps), kernel.depth_tiles(hidden, registers)
+        words = torch.zeros(directions, groups, 2, depth * 64, dtype=torch.int64) if scope == "grid" else None
+        together = self.together if scope == "grid" else groups
+        code = program(direction, like.dtype, scope)
+        code = code.with_edit(*self.edit) if self.edit else code
+        shared = kernel.shared_bytes(hidden, registers, warps)
+        bias_at = shared - cuda_plan.BIAS_BYTES * kernel.units * warps
+        for first in range(0, groups, together):
+            shape = (tokens, batch, hidden, steps, firsts, lengths, words, first, groups, bias_at)
+            code.run(
+                kernel_name(direction, like.dtype, scope, registers),
+                (blocks, min(together, groups - first), directions), 32 * warps, (shape, *arguments),
+                shared_bytes=shared, cluster=blocks if scope == "cluster" else 1, cooperative=scope == "grid",
+                seed=self.seed, detect=self.detect,
+            )  # fmt: skip
+
+    def lstm_sequence_fwd(
+        self, from_input, w_hh, bias, h0, firsts, lengths, steps, output, h_n, c, gates, cells, scope, registers, warps
+    ):
+        arguments = (from_input, w_hh, bias, h0, output, h_n, c, gates, cells)
+        tokens = from_input.shape[1]
+        self._run("forward", FORWARD, h0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+
+    def lstm_sequence_bwd(
+        self, d_output, gates, cells, c0, w_hh, firsts, lengths, steps, d_h, d_c, d_gates, scope, registers, warps
+    ):
+        arguments = (d_output, gates, cells, c0, w_hh, d_h, d_c, d_gates)
+        tokens = d_output.shape[0]
+        self._run("backward", BACKWARD, c0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+
+
+def check_emulated(problem, monkeypatch, scope, function=check, gpu=_gpu.H100, **native):
+    native = Native(**native)
+    if scope != "block":
+        plans = dict(zip((FORWARD, BACKWARD), SMALL_SHARED[scope]))
+        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: plans[kernel])
+    ops = {name: getattr(native, name) for name in ("lstm_sequence_fwd", "lstm_sequence_bwd")}
+    with emulated(monkeypatch, "lstm", gpu, **ops):
+        return function(problem, "cuda")
+
+
+VARIANTS = {
+    "plain": {},
+    "stacked": {"num_layers": 2, "bidirectional": True},
+    "no_bias": {"bias": False, "bidirectional": True},
+    "packed": {"packed": True},
+    "packed_stacked": {"packed": True, "num_layers": 2, "bidirectional": True},
+}
+# T, B, I, H: single elements; one below, at and above a group of 8 rows, a warp of 8 or 16 units, a tile of 16.
+SIZES = [(1, 1, 2, 3), (2, 5, 3, 8), (4, 3, 5, 15), (3, 9, 7, 16), (5, 8, 9, 17), (2, 17, 6, 31), (3, 2, 8, 33)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_matches_float64(scope, size, variant, dtype, monkeypatch):
+    check_emulated(Problem(*size, **VARIANTS[variant], dtype=dtype), monkeypatch, scope)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [(2, 2, 3, 64), (2, 9, 3, 65), (2, 1, 3, 100), (2, 2, 3, 128)], ids=str)
+def test_one_block_up_to_its_most_units(size, dtype, monkeypatch):
+    check_emulated(Problem(*size, dtype=dtype), monkeypatch, "block")
