@@ -26,7 +26,6 @@ from .figures import format_metric, save_curves, save_pictures
 from .tasks import TASKS, Task
 
 METRIC = "metric"  # the series of the history that holds the test metric of each epoch
-WARMUP_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -289,7 +288,7 @@ class _Run:
             yield x[batch].to(self.device), self.dataset.train_y[batch].to(self.device)
 
     def _set_lr(self, epoch: int, step: int) -> None:
-        lr = self.settings.lr * self.task.lr_decay**epoch * min(1.0, (step + 1) / WARMUP_STEPS)
+        lr = self.settings.lr * self.task.lr_decay**epoch * min(1.0, (step + 1) / self.task.warmup_steps)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
                 group["lr"] = lr
