@@ -82,6 +82,7 @@ class Op:
     ):
         self.name = name
         self.prefer = prefer
+        self._tensors = {"fwd": _tensor_arguments(fwd), "bwd": _tensor_arguments(bwd)}
         self.arity = len(torch._C.parse_schema(f"{name}{fwd}").arguments)
         self._operators = {
             "fwd": self._define(f"{name}_fwd", fwd, fake_fwd, "fwd"),
@@ -117,10 +118,10 @@ class Op:
             backend = _registry.select(self.name, backend, self.prefer, args)
         if backend == "torch" and not torch.compiler.is_compiling():
             return _registry.module(self.name, "torch").call(*args)
-        if not needs_grad(*args):
+        if not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
             return self.fwd(*args, backend)
-        flat, lengths = _flatten(args)
-        pair = _EagerPair if _is_plain_eager(flat) else _Pair
+        flat, lengths = _flatten(args, self._tensors["fwd"])
+        pair = _EagerPair if self._is_plain_eager("fwd", args) else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
 
     def fwd(self, *args: Any):
@@ -133,49 +134,53 @@ class Op:
 
     def _run(self, direction: str, args: tuple):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
-        if args[-1] != "auto" and _is_plain_eager(args):
+        if args[-1] != "auto" and self._is_plain_eager(direction, args):
             return getattr(_registry.module(self.name, args[-1]), direction)(*args[:-1])
         return self._operators[direction](*args)
 
-
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def _is_plain_eager(args: Sequence) -> bool:
-    """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-    ):
-        return False
-    for a in args:
-        if isinstance(a, torch.Tensor):
-            if type(a) not in _PLAIN:
-                return False
-        elif isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) and type(t) not in _PLAIN for t in a):
+    def _is_plain_eager(self, direction: str, args: Sequence) -> bool:
+        """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
             return False
-    return True
+        if torch._C._are_functorch_transforms_active():
+            return False
+        for i in self._tensors[direction]:
+            a = args[i]
+            if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and all(type(t) in _PLAIN for t in a)):
+                return False
+        return True
 
 
-def _flatten(args: Sequence) -> tuple[list, tuple[int, ...]]:
-    """Lists of tensors laid out flat (autograd sees tensors only at the top), with their lengths; -1 for a plain argument."""
+_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+
+
+def _tensor_arguments(schema: str) -> tuple[int, ...]:
+    """The positions of the arguments that are tensors or lists of tensors."""
+    arguments = torch._C.parse_schema(f"f{schema}").arguments
+    return tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
+
+
+def _flatten(args: Sequence, tensors: Sequence[int]) -> tuple[Sequence, tuple[int, ...]]:
+    """Lists of tensors laid out flat, since autograd sees tensors only at the top, with the length of each by argument, -1 for
+    what is no such list; no lengths where there is none."""
+    lists = [i for i in tensors if isinstance(args[i], (list, tuple))]
+    if not lists:
+        return args, ()
     flat: list = []
-    lengths = []
-    for a in args:
-        is_tensors = isinstance(a, (list, tuple)) and any(isinstance(t, torch.Tensor) for t in a)
-        lengths.append(len(a) if is_tensors else -1)
-        flat.extend(a) if is_tensors else flat.append(a)
-    return flat, tuple(lengths)
+    for i, a in enumerate(args):
+        flat.extend(a) if i in lists else flat.append(a)
+    return flat, tuple(len(a) if i in lists else -1 for i, a in enumerate(args))
 
 
-def _unflatten(flat: Sequence, lengths: tuple[int, ...]) -> tuple:
+def _unflatten(flat: Sequence, lengths: tuple[int, ...]) -> Sequence:
+    if not lengths:
+        return flat
     args = []
     i = 0
     for n in lengths:
         args.append(flat[i] if n < 0 else list(flat[i : i + n]))
-        i += max(n, 1) if n < 0 else n
-    return tuple(args)
+        i += 1 if n < 0 else n
+    return args
 
 
 class _Pair(torch.autograd.Function):
@@ -213,6 +218,8 @@ class _Pair(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return None, None, None, *_gradient_with_graph(op.differentiable, args, flat, needs, grads)
         gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
+        if not ctx.lengths:
+            return None, None, None, *gradients
         out: list = [None, None, None]
         for g, n in zip(gradients, ctx.lengths):
             out.extend([g] if n < 0 else (g if g is not None else [None] * n))
