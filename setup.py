@@ -33,6 +33,7 @@ TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"
 CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
 
 
 def cuda_home() -> Path | None:
@@ -122,7 +123,7 @@ def extensions() -> list[Extension]:
         sources,
         depends=[*headers, "setup.py"],
         define_macros=[("TORCH_TARGET_VERSION", TARGET)],
-        extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]},
+        extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
         extra_link_args=link,
         py_limited_api=True,
         **cuda,
@@ -160,13 +161,14 @@ class BuildExtension(cpp_extension.BuildExtension):
         return super().get_ext_filename(ext_name)
 
 
-if platform.system() != "Linux":
-    sys.exit(f"bigmodel_kernels builds on Linux with g++; this is {platform.system()}.")
-compiler_version()
+if __name__ == "__main__":
+    if platform.system() != "Linux":
+        sys.exit(f"bigmodel_kernels builds on Linux with g++; this is {platform.system()}.")
+    compiler_version()
 
-setup(
-    packages=find_packages(include=["bigmodel_kernels*"]) + find_packages("python"),
-    package_dir={"bigmodel_models": "python/bigmodel_models"},
-    ext_modules=extensions(),
-    cmdclass={"build_ext": BuildExtension},
-)
+    setup(
+        packages=find_packages(include=["bigmodel_kernels*"]) + find_packages("python"),
+        package_dir={"bigmodel_models": "python/bigmodel_models"},
+        ext_modules=extensions(),
+        cmdclass={"build_ext": BuildExtension},
+    )

@@ -49,7 +49,7 @@ def test_source_archive_can_be_built_from(tmp_path):
         names = {name.partition("/")[2] for name in tar.getnames()}
     wanted = {
         str(p.relative_to(ROOT))
-        for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "bigmodel_kernels/**/*.py")
+        for pattern in ("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cu*", "bigmodel_kernels/**/*.py")
         for p in ROOT.glob(pattern)
     }
     assert wanted | {"setup.py", "LICENSE", "Makefile", "requirements.txt"} <= names

@@ -78,12 +78,12 @@ def _read(key: str, compiled, constants: dict) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        usage = tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = tool("nvdisasm", "-c", file.name)
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return Binary(compiled.metadata.name, constants, registers, compiled.metadata.shared, spills, sass)
 
 
-def _tool(name: str, *args: str) -> str:
+def tool(name: str, *args: str) -> str:
     return subprocess.run([BIN / name, *args], capture_output=True, text=True, check=True).stdout
