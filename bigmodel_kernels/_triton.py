@@ -52,6 +52,31 @@ def launch(kernel, programs: int, *args, **constants) -> None:
             kernel[(programs,)](*args, **constants)
 
 
+def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
+    """[.., C] as [rows, C] with adjacent columns: a view where its strides allow one."""
+    if t is None:
+        return None
+    t = t.reshape(-1, t.shape[-1])
+    return t if t.stride(1) == 1 else t.contiguous()
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """What the unsigned 32-bit numbers of dropout are compared with, as the signed one that a kernel takes."""
+    threshold = min(int(dropout_p * 2**32), 2**32 - 1)
+    return threshold - 2**32 if threshold >= 2**31 else threshold
+
+
+# For kernels that leave a partial sum per program: two programs for every multiprocessor of the largest GPU.
+PROGRAMS = {"sm_90": 264, "sm_80": 216, "sm_86": 164, "interpreter": 6}
+
+
+def split_rows(device: int | None, rows: int, block: int) -> tuple[int, int]:
+    """(rows of each program, programs) for a kernel that goes over its rows `block` at a time."""
+    blocks = -(-rows // block)
+    chunk = max(1, -(-blocks // PROGRAMS[gpu(device)])) * block
+    return chunk, -(-rows // chunk)
+
+
 def product(
     a: torch.Tensor,  # [M, K]
     b: torch.Tensor,  # [K, N]

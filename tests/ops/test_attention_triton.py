@@ -210,6 +210,19 @@ def test_tile_sizes_of_the_table(name, dtype, head_dim):
     interpreted(check_configuration, name, dtype, head_dim, {"is_causal": True})
 
 
+def check_dropout_tiles(keys):
+    """A tile of fewer keys than a block of 64 drops its part of what the block drops."""
+    tile = {"BLOCK_M": 16, "BLOCK_N": keys, "num_warps": 4, "num_stages": 1}
+    with unittest.mock.patch("bigmodel_kernels.ops.attention.triton_kernels.config", return_value=tile):
+        tensors, seed = inputs(B=1, Hq=2, Sq=20, Sk=150), torch.tensor([2**61 + 5], dtype=torch.int64)
+        compare(*run(*tensors, make(20, 150, seed=5), seed, 0.4, is_causal=True, alignment="lower_right"))
+
+
+@pytest.mark.parametrize("keys", [16, 32, 64, 128])
+def test_dropout_does_not_depend_on_the_tile(keys):
+    interpreted(check_dropout_tiles, keys)
+
+
 def check_offsets(what):
     """A tensor of which `what` is laid out with 2^30 elements from row to row: 32-bit offsets would wrap around."""
     q, k, v, grad_out, grad_lse = inputs(1, 1, 1, 5, 5, 4, 4, torch.float16)

@@ -1,7 +1,7 @@
 """The Triton attention kernels compiled for GPUs that are not here: every row of the table of tile sizes, within a budget.
 
 attention_triton_budget.json gives for each row what the compiler made of it: registers of a thread, bytes of shared memory,
-and of the innermost loop over whole tiles its instructions and how many of them go to local memory.
+instructions of the innermost loop over whole tiles. No innermost loop may spill, those over the edges included.
 `python -m tests.ops.test_attention_triton_compile` writes the file anew.
 """
 
@@ -19,6 +19,8 @@ from tests.triton_aot import SHARED_LIMIT, compiling
 BUDGET = Path(__file__).with_name("attention_triton_budget.json")
 SLACK = 1.15  # of what the budget gives, for versions of the compiler
 NAMES = {"forward_kernel": "forward", "query_kernel": "query", "key_kernel": "key", "mask_kernel": "mask"}
+# Dropout is compiled for one head dimension of every GPU, to save time.
+DROPOUT_DIMS = {"sm_80": (256,), "sm_86": (64,), "sm_90": (128,)}
 WGMMA_ROWS = 64  # of the left operand, below which the compiler takes the older instruction
 ROWS = [
     *((gpu, "bfloat16", head_dim) for gpu in ("sm_80", "sm_86", "sm_90") for head_dim in (64, 128, 256)),
@@ -26,7 +28,6 @@ ROWS = [
 ]
 OPTIONS = {
     "mask_and_window": {"mask": True, "window": (100, 20)},
-    "dropout": {"dropout_p": 0.1},
     "scores": {"softcap": 20.0, "alibi": True, "is_causal": True},
     "odd": {"head_dim": 80, "length": 333},
 }
@@ -63,22 +64,26 @@ def innermost_loops(sass):
 
 
 def measure(binary, instruction):
-    """Registers, shared memory; of the shortest loop with products, over whole tiles: instructions, those for local memory."""
-    loops = [(body, sum(instruction in line for line in body)) for body in innermost_loops(binary.sass)]
-    assert any(products for _, products in loops), f"no {instruction} in the loops of {binary}"
-    body, _ = min((loop for loop in loops if loop[1]), key=lambda loop: len(loop[0]))
-    local = sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body)
-    return {"registers": binary.registers, "shared": binary.shared, "loop": len(body), "local": local}
+    """Registers, shared memory, instructions of the shortest loop with products, over whole tiles; spills of the worst loop."""
+    loops = innermost_loops(binary.sass)
+    with_products = [len(body) for body in loops if any(instruction in line for line in body)]
+    assert with_products, f"no {instruction} in the loops of {binary}"
+    local = max(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body) for body in loops)
+    return {"registers": binary.registers, "shared": binary.shared, "loop": min(with_products), "local": local}
 
 
 def compile_row(gpu, dtype, head_dim, monkeypatch):
-    """{kernel: what was measured} of a row of the table: a causal call, and the mask's gradient."""
-    binaries = compile_call(gpu, dtype, head_dim, monkeypatch, is_causal=True)
-    binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, only="mask_kernel", mask=True)
-    return {
-        kernel: measure(binary, product_instruction(gpu, dtype, kernel, binary.constants))
-        for kernel, binary in binaries.items()
-    }
+    """{kernel: what was measured} of a row of the table: a causal call and the mask's gradient, also with dropout."""
+    found = {}
+    for suffix, options in (("", {}), (" dropout", {"dropout_p": 0.1})):
+        binaries = {}
+        if not suffix or head_dim in DROPOUT_DIMS[gpu]:
+            binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, is_causal=True, **options)
+            binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, only="mask_kernel", mask=True, **options)
+        for kernel, binary in binaries.items():
+            instruction = product_instruction(gpu, dtype, kernel, binary.constants)
+            found[kernel + suffix] = measure(binary, instruction)
+    return found
 
 
 def row_id(gpu, dtype, head_dim):
@@ -95,17 +100,7 @@ def test_table_is_within_budget(row, monkeypatch):
         assert numbers["shared"] <= min(allowed["shared"] * SLACK, SHARED_LIMIT[row[0]]), (kernel, numbers)
         assert numbers["registers"] <= allowed["registers"] * SLACK, (kernel, numbers)
         assert numbers["loop"] <= allowed["loop"] * SLACK, (kernel, numbers)
-        assert numbers["local"] <= allowed["local"] * SLACK, (kernel, numbers)
-
-
-def test_rows_that_spill_in_their_loops_are_known():
-    """These rows still want smaller tiles; no other may join them."""
-    budget = json.loads(BUDGET.read_text())
-    assert {row for row, kernels in budget.items() if any(n["local"] for n in kernels.values())} == {
-        "sm_80 bfloat16 256",
-        "sm_80 float32 256",
-        "sm_90 float32 256",
-    }
+        assert numbers["local"] == 0, (kernel, numbers)
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])

@@ -28,6 +28,7 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     keep_tile,
     load_tile,
     part_of_span,
+    product,
     span,
     store_again,
     store_tile,
@@ -102,7 +103,7 @@ def query_gradient(
             for start_n in range(begin, end, BLOCK_N):
                 j = start_n + tl.arange(0, BLOCK_N)
                 k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = product(q, k, PRECISION)
                 s, unit, capped = finish_scores(
                     s, i[:, None], j[None, :],
                     mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -110,7 +111,7 @@ def query_gradient(
                 )  # fmt: skip
                 p = tl.exp2(s * unit - lse[:, None])
                 v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = product(do, v, PRECISION)
                 if DROPOUT:
                     keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
                     dp = tl.where(keep, dp * kept, 0.0)
@@ -222,9 +223,11 @@ def key_gradient(
             if part == 2 or (not CAREFUL and (part == 1 or RIGHT)):
                 begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
                 for start_m in range(begin, end, BLOCK_M):
+                    if DROPOUT:  # first, while few registers are taken
+                        keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
                     i = start_m + tl.arange(0, BLOCK_M)
                     q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, part != 1)
-                    s = tl.dot(k, tl.trans(q), input_precision=PRECISION)
+                    s = product(k, q, PRECISION)
                     s, unit, capped = finish_scores(
                         s, i[None, :], j,
                         mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -233,10 +236,9 @@ def key_gradient(
                     lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, part != 1)
                     p = tl.exp2(s * unit - lse[None, :])
                     do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1)
-                    dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+                    dp = product(v, do, PRECISION)
                     weights = p
                     if DROPOUT:
-                        keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
                         weights = tl.where(keep, p, 0.0)
                         dp = tl.where(keep, dp * kept, 0.0)
                     if CAREFUL:
@@ -362,7 +364,7 @@ def mask_kernel(
             for start_n in range(tl.maximum(first_n, lo), tl.minimum(end_n, hi), BLOCK_N):
                 j = start_n + tl.arange(0, BLOCK_N)
                 k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = product(q, k, PRECISION)
                 s, unit, _capped = finish_scores(
                     s, i[:, None], j[None, :],
                     mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -370,7 +372,7 @@ def mask_kernel(
                 )  # fmt: skip
                 p = tl.exp2(s * unit - lse[:, None])
                 v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                dp = product(do, v, PRECISION)
                 if DROPOUT:
                     keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
                     dp = tl.where(keep, dp * kept, 0.0)

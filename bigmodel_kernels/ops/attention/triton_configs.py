@@ -13,33 +13,47 @@ import functools
 # Shared memory: 227 KB on sm_90, 163 KB on sm_80, 99 KB on sm_86, whose row also serves any other GPU.
 HALF = {
     "sm_90": {
-        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 64, 8, 2)},
-        "query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 1)},
+        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
+        "query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
         "key": {64: (64, 128, 8, 3), 128: (32, 128, 8, 3), 256: (64, 32, 8, 1)},
         "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 8, 1)},
     },
     "sm_80": {
-        "forward": {64: (128, 32, 4, 3), 128: (128, 64, 8, 2), 256: (64, 64, 8, 2)},
+        "forward": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 64, 8, 2)},
         "query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 64, 8, 1)},
-        "key": {64: (64, 128, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
-        "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+        "key": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 64, 8, 1)},
     },
     "sm_86": {
-        "forward": {64: (128, 32, 4, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 32, 4, 3), 128: (128, 32, 8, 2), 256: (64, 32, 8, 2)},
         "query": {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
         "key": {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 32, 8, 1)},
-        "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 32, 4, 1)},
+        "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (32, 64, 8, 1)},
     },
 }
 # The same without GPU: float32 products in IEEE arithmetic use no matrix units, and are alike on all of them.
 SINGLE = {
     "forward": {64: (64, 32, 8, 2), 128: (32, 32, 8, 1), 256: (32, 32, 8, 1)},
-    "query": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
+    "query": {64: (32, 32, 8, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)},
     "key": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
     "mask": {64: (32, 32, 8, 1), 128: (16, 16, 8, 1), 256: (16, 16, 8, 1)},
 }
+# With dropout, where its random numbers would not leave enough registers for the tiles above.
+HALF_DROPOUT = {
+    "sm_90": {
+        "forward": {128: (128, 64, 8, 2)},
+        "query": {256: (128, 32, 8, 3)},
+        "key": {64: (32, 128, 8, 3), 128: (16, 128, 8, 3), 256: (32, 32, 8, 1)},
+    },
+    "sm_80": {
+        "query": {64: (128, 32, 8, 2), 128: (64, 64, 8, 2)},
+        "key": {64: (16, 128, 8, 2), 256: (32, 32, 8, 1)},
+        "mask": {128: (32, 64, 4, 1)},
+    },
+    "sm_86": {"query": {64: (128, 32, 8, 2)}, "key": {64: (16, 128, 8, 2)}},
+}
+SINGLE_DROPOUT = {"key": {64: (16, 32, 8, 1)}}
 INTERPRETER = (32, 32, 4, 1)
-DROPOUT_KEYS = 64  # one call of Philox serves keys of a block of 64
 
 
 @functools.cache
@@ -48,8 +62,7 @@ def config(gpu: str, kernel: str, element_size: int, head_dim: int, dropout: boo
     if gpu == "interpreter":
         m, n, warps, stages = INTERPRETER
     else:
-        by_dim = (HALF[gpu] if element_size == 2 else SINGLE)[kernel]
-        m, n, warps, stages = by_dim[min(d for d in by_dim if d >= head_dim)]
-    if dropout and n % DROPOUT_KEYS:
-        m, n = max(16, m * n // DROPOUT_KEYS), DROPOUT_KEYS
+        rows, other = (HALF[gpu], HALF_DROPOUT[gpu]) if element_size == 2 else (SINGLE, SINGLE_DROPOUT)
+        row = min(d for d in rows[kernel] if d >= head_dim)
+        m, n, warps, stages = (dropout and other.get(kernel, {}).get(row)) or rows[kernel][row]
     return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}

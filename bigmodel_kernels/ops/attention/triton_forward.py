@@ -23,6 +23,7 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     keep_tile,
     load_tile,
     part_of_span,
+    product,
     span,
     store_again,
     store_tile,
@@ -69,7 +70,7 @@ def attend(
             for start_n in range(begin, end, BLOCK_N):
                 j = (start_n + tl.arange(0, BLOCK_N))[None, :]
                 k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                s = product(q, k, PRECISION)
                 s, unit, _capped = finish_scores(
                     s, i, j, mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
                     part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,

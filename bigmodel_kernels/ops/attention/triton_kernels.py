@@ -51,9 +51,8 @@ class _Call:
         reach = self.q_len + self.k_len
         offset = self.k_len - self.q_len if lower_right else 0
         self.limits = (self.q_len, self.k_len, offset, min(window_left, reach), min(window_right, reach))
-        threshold = min(int(dropout_p * 2**32), 2**32 - 1)
         kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        self.numbers = (scale, softcap, threshold - 2**32 if threshold >= 2**31 else threshold, kept)
+        self.numbers = (scale, softcap, _triton.dropout_threshold(dropout_p), kept)
         self.constants = {
             "D": q.shape[3],
             "DV": v.shape[3],

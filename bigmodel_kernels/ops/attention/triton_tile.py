@@ -12,6 +12,7 @@ from bigmodel_kernels._triton import LOG2E, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = (tl.constexpr(kind) for kind in range(3))  # what MASK says of attn_mask
+MOST_IN_REGISTERS = tl.constexpr(32)  # of a row of float32 numbers
 LENGTHS = [  # arguments of the kernels whose values are not worth a compilation of their own
     "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
 ]  # fmt: skip
@@ -113,6 +114,23 @@ def store_again(
 
 
 @triton.jit
+def product(
+    a,  # [M, K]
+    b,  # [N, K]
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """a b^T. Without matrix units a thread holds whole rows of both, so long ones are cut into parts, which are added up."""
+    PARTS: tl.constexpr = a.shape[1] // MOST_IN_REGISTERS if a.dtype == tl.float32 and PRECISION == "ieee" else 1
+    if PARTS > 1:
+        a = tl.permute(tl.reshape(a, (a.shape[0], PARTS, MOST_IN_REGISTERS)), (1, 0, 2))
+        b = tl.permute(tl.reshape(b, (b.shape[0], PARTS, MOST_IN_REGISTERS)), (1, 2, 0))
+        s = tl.sum(tl.dot(a, b, input_precision=PRECISION), 0)
+    else:
+        s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
+    return s
+
+
+@triton.jit
 def finish_scores(
     s, i, j,
     mask_pointer, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -161,9 +179,10 @@ def keep_tile(
 ):  # fmt: skip
     """Which weights of a tile dropout keeps, [M, N] or [N, M]: see reference.dropout_keep, which defines the numbers.
 
-    One Philox call gives four keys that lie 16 apart. start_n and BLOCK_N are multiples of 64.
+    One Philox call serves four keys of a block of 64 that lie 16 apart; a tile of fewer keys takes its part of the block's.
     """
-    key = start_n // 4 + tl.arange(0, BLOCK_N // 4)
+    CALLS: tl.constexpr = max(BLOCK_N // 4, 16)
+    key = start_n // 64 * 16 + tl.arange(0, CALLS)
     query = start_m + tl.arange(0, BLOCK_M)
     if TRANSPOSED:
         c0, c1 = tl.broadcast(key[:, None], query[None, :])
@@ -171,16 +190,27 @@ def keep_tile(
         c0, c1 = tl.broadcast(key[None, :], query[:, None])
     zero = c0 * 0
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, zero + batch_head, zero)
-    pairs = tl.join(
-        tl.join((w0 >= threshold).to(tl.int8), (w1 >= threshold).to(tl.int8)),
-        tl.join((w2 >= threshold).to(tl.int8), (w3 >= threshold).to(tl.int8)),
-    )  # [.., .., low bit of the word's number, high bit]
-    if TRANSPOSED:
-        parts = tl.reshape(pairs, (BLOCK_N // 64, 16, BLOCK_M, 2, 2))
-        keep = tl.reshape(tl.permute(parts, (0, 4, 3, 1, 2)), (BLOCK_N, BLOCK_M))
+    k0, k1 = (w0 >= threshold).to(tl.int8), (w1 >= threshold).to(tl.int8)
+    k2, k3 = (w2 >= threshold).to(tl.int8), (w3 >= threshold).to(tl.int8)
+    if BLOCK_N < 64:  # in the second half of its block of 64, or not
+        later = start_n % 64 >= 32
+        k0, k1 = tl.where(later, k2, k0), tl.where(later, k3, k1)
+    if BLOCK_N < 32:
+        keep = tl.where(start_n % 32 >= 16, k1, k0)
+    elif BLOCK_N < 64:
+        pairs = tl.join(k0, k1)  # [.., .., bit of the word's number]
+        if TRANSPOSED:
+            keep = tl.reshape(tl.permute(pairs, (2, 0, 1)), (BLOCK_N, BLOCK_M))
+        else:
+            keep = tl.reshape(tl.permute(pairs, (0, 2, 1)), (BLOCK_M, BLOCK_N))
     else:
-        parts = tl.reshape(pairs, (BLOCK_M, BLOCK_N // 64, 16, 2, 2))
-        keep = tl.reshape(tl.permute(parts, (0, 1, 4, 3, 2)), (BLOCK_M, BLOCK_N))
+        pairs = tl.join(tl.join(k0, k1), tl.join(k2, k3))  # [.., .., low bit of the word's number, high bit]
+        if TRANSPOSED:
+            parts = tl.reshape(pairs, (BLOCK_N // 64, 16, BLOCK_M, 2, 2))
+            keep = tl.reshape(tl.permute(parts, (0, 4, 3, 1, 2)), (BLOCK_N, BLOCK_M))
+        else:
+            parts = tl.reshape(pairs, (BLOCK_M, BLOCK_N // 64, 16, 2, 2))
+            keep = tl.reshape(tl.permute(parts, (0, 1, 4, 3, 2)), (BLOCK_M, BLOCK_N))
     return keep != 0
 
 
