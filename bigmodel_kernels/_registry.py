@@ -109,6 +109,11 @@ def require(op: str, backend: str, args: tuple) -> None:
         raise error(f"{op}: backend {backend!r} cannot run this call: {why}. The others:{others}")
 
 
+def wanted(backend: str) -> str:
+    """The backend a call asks for, itself or by use_backend or the environment; "auto" where nobody asks for one."""
+    return (_wanted.get() or _environment) if backend == "auto" else check_name(backend)
+
+
 def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: tuple) -> str:
     """The backend that runs this call: the one asked for, or for "auto" the first that can, in the op's own order.
 
@@ -116,12 +121,11 @@ def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: 
         ValueError: the name is unknown.
         RuntimeError: the backend asked for cannot take the call; the message gives every backend's reason.
     """
-    if backend == "auto":
-        backend = _wanted.get() or _environment
+    backend = wanted(backend)
     if backend == "auto":
         chosen = next(name for name in (*prefer(*args), "torch") if name == "torch" or reason(op, name, args) is None)
     else:
-        chosen = check_name(backend)
+        chosen = backend
         require(op, chosen, args)
     if (record := _record.get()) is not None:
         record.append(_explanation(op, chosen, prefer, args))

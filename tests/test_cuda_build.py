@@ -17,6 +17,8 @@ BUDGET = [
     ("lstm_forward<*, 2, 16>", 255, ("HMMA", "LDS")),
     ("lstm_backward<*, 0, 8>", 208, ("HMMA", "LDS")),
     ("lstm_backward<*>", 255, ("HMMA", "LDS")),
+    ("attention_decode<*, 64>", 128, ("HMMA", "LDSM", "LDGSTS")),
+    ("attention_decode<*, 128>", 170, ("HMMA", "LDSM", "LDGSTS")),  # 3 blocks of 128 threads to a multiprocessor
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
 STACK_OF_A_MESSAGE = 3  # stores of printf's arguments, before a trap

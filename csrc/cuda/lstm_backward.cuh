@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
         const int64_t at = rows.state(p.shape, j, unit[u]);
         d_h[u][j] = p.d_h[at], d_c[u][j] = p.d_c[at];
       }
-  exchange_start<scope>();
+  if constexpr (scope == Scope::cluster) exchange_start<scope>();  // in the other scopes the first receive does as well
 
   // Of the step at hand; c_before is that of the step before it in time, or the initial state.
   LstmGates gates[2][2];

@@ -14,8 +14,8 @@ SUFFIX = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "__nv
 
 
 @contextlib.contextmanager
-def emulated(monkeypatch, op: str, gpu: _gpu.Gpu = _gpu.H100, **native_ops):
-    """In the block, `backend="cuda"` of `op` takes CPU tensors, as if on `gpu`, and calls these functions as its native ops."""
+def emulated(monkeypatch, op: str | None = None, gpu: _gpu.Gpu = _gpu.H100, **native_ops):
+    """In the block, CPU tensors pass for tensors on `gpu`; `backend="cuda"` of `op` calls these functions as its native ops."""
     availability, reason = _registry.availability, _gpu.reason
 
     def on_cpu(t, dtypes=_gpu.DTYPES):
@@ -23,8 +23,11 @@ def emulated(monkeypatch, op: str, gpu: _gpu.Gpu = _gpu.H100, **native_ops):
         return None if why is not None and "not on a GPU" in why else why
 
     with monkeypatch.context() as patch:
-        patch.setattr(_registry, "availability", lambda o, b: None if (o, b) == (op, "cuda") else availability(o, b))
         patch.setattr(_gpu, "reason", on_cpu)
         patch.setattr(_gpu, "properties", lambda device: gpu)
-        patch.setattr(_registry.module(op, "cuda"), "native", SimpleNamespace(**native_ops))
+        if op:
+            patch.setattr(
+                _registry, "availability", lambda o, b: None if (o, b) == (op, "cuda") else availability(o, b)
+            )
+            patch.setattr(_registry.module(op, "cuda"), "native", SimpleNamespace(**native_ops))
         yield

@@ -1,11 +1,13 @@
-"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. Composed from bmk.attention, whose
-kernels split the keys among the threads where there are few queries."""
+"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. Backend "cuda" is a kernel of its
+own; all others are composed from bmk.attention, whose kernels split the keys among the threads where there are few queries."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from bigmodel_kernels import _registry
+from bigmodel_kernels.ops.attention import cuda_decode
 from bigmodel_kernels.ops.attention.op import attention, slopes_2d
 from bigmodel_kernels.ops.attention.varlen import position_mask
 
@@ -51,6 +53,15 @@ def attention_decode(
     _check_indices("cache_seqlens", cache_seqlens, 1, batch)
     if block_table is not None:
         _check_indices("block_table", block_table, 2, batch)
+    if _registry.wanted(backend) == "cuda":
+        why = cuda_decode.unavailable()
+        if why is not None:
+            raise NotImplementedError(f"attention_decode: backend 'cuda' has no kernel here: {why}")
+        why = cuda_decode.supports(q, k_cache, v_cache, is_causal, window, alibi_slopes)
+        if why is not None:
+            raise RuntimeError(f"attention_decode: backend 'cuda' cannot run this call: {why}")
+        return cuda_decode.run(q, k_cache, v_cache, cache_seqlens, block_table, scale, softcap, return_lse)
+    if block_table is not None:
         used = block_table.clamp(0, max(k_cache.shape[0] - 1, 0))
         k_cache, v_cache = (t[used].transpose(1, 2).flatten(2, 3) for t in (k_cache, v_cache))
     length = k_cache.shape[2]

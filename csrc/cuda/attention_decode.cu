@@ -1,0 +1,108 @@
+// Native op attention_decode: checks, launch and registration of attention_decode.cuh.
+#include "attention_decode.cuh"
+
+#include "host.h"
+
+namespace bmk {
+
+namespace {
+
+void check_rows(const Tensor& t, const char* name, bool copied) {
+  STD_TORCH_CHECK(t.is_cuda() && t.dim() == 4 && t.stride(3) == 1, name, " must be a CUDA tensor of 4 dimensions, adjacent in the last");
+  if (!copied) return;
+  const bool aligned =
+      reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0 && t.stride(0) % 8 == 0 && t.stride(1) % 8 == 0 && t.stride(2) % 8 == 0;
+  STD_TORCH_CHECK(aligned, name, " must have rows aligned to 16 bytes");
+}
+
+void check_table(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(t.is_cuda() && t.is_contiguous() && t.scalar_type() == dtype && has_shape(t, sizes), name,
+                  " must be a contiguous CUDA tensor ", shape_string(sizes), " of scalar type ", static_cast<int>(dtype), ", got ",
+                  shape_string(t));
+}
+
+DecodeStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+
+template <class T, int kHeadDim>
+void launch_decode(const DecodeParameters<T>& p, dim3 grid, cudaStream_t stream) {
+  constexpr int kBytes = decode_shared_bytes(kHeadDim);
+  check_cuda(cudaFuncSetAttribute(attention_decode<T, kHeadDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes), "attention_decode");
+  attention_decode<T, kHeadDim><<<grid, kDecodeWarps * kWarpSize, kBytes, stream>>>(p);
+  check_cuda(cudaGetLastError(), "attention_decode");
+}
+
+}  // namespace
+
+// Writes out and, where it is given, lse. `tickets` is zero, [B, Hkv x tiles of rows], and zero again when the launch has ended;
+// launches that may run at the same time need their own.
+void attention_decode_native(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& lengths, const std::optional<Tensor>& table,
+                             double scale, double softcap, int64_t splits, Tensor out, std::optional<Tensor> lse, Tensor partial,
+                             Tensor tickets) {
+  check_rows(q, "q", false);
+  check_rows(k, "k_cache", true);
+  check_rows(v, "v_cache", true);
+  CHECK_SAME_DTYPE(k, q);
+  CHECK_SAME_DTYPE(v, q);
+  const int64_t batch = q.size(0), heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
+  const int64_t pages = k.size(0), kv_heads = k.size(1), page_size = k.size(2);
+  CHECK_SHAPE(k, pages, kv_heads, page_size, head_dim);
+  CHECK_SHAPE(v, pages, kv_heads, page_size, head_dim);
+  STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q must have a multiple of the heads of k_cache, got ", heads, " and ", kv_heads);
+  STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim <= 128, "q must have a head dimension that is a multiple of 8 up to 128, got ", head_dim);
+  STD_TORCH_CHECK(table.has_value() || pages == batch, "k_cache must have ", batch, " sequences, got ", pages);
+  check_table(lengths, {batch}, ScalarType::Int, "cache_seqlens");
+  const int64_t width = table ? table->size(1) : 1;
+  if (table) check_table(*table, {batch, width}, ScalarType::Int, "block_table");
+  check_table(out, {batch, heads, q_len, head_dim}, q.scalar_type(), "out");
+  if (lse) check_table(*lse, {batch, heads, q_len}, ScalarType::Float, "lse");
+  const int64_t padded = head_dim <= 64 ? 64 : 128, tiles = kv_heads * ceil_div<int64_t>(heads / kv_heads * q_len, kDecodeRows);
+  STD_TORCH_CHECK(splits > 0 && batch <= 65535 && tiles <= 65535 && width * page_size < (int64_t{1} << 31),
+                  "attention_decode: too many sequences, heads or keys: ", batch, ", ", tiles, ", ", width * page_size);
+  if (splits > 1) {
+    check_table(partial, {batch * tiles * splits * kDecodeRows * (padded + 2)}, ScalarType::Float, "partial");
+    check_table(tickets, {batch * tiles}, ScalarType::Int, "tickets");
+  }
+  if (batch * heads * q_len == 0) return;
+  const OnDeviceOf device(q);
+  const dim3 grid(static_cast<unsigned>(splits), static_cast<unsigned>(tiles), static_cast<unsigned>(batch));
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const DecodeParameters<T> p{data<T>(q),
+                                data<T>(k),
+                                data<T>(v),
+                                strides_of(q),
+                                strides_of(k),
+                                strides_of(v),
+                                data<int>(lengths),
+                                data<int>(table),
+                                mutable_data<T>(out),
+                                lse ? mutable_data<float>(*lse) : nullptr,
+                                mutable_data<float>(partial),
+                                mutable_data<unsigned>(tickets),
+                                static_cast<int>(heads),
+                                static_cast<int>(kv_heads),
+                                static_cast<int>(q_len),
+                                static_cast<int>(head_dim),
+                                static_cast<int>(width * page_size),
+                                static_cast<int>(pages),
+                                static_cast<int>(page_size),
+                                static_cast<int>(width),
+                                static_cast<float>(scale),
+                                static_cast<float>(softcap)};
+    padded == 64 ? launch_decode<T, 64>(p, grid, device.stream()) : launch_decode<T, 128>(p, grid, device.stream());
+  };
+  if (q.scalar_type() == ScalarType::Half) return run(__half{});
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16, "attention_decode: the cuda kernels take float16 and bfloat16, got scalar type ",
+                  static_cast<int>(q.scalar_type()));
+  run(__nv_bfloat16{});
+}
+
+}  // namespace bmk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
+  m.def(
+      "attention_decode(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cache_seqlens, Tensor? block_table, float scale, float softcap, "
+      "int splits, Tensor(a!) out, Tensor(b!)? lse, Tensor(c!) partial, Tensor(d!) tickets) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CUDA, m) { m.impl("attention_decode", TORCH_BOX(&bmk::attention_decode_native)); }
