@@ -353,7 +353,7 @@ ERRORS = {
     "pool_stride": (RuntimeError, "pool stride must be positive", X, W, {"pool": ("max", 2, 0)}),
     "pool_fits": (RuntimeError, "pool must fit the output", X, W, {"pool": ("avg", 7)}),
     "backend": (ValueError, "backend must be one of", X, W, {"backend": "fast"}),
-    "absent_backend": (RuntimeError, "backend 'cuda' cannot run this call", X, W, {"backend": "cuda"}),
+    "absent_backend": (NotImplementedError, "backend 'cuda' cannot run this call", X, W, {"backend": "cuda"}),
     "empty_kernel": (RuntimeError, "weight must have a kernel that is not empty", X, W[..., :0], {}),
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -82,60 +83,92 @@ def prepare(
     pool: tuple | None = None,
 ) -> tuple:
     """Validates a call of `conv`; returns the arguments of the op."""
-    tensors = {"x": x, "weight": weight, "bias": bias, "scale": scale, "shift": shift, "residual": residual}
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor) and (t is not None or name in ("x", "weight")):
+    for name, t in (("x", x), ("weight", weight)):
+        if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    axes = weight.dim() - 2
-    if axes not in (1, 2):
-        raise RuntimeError(f"weight must have 3 or 4 dimensions, got shape {list(weight.shape)}")
-    if x.dim() not in (axes + 1, axes + 2):
-        raise RuntimeError(
-            f"x must have {axes + 2} dimensions (or {axes + 1}, unbatched) for a weight of {axes + 2}, got shape {list(x.shape)}"
-        )
-    activation, slope = parse_activation(activation)
     save = needs_grad(x, weight, bias, scale, shift, residual)
-    if x.dim() == axes + 1:
+    unbatched = x.dim() == weight.dim() - 1
+    if unbatched:
         x = x.unsqueeze(0)
-        residual = residual if residual is None or residual.dim() != axes + 1 else residual.unsqueeze(0)
     x, weight, bias, scale, shift, residual = autocast(x, weight, bias, scale, shift, residual)
-    for name, t in (("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift), ("residual", residual)):
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    call = (x.shape, weight.shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool)
+    # Symbolic sizes and lists have no hash.
+    known = not torch.compiler.is_compiling() and _has_hash(call)
+    options, channels, full = (_known_geometry if known else _geometry)(*call)
+    _check_like("weight", weight, x)
+    for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
+        if t is not None:
+            _check_like(name, t, x)
+            if t.dim() != 1 or t.shape[0] != channels:
+                raise RuntimeError(f"{name} must have shape {[channels]}, got {list(t.shape)}")
+    if residual is not None:
+        _check_like("residual", residual, x)
+        if unbatched and residual.dim() == x.dim() - 1:
+            residual = residual.unsqueeze(0)
+        expected = [x.shape[0], channels, *full]
+        if residual.dim() != x.dim() or any(a != b for a, b in zip(residual.shape, expected)):
+            raise RuntimeError(f"residual must have shape {expected}, got {list(residual.shape)}")
+    return x, weight, bias, scale, shift, residual, *options, save
 
+
+def _check_like(name: str, t: Any, x: Tensor) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if t.dtype != x.dtype or t.device != x.device:
+        raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+
+
+def _has_hash(value: Any) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _geometry(
+    x_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool
+) -> tuple[tuple, int, list[int]]:  # fmt: skip
+    """The op's arguments after the tensors but the last, the channels and the spatial sizes of the convolution's own output."""
+    axes = len(weight_shape) - 2
+    if axes not in (1, 2):
+        raise RuntimeError(f"weight must have 3 or 4 dimensions, got shape {list(weight_shape)}")
+    if len(x_shape) != axes + 2:
+        raise RuntimeError(
+            f"x must have {axes + 2} dimensions (or {axes + 1}, unbatched) for a weight of {axes + 2}, got shape {list(x_shape)}"
+        )
+    name, slope = parse_activation(activation)
     strides = _list("stride", stride, axes, 1)
     dilations = _list("dilation", dilation, axes, 1)
     extra = _list("output_padding", output_padding, axes, 0)
-    kernel = list(weight.shape[2:])
+    kernel = list(weight_shape[2:])
     pads = _padding(padding, kernel, strides, dilations, transposed)
-    channels = _check_channels(x, weight, groups, transposed)
+    channels = _check_channels(x_shape, weight_shape, groups, transposed)
     if transposed:
         for e, s, d in zip(extra, strides, dilations):
             if e >= max(s, d):
                 raise RuntimeError(f"output_padding must be smaller than stride or dilation, got {output_padding}")
     elif any(extra):
         raise ValueError(f"output_padding is for transposed=True, got {output_padding}")
-    full = output_size(x.shape[2:], kernel, strides, pads, dilations, transposed, extra)
+    full = output_size(x_shape[2:], kernel, strides, pads, dilations, transposed, extra)
     if any(size <= 0 for size in full):
         raise RuntimeError(
-            f"x of size {list(x.shape[2:])} gives an empty output {full} for a kernel of {kernel} with stride={strides}, "
+            f"x of size {list(x_shape[2:])} gives an empty output {full} for a kernel of {kernel} with stride={strides}, "
             f"padding={padding}, dilation={dilations}"
         )
-    for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
-        if t is not None and (t.dim() != 1 or t.shape[0] != channels):
-            raise RuntimeError(f"{name} must have shape {[channels]}, got {list(t.shape)}")
-    expected = [x.shape[0], channels, *full]
-    if residual is not None and (residual.dim() != axes + 2 or any(a != b for a, b in zip(residual.shape, expected))):
-        raise RuntimeError(f"residual must have shape {expected}, got {list(residual.shape)}")
-    if activation == "tanh_sigmoid" and channels % 2:
+    if name == "tanh_sigmoid" and channels % 2:
         raise ValueError(f"activation 'tanh_sigmoid' needs an even number of output channels, got {channels}")
     kind, size, step, rim = _pool(pool, axes)
     if any(n + 2 * p < k for n, k, p in zip(full, size, rim)):
         raise RuntimeError(f"pool must fit the output {full}, got a window of {size}")
-    return (
-        x, weight, bias, scale, shift, residual, strides, pads, dilations, groups, bool(transposed), extra,
-        activation, kind, size, step, rim, slope, save,
+    options = (
+        strides, pads, dilations, groups, bool(transposed), extra, name, kind, size, step, rim, slope,
     )  # fmt: skip
+    return options, channels, full
+
+
+# A model calls with the same few sizes again and again, and checking them costs as much as a small convolution.
+_known_geometry = functools.lru_cache(maxsize=4096, typed=True)(_geometry)
 
 
 def parse_activation(activation: Any) -> tuple[str, float]:
@@ -183,25 +216,25 @@ def _padding(padding: Any, kernel: list[int], stride: list[int], dilation: list[
     return [p for r in reach for p in (r // 2, r - r // 2)]
 
 
-def _check_channels(x: Tensor, weight: Tensor, groups: Any, transposed: bool) -> int:
+def _check_channels(x_shape: Sequence[int], weight_shape: Sequence[int], groups: Any, transposed: bool) -> int:
     """The number of output channels."""
     if not isinstance(groups, (int, torch.SymInt)):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups <= 0:
         raise RuntimeError(f"groups must be positive, got {groups}")
-    if any(k == 0 for k in weight.shape[2:]):
-        raise RuntimeError(f"weight must have a kernel that is not empty, got shape {list(weight.shape)}")
-    if weight.shape[0] % groups:
+    if any(k == 0 for k in weight_shape[2:]):
+        raise RuntimeError(f"weight must have a kernel that is not empty, got shape {list(weight_shape)}")
+    if weight_shape[0] % groups:
         raise RuntimeError(
-            f"weight must have a multiple of groups={groups} in its first dimension, got {weight.shape[0]}"
+            f"weight must have a multiple of groups={groups} in its first dimension, got {weight_shape[0]}"
         )
-    expected = weight.shape[0] if transposed else weight.shape[1] * groups
-    if x.shape[1] != expected:
+    expected = weight_shape[0] if transposed else weight_shape[1] * groups
+    if x_shape[1] != expected:
         raise RuntimeError(
-            f"x must have {expected} channels for a weight of shape {list(weight.shape)} with groups={groups}, "
-            f"got {x.shape[1]} (x has shape {list(x.shape)})"
+            f"x must have {expected} channels for a weight of shape {list(weight_shape)} with groups={groups}, "
+            f"got {x_shape[1]} (x has shape {list(x_shape)})"
         )
-    return weight.shape[1] * groups if transposed else weight.shape[0]
+    return weight_shape[1] * groups if transposed else weight_shape[0]
 
 
 def _pool(pool: Any, axes: int) -> tuple[str, list[int], list[int], list[int]]:
@@ -234,13 +267,14 @@ def output_size(sizes, kernel, stride, padding, dilation, transposed, output_pad
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether torch sees [N, C, H, W] as channels_last: strides that do not decrease in the order C, W, H, N."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
         return False
+    sizes, strides = t.shape, t.stride()
     least = 0
     for i in (1, 3, 2, 0):
-        if t.shape[i] == 0 or t.stride(i) < least or (i == 0 and least == t.stride(1)):
+        if sizes[i] == 0 or strides[i] == 0 or strides[i] < least or (i == 0 and least == strides[1]):
             return False
-        least = t.stride(i) * max(t.shape[i], 1)
+        least = strides[i] * max(sizes[i], 1)
     return True
 
 
