@@ -1,0 +1,210 @@
+// The products of the backward pass of an LSTM layer. dgates lie in panels of one vector of hidden units,
+// [panel][token][gate][lanes], as the pointwise part makes them, units past the last one 0: a panel is then read as A of
+// dgates W (tokens are rows, gates are steps) and as A of dgates^T [x h] (gates are rows, tokens are steps), both times line
+// after line, and is never packed again. Included by lstm_backward_kernel.h.
+
+// B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
+template <class T>
+struct GradientTile {
+#if ISA_VECTOR_BYTES == 64
+  static constexpr int kVectors = 4, kAccumulators = 24;  // of 32 registers, with 4 vectors of B and 1 broadcast
+#else
+  static constexpr int kVectors = 2, kAccumulators = 8;
+#endif
+  static constexpr int kColumns = kVectors * kLanes<T>;
+  static constexpr int rows(int vectors) { return std::min(12, kAccumulators / vectors); }
+  static int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  // Of the panel that starts with `column`.
+  static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
+};
+
+// f(number of vectors, as a constant).
+template <class T, int NV = GradientTile<T>::kVectors, class F>
+INLINE void with_vectors(int64_t vectors, F f) {
+  if (vectors == NV)
+    f(std::integral_constant<int, NV>{});
+  else if constexpr (NV > 1)
+    with_vectors<T, NV - 1>(vectors, f);
+}
+
+// c[r][v] (+)= acc[r][v], of which `columns` columns exist.
+template <int R, int NV, class T>
+INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t columns, bool add) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      T* at = c + r * c_row + v * W;
+      const int64_t n = columns - v * W;
+      if (n >= W)
+        store(at, add ? load(at) + acc[r][v] : acc[r][v]);
+      else if (n > 0)
+        store_partial(at, add ? load_partial(at, n) + acc[r][v] : acc[r][v], n);
+    }
+}
+
+// ---- dgates W ----------------------------------------------------------------------------------------------------
+
+// Packs w [4 H, columns] into panels of [panel of units][gate][lane][columns of the panel].
+template <class T, class S>
+void pack_gate_rows(T* packed, const S* w, int64_t hidden, int64_t columns) {
+  constexpr int W = kLanes<T>;
+  using Tile = GradientTile<T>;
+  const int64_t unit_panels = padded<T>(hidden) / W, depth = unit_panels * 4 * W;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (4 * W * Tile::kColumns));
+  torch::stable::parallel_for(0, Tile::panels(columns) * unit_panels, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t column = task / unit_panels * Tile::kColumns, panel = task % unit_panels;
+      const int64_t vectors = Tile::vectors(columns, column);
+      T* out = packed + column * depth + panel * 4 * W * vectors * W;
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t j = 0; j < W; ++j) {
+          const int64_t unit = panel * W + j;
+          const S* source = w + (gate * hidden + unit) * columns + column;
+          for (int64_t v = 0; v < vectors; ++v, out += W) {
+            const int64_t n = std::min<int64_t>(W, columns - column - v * W);
+            if (unit >= hidden)
+              store(out, vec<T>{});
+            else
+              store(out, n == W ? load(source + v * W) : load_partial(source + v * W, n));
+          }
+        }
+    }
+  });
+}
+
+// Some tokens of dgates as A: row r is at `first` + r * row, gates of the next panel of units are `panel` elements on.
+template <class T>
+struct GateRows {
+  const T* first;
+  int64_t row, panel, panels;
+  int64_t depth() const { return panels * 4 * kLanes<T>; }
+};
+
+template <int R, int NV, class T>
+void gate_product_tile(const T* a, int64_t a_row, int64_t a_panel, const T* packed, int64_t panels, T* out, int64_t out_row,
+                       int64_t columns, bool add) {
+  constexpr int W = kLanes<T>;
+  vec<T> acc[R][NV] = {};
+  for (int64_t p = 0; p < panels; ++p) multiply_tile<R, NV, T>(acc, a + p * a_panel, a_row, 1, packed + p * 4 * W * NV * W, NV * W, 4 * W);
+  store_tile<R, NV, T>(acc, out, out_row, columns, add);
+}
+
+template <int R, int NV, class T>
+INLINE void gate_product_rows(int64_t rows, const T* a, int64_t a_row, int64_t a_panel, const T* packed, int64_t panels, T* out,
+                              int64_t out_row, int64_t columns, bool add) {
+  if constexpr (R > 0) {
+    if (rows == R)
+      gate_product_tile<R, NV>(a, a_row, a_panel, packed, panels, out, out_row, columns, add);
+    else
+      gate_product_rows<R - 1, NV>(rows, a, a_row, a_panel, packed, panels, out, out_row, columns, add);
+  }
+}
+
+// out[rows, columns of the panels first..last] (+)= dgates W, in chains of kSumDepth terms, W packed by pack_gate_rows. A run
+// of W as long as a chain stays in the first-level cache over all rows.
+template <class T>
+void gate_product(int64_t rows, const GateRows<T>& a, const T* packed, T* out, int64_t out_row, int64_t columns, int64_t first,
+                  int64_t last, bool accumulate) {
+  constexpr int W = kLanes<T>;
+  constexpr int64_t N = GradientTile<T>::kColumns, chain = kSumDepth / (4 * W);
+  for (int64_t column = first * N; column < std::min(last * N, columns); column += N)
+    with_vectors<T>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::value, R = GradientTile<T>::rows(NV);
+      const int64_t tiles = (rows + R - 1) / R;
+      for (int64_t p = 0; p < a.panels; p += chain)
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
+          gate_product_rows<R, NV>(count, a.first + row * a.row + p * a.panel, a.row, a.panel,
+                                   packed + column * a.depth() + p * 4 * W * NV * W, std::min(chain, a.panels - p),
+                                   out + row * out_row + column, out_row, columns - column, accumulate || p > 0);
+        }
+    });
+}
+
+// ---- dgates^T [x h] ----------------------------------------------------------------------------------------------
+
+// Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
+inline constexpr int64_t kTokenChain = 48;
+
+// sums[4 lanes, NV vectors] = one panel of dgates, transposed, times one panel of inputs.
+template <int NV, class T>
+void weight_gradient_panel(const T* dgates, const T* inputs, int64_t tokens, T* sums) {
+  constexpr int W = kLanes<T>, G = 4 * W, N = NV * W, R = 4, line = 64 / sizeof(T);
+  std::fill_n(sums, G * N, T(0));
+  for (int64_t t = 0; t < tokens; t += kTokenChain)
+    for (int gate = 0; gate < G; gate += R) {
+      // The next tokens come from the third-level cache: each tile fetches its share of them.
+      const int64_t next = t + kTokenChain + gate * kTokenChain / G;
+      for (int64_t i = 0; i < kTokenChain * R / G; ++i) {
+        for (int64_t b = 0; b < G; b += line) __builtin_prefetch(dgates + (next + i) * G + b);
+        for (int64_t b = 0; b < N; b += line) __builtin_prefetch(inputs + (next + i) * N + b);
+      }
+      vec<T> acc[R][NV] = {};
+      multiply_tile<R, NV, T>(acc, dgates + t * G + gate, 1, G, inputs + t * N, N, std::min(kTokenChain, tokens - t));
+      store_tile<R, NV, T>(acc, sums + gate * N, N, N, true);
+    }
+}
+
+// sums[4][lanes] = the sum of one panel of dgates over the tokens.
+template <class T>
+void bias_gradient_panel(const T* dgates, int64_t tokens, T* sums) {
+  constexpr int W = kLanes<T>;
+  vec<T> total[4] = {};
+  for (int64_t t0 = 0; t0 < tokens; t0 += kTokenChain) {
+    vec<T> chain[4] = {};
+    for (int64_t t = t0; t < std::min(tokens, t0 + kTokenChain); ++t)
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g) chain[g] += load(dgates + (t * 4 + g) * W);
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) total[g] += chain[g];
+  }
+  for (int g = 0; g < 4; ++g) store(sums + g * W, total[g]);
+}
+
+// Rows of one matrix, cut into panels of [token][columns of the panel], columns past the last one 0.
+template <class T>
+struct TokenPanels {
+  int64_t tokens, columns;
+  Scratch<T> packed;
+
+  TokenPanels(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), packed(tokens * padded<T>(columns)) {}
+
+  int64_t count() const { return GradientTile<T>::panels(columns); }
+
+  template <class S>
+  void set(int64_t token, const S* row) {
+    constexpr int W = kLanes<T>;
+    constexpr int64_t N = GradientTile<T>::kColumns;
+    for (int64_t column = 0; column < columns; column += N) {
+      const int64_t vectors = GradientTile<T>::vectors(columns, column);
+      T* out = packed + column * tokens + token * vectors * W;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t at = column + v * W, n = std::min<int64_t>(W, columns - at);
+        store(out + v * W, n == W ? load(row + at) : load_partial(row + at, n));
+      }
+    }
+  }
+
+  // d_w[4 H, columns]: the rows of one panel of units x the columns of one panel of these.
+  template <class S>
+  void weight_gradient(const T* dgates, int64_t unit, int64_t hidden, int64_t panel, S* d_w) const {
+    constexpr int W = kLanes<T>;
+    const int64_t column = panel * GradientTile<T>::kColumns, n = std::min<int64_t>(GradientTile<T>::kColumns, columns - column);
+    const T* inputs = packed.get() + column * tokens;
+    alignas(64) T sums[4 * W * GradientTile<T>::kColumns];
+    with_vectors<T>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+      constexpr int NV = decltype(vectors)::value;
+      weight_gradient_panel<NV>(dgates, inputs, tokens, sums);
+      for (int64_t gate = 0; gate < 4; ++gate)
+        for (int64_t j = 0; j < std::min<int64_t>(W, hidden - unit); ++j) {
+          const T* sum = sums + (gate * W + j) * NV * W;
+          S* out = d_w + (gate * hidden + unit + j) * columns + column;
+          int64_t i = 0;
+          for (; i + W <= n; i += W) store(out + i, load(sum + i));
+          if (i < n) store_partial(out + i, load(sum + i), n - i);
+        }
+    });
+  }
+};
