@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Worker processes of the tests; each runs torch with one thread.
 JOBS   ?= $(shell nproc)
 
-.PHONY: build cuda test bench smoke lint format clean
+.PHONY: build cuda gpu test bench smoke lint format clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10-3.13 is needed (make PYTHON=python3.12)")'
@@ -22,6 +22,10 @@ build: $(VENV)/.installed
 # With the CUDA kernels, which needs nvcc and no GPU; TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected.
 cuda: $(VENV)/.installed
 	@FORCE_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace --force > build.log 2>&1 || { tail -n 40 build.log; exit 1; }
+
+# All that needs a GPU, in under nine minutes, with the Python at hand and nothing installed; STEP=name,name runs those steps.
+gpu:
+	$(PYTHON) -m benchmarks.gpu
 
 test: build
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal

@@ -1,0 +1,152 @@
+"""python -m benchmarks.gpu (make gpu): everything that needs a GPU in one go, shortest step first.
+
+Each step is bounded and its log is kept; a call ends within nine minutes, and says which steps it did not come to. STEP=name,name
+(or --step) runs only those. Where something is missing, such as the GPU itself, a step says "not measured" and why.
+Results go to $OUT, else to benchmarks/out/gpu.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 520  # of a call
+LEAST_SECONDS = 10  # that a step is started with
+
+
+@dataclass(frozen=True)
+class Step:
+    """`command` is run from the root of the clone for at most `seconds`."""
+
+    name: str
+    seconds: int
+    command: tuple[str, ...]
+    tool: str | None = None  # a program that must be on the PATH
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def python(*arguments: str) -> tuple[str, ...]:
+    return (sys.executable, *arguments)
+
+
+def sanitizer(tool: str) -> tuple[str, ...]:
+    return (
+        "compute-sanitizer",
+        "--tool",
+        tool,
+        "--error-exitcode",
+        "9",
+        *python("-m", "pytest", "tests/cuda", "-k", "tiny"),
+    )
+
+
+STEPS = (
+    Step("machine", 60, python("-m", "benchmarks.gpu_measure", "machine")),
+    Step("sync", 60, python("-m", "benchmarks.gpu_measure", "sync")),
+    Step("ceilings", 60, python("-m", "benchmarks.gpu_measure", "ceilings")),
+    Step(
+        "build", 330, python("setup.py", "-q", "build_ext", "--inplace", "--force"), environment={"FORCE_CUDA": "1"}
+    ),
+    Step("check", 60, python("-m", "bigmodel_kernels", "check")),
+    Step("decode", 90, python("-m", "benchmarks.gpu_measure", "decode")),
+    Step("lstm", 120, python("-m", "benchmarks.gpu_measure", "lstm")),
+    Step("memcheck", 120, sanitizer("memcheck"), tool="compute-sanitizer"),
+    Step("synccheck", 120, sanitizer("synccheck"), tool="compute-sanitizer"),
+    Step("racecheck", 120, sanitizer("racecheck"), tool="compute-sanitizer"),
+    Step("tests", 300, python("-m", "pytest", "tests/cuda")),
+)  # fmt: skip
+
+
+@dataclass
+class Outcome:
+    step: str
+    result: str  # ok, failed, timeout, not measured
+    seconds: float = 0.0
+    note: str = ""
+    figures: list[dict] = field(default_factory=list)  # the lines of the log that are JSON objects
+
+
+def why_not(step: Step) -> str | None:
+    if not torch.cuda.is_available():
+        return "no GPU was found"
+    if step.tool and shutil.which(step.tool) is None:
+        return f"{step.tool} is not installed"
+    return None
+
+
+def run(step: Step, seconds: float, folder: Path) -> Outcome:
+    """Runs a step for at most `seconds`, its output in <folder>/<step>.log; ends all of its processes where it takes longer."""
+    log = folder / f"{step.name}.log"
+    start = time.monotonic()
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | step.environment,
+        )  # fmt: skip
+        try:
+            code = process.wait(min(step.seconds, seconds))
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            code = None
+    lines = log.read_text(errors="replace").splitlines()
+    figures = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+    took = time.monotonic() - start
+    if code is None:
+        return Outcome(step.name, "timeout", took, f"after {took:.0f} s; {log}", figures)
+    if code:
+        return Outcome(step.name, "failed", took, f"exit status {code}: {lines[-1] if lines else ''}; {log}", figures)
+    return Outcome(step.name, "ok", took, "", figures)
+
+
+def run_all(steps: tuple[Step, ...], folder: Path, seconds: float = SECONDS) -> list[Outcome]:
+    folder.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    outcomes = []
+    for step in steps:
+        left = end - time.monotonic()
+        if (why := why_not(step)) is not None:
+            outcomes.append(Outcome(step.name, "not measured", note=why))
+        elif left < LEAST_SECONDS:
+            outcomes.append(Outcome(step.name, "not measured", note=f"no time was left: STEP={step.name} make gpu"))
+        else:
+            outcomes.append(run(step, left, folder))
+        (folder / "gpu.json").write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1) + "\n")
+        print(line(outcomes[-1]), flush=True)
+    return outcomes
+
+
+def line(outcome: Outcome) -> str:
+    text = f"{outcome.step:10s} {outcome.result:12s} {outcome.seconds:5.0f} s  {outcome.note}".rstrip()
+    for figure in outcome.figures:
+        text += "\n    " + "  ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in figure.items())
+    return text
+
+
+def main(argv: list[str] | None = None, steps: tuple[Step, ...] = STEPS) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
+    parser.add_argument("--step", default=os.environ.get("STEP", ""), help=f"of {','.join(s.name for s in steps)}")
+    parser.add_argument("--out", type=Path, default=os.environ.get("OUT") or ROOT / "benchmarks" / "out" / "gpu")
+    options = parser.parse_args(argv)
+    wanted = [name for name in options.step.split(",") if name]
+    if unknown := set(wanted) - {step.name for step in steps}:
+        parser.error(f"--step: {sorted(unknown)[0]!r} is none of {', '.join(s.name for s in steps)}")
+    chosen = tuple(step for step in steps if not wanted or step.name in wanted)
+    outcomes = run_all(chosen, Path(options.out))
+    print(f"\n{len(chosen)} steps; logs and gpu.json in {options.out}")
+    return int(any(outcome.result in ("failed", "timeout") for outcome in outcomes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

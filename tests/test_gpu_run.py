@@ -1,0 +1,67 @@
+"""make gpu, as far as a machine without a GPU can run it: steps that need one say so, others are bounded and logged."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.gpu import Step, main, run_all
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+
+
+def step(name, code, seconds=20):
+    return Step(name, seconds, (sys.executable, "-c", code))
+
+
+@pytest.fixture
+def with_gpu(monkeypatch):
+    monkeypatch.setattr(gpu, "why_not", lambda step: None)
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.delenv("STEP", raising=False)
+    assert main([]) == 0
+    written = json.loads((tmp_path / "gpu.json").read_text())
+    assert [o["step"] for o in written] == [s.name for s in gpu.STEPS]
+    assert {o["result"] for o in written} == {"not measured"}
+    assert "no GPU was found" in capsys.readouterr().out
+
+
+def test_figures_failures_and_timeouts(tmp_path, with_gpu):
+    steps = (
+        step("good", "print('hello'); print('{\"ns\": 12.5}')"),
+        step("bad", "raise SystemExit('it is broken')"),
+        step("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=2),
+    )
+    outcomes = {o.step: o for o in run_all(steps, tmp_path)}
+    assert (outcomes["good"].result, outcomes["good"].figures) == ("ok", [{"ns": 12.5}])
+    assert outcomes["bad"].result == "failed"
+    assert "it is broken" in outcomes["bad"].note
+    assert outcomes["slow"].result == "timeout"
+    assert outcomes["slow"].seconds < 20
+    assert (tmp_path / "slow.log").read_text() == "begun\n"
+
+
+def test_a_call_ends_in_time(tmp_path, with_gpu):
+    outcomes = run_all((step("first", "pass"), step("second", "pass")), tmp_path, seconds=0)
+    assert [o.result for o in outcomes] == ["not measured"] * 2
+    assert "STEP=second make gpu" in outcomes[1].note
+
+
+def test_only_the_steps_asked_for(tmp_path, with_gpu, monkeypatch):
+    steps = (step("one", "pass"), step("two", "pass"))
+    monkeypatch.setenv("STEP", "two")
+    assert main(["--out", str(tmp_path)], steps) == 0
+    assert [o["step"] for o in json.loads((tmp_path / "gpu.json").read_text())] == ["two"]
+    with pytest.raises(SystemExit):
+        main(["--step", "three", "--out", str(tmp_path)], steps)
+
+
+def test_bounds():
+    assert gpu.SECONDS < 9 * 60
+    assert all(s.seconds < gpu.SECONDS for s in gpu.STEPS)
