@@ -19,6 +19,9 @@ BUDGET = [
     ("lstm_backward<*>", 255, ("HMMA", "LDS")),
     ("attention_decode<*, 64>", 128, ("HMMA", "LDSM", "LDGSTS")),
     ("attention_decode<*, 128>", 170, ("HMMA", "LDSM", "LDGSTS")),  # 3 blocks of 128 threads to a multiprocessor
+    ("depthwise_forward<*, 0>", 72, ("LDG", "STG")),
+    ("depthwise_forward<*, 3>", 128, ("LDG", "STG")),  # 4 blocks of 128 threads to a multiprocessor
+    ("depthwise_forward<*>", 168, ("LDG", "STG")),
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
 STACK_OF_A_MESSAGE = 3  # stores of printf's arguments, before a trap
