@@ -106,7 +106,7 @@ def test_one_block_up_to_its_most_units(size, dtype, monkeypatch):
     check_emulated(Problem(*size, dtype=dtype), monkeypatch, "block")
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("scope", SCOPES)
 def test_any_order_of_threads_is_free_of_races(scope, seed, monkeypatch):
     """Another order of all threads for every seed; every access to memory is checked against all others."""

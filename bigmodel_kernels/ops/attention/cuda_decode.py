@@ -55,9 +55,15 @@ def splits_for(rows_of_blocks: int, capacity: int, multiprocessors: int) -> int:
     return max(1, min(wanted, -(-capacity // SHORTEST_SPLIT)))
 
 
+def _tickets(q: Tensor, count: int) -> Tensor:
+    """Zero before and after every launch, so that they are made once for a stream; a CUDA graph has its own."""
+    if q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        return _kept_tickets(q.device, torch.cuda.current_stream(q.device).cuda_stream, count)
+    return torch.zeros(count, dtype=torch.int32, device=q.device)
+
+
 @functools.cache
-def _tickets(device: torch.device, stream: int, count: int) -> Tensor:
-    """Zero before and after every launch on a stream, so that it is made once."""
+def _kept_tickets(device: torch.device, stream: int, count: int) -> Tensor:
     return torch.zeros(count, dtype=torch.int32, device=device)
 
 
@@ -81,11 +87,10 @@ def run(
     padded = 64 if head_dim <= 64 else LARGEST_HEAD_DIM
     count = batch * tiles * splits * ROWS * (padded + 2) if splits > 1 else 0
     partial = torch.empty(count, dtype=torch.float32, device=q.device)
-    stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
     native.attention_decode(
         q if q.stride(3) == 1 else q.contiguous(), k_cache, v_cache, cache_seqlens.to(torch.int32).contiguous(),
         None if block_table is None else block_table.to(torch.int32).contiguous(),
         head_dim**-0.5 if scale is None else scale, softcap, splits, out, lse, partial,
-        _tickets(q.device, stream, batch * tiles),
+        _tickets(q, batch * tiles),
     )  # fmt: skip
     return (out, lse) if return_lse else out
