@@ -3,7 +3,18 @@
 from bigmodel_kernels import nn, ops, testing
 from bigmodel_kernels._extension import build_info
 from bigmodel_kernels._registry import backends, explain, use_backend
-from bigmodel_kernels.ops import attention, attention_decode, attention_varlen, conv, lstm, lstm_cell
+from bigmodel_kernels.ops import (
+    attention,
+    attention_decode,
+    attention_varlen,
+    bias_act,
+    conv,
+    cross_entropy,
+    layer_norm,
+    lstm,
+    lstm_cell,
+    rms_norm,
+)
 from bigmodel_kernels.optimize import PatchReport, optimize
 
 __version__ = "0.1.0"
@@ -14,14 +25,18 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "backends",
+    "bias_act",
     "build_info",
     "conv",
+    "cross_entropy",
     "explain",
+    "layer_norm",
     "lstm",
     "lstm_cell",
     "nn",
     "ops",
     "optimize",
+    "rms_norm",
     "testing",
     "use_backend",
 ]

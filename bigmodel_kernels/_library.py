@@ -201,7 +201,8 @@ class _Pair(torch.autograd.Function):
         kept = outputs if read else (*[None] * op.results, *outputs[op.results :])
         ctx.save_for_backward(*[a for a, is_tensor in zip(flat, ctx.tensor_at) if is_tensor], *kept)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[op.results :])
+        if len(outputs) > op.results:
+            ctx.mark_non_differentiable(*outputs[op.results :])
 
     @staticmethod
     def backward(ctx, *grads):

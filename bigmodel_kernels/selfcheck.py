@@ -41,6 +41,19 @@ def _decode(q, k, v, backend):
     return bmk.attention_decode(q, k, v, torch.tensor([40, 97]), backend=backend)
 
 
+def _layer_norm(x, weight, bias, residual, backend):
+    return bmk.layer_norm(x, weight, bias, residual=residual, backend=backend)
+
+
+def _bias_act(x, bias, residual, backend):
+    return bmk.bias_act(x, bias, activation="gelu", residual=residual, backend=backend)
+
+
+def _cross_entropy(logits, backend):
+    target = torch.arange(logits.shape[0], device=logits.device)
+    return bmk.cross_entropy(logits, target, label_smoothing=0.1, backend=backend)
+
+
 def _cases() -> Iterator[Case]:
     q, kv = (2, 4, 97, 40), (2, 2, 97, 40)
     yield Case("attention", "causal", lambda *t, backend: bmk.attention(*t, is_causal=True, backend=backend), (q, q, q))
@@ -67,6 +80,11 @@ def _cases() -> Iterator[Case]:
     yield Case("lstm", "one layer", _lstm, ((20, 5, 12), (1, 5, 16), (1, 5, 16), *layer))
     both = ((20, 5, 12), (2, 5, 16), (2, 5, 16), *layer, *layer)
     yield Case("lstm", "bidirectional", lambda *t, backend: _lstm(*t, backend=backend, bidirectional=True), both)
+    rows, row = (7, 70), (70,)
+    yield Case("norm", "layer", _layer_norm, (rows, row, row, rows))
+    yield Case("norm", "rms", lambda x, w, backend: bmk.rms_norm(x, w, backend=backend), (rows, row))
+    yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
+    yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
     yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer))
 
 
@@ -99,13 +117,16 @@ def run() -> int:
     started = time.perf_counter()
     wrong = 0
     for case in _cases():
-        for backend in (b for b in _registry.BACKENDS if b != "torch" and _registry.availability(case.op, b) is None):
+        backends = [b for b in _registry.BACKENDS if b != "torch" and _registry.availability(case.op, b) is None]
+        if not backends:
+            print(f"ok    {case.op:13s} {case.name:14s} torch   only: no kernel of ours runs on this machine")
+        for backend in backends:
             for dtype in (torch.float32, torch.bfloat16):
                 reports = check_case(case, dtype, backend)
                 bad = [r.message for r in reports if not r.ok]
                 wrong += len(bad)
                 worst = max(r.rel_l2 for r in reports)
-                label = f"{case.op:10s} {case.name:14s} {backend:7s} {str(dtype).removeprefix('torch.'):9s}"
+                label = f"{case.op:13s} {case.name:14s} {backend:7s} {str(dtype).removeprefix('torch.'):9s}"
                 print(f"{'WRONG' if bad else 'ok   '} {label} worst relative error {worst:.1e}  {'; '.join(bad)}")
     verdict = f"{wrong} wrong" if wrong else "all right"
     print(f"{verdict}, {time.perf_counter() - started:.1f} s; the bounds: bigmodel_kernels.testing")

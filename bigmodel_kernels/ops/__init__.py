@@ -3,9 +3,13 @@
 from bigmodel_kernels.ops.attention import attention as attention
 from bigmodel_kernels.ops.attention import attention_decode as attention_decode
 from bigmodel_kernels.ops.attention import attention_varlen as attention_varlen
+from bigmodel_kernels.ops.bias_act import bias_act as bias_act
 from bigmodel_kernels.ops.conv import conv as conv
+from bigmodel_kernels.ops.cross_entropy import cross_entropy as cross_entropy
 from bigmodel_kernels.ops.lstm import lstm as lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
+from bigmodel_kernels.ops.norm import layer_norm as layer_norm
+from bigmodel_kernels.ops.norm import rms_norm as rms_norm
 
 
 def names() -> tuple[str, ...]:

@@ -38,12 +38,6 @@ INTERPRETER = {  # its time goes by operations, not by their size
     "image": (256, 16, 0, 4, 1),
 }
 SMALLEST_STEP = 32  # bytes of channels a step of the product reads at least, unless steps run across taps
-PROGRAMS = {
-    "sm_90": 264,
-    "sm_80": 216,
-    "sm_86": 164,
-    "interpreter": 6,
-}  # two for every multiprocessor of the largest GPU
 
 
 def config(gpu: str, kernel: str, element_size: int, columns: int) -> dict[str, int]:

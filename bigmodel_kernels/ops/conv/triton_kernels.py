@@ -26,12 +26,16 @@ SHORTEST_SUM = 4  # blocks of pixels that a program of the gradient of the weigh
 
 def supports(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, pool_size, *rest,
+    pool, pool_size, pool_stride, pool_padding, slope, *rest,
 ) -> str | None:  # fmt: skip
     if (why := _triton.reason(x)) is not None:
         return why
     if pool == "max" and (elements := math.prod(pool_size)) > LARGEST_WINDOW:
         return f"pool has a window of {elements} elements; the kernels take up to {LARGEST_WINDOW}"
+    if any(pool_padding):
+        return f"pool has a padding of {pool_padding}"
+    if activation == "leaky_relu" and slope != reference.LEAKY_SLOPE:
+        return f"activation 'leaky_relu' has the slope {slope}; the kernels have {reference.LEAKY_SLOPE}"
     if 0 in x.shape[1:] or 0 in weight.shape:
         return f"x has shape {list(x.shape)} and weight {list(weight.shape)}: there is nothing to sum over"
     full = op.output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
@@ -59,7 +63,7 @@ class _Call:
 
     def __init__(
         self, x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding,
-        activation, pool, pool_size, pool_stride, save,
+        activation, pool, pool_size, pool_stride, pool_padding, slope, save,
     ):  # fmt: skip
         self.full, self.result, self.pre = op.shapes(
             x,
@@ -74,6 +78,7 @@ class _Call:
             pool,
             pool_size,
             pool_stride,
+            pool_padding,
         )
         image = x.dim() == 4
         first = [] if image else [1]
@@ -222,7 +227,7 @@ class _Call:
                 "NARROW_PIXELS": _pixel_axis(narrow),
                 "FLAT": self.wide % sizes["BLOCK_M"] != 0,
             }
-        splits = min(-(-pixels // (block * SHORTEST_SUM)), max(1, triton_configs.PROGRAMS[self.gpu] // tiles))
+        splits = min(-(-pixels // (block * SHORTEST_SUM)), max(1, _triton.PROGRAMS[self.gpu] // tiles))
         chunk = -(-pixels // (max(1, splits) * block)) * block
         splits = -(-pixels // chunk) if chunk else 0
         partial = narrow.new_empty(splits, self.narrow * self.groups, columns, dtype=torch.float32)

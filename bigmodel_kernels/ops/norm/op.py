@@ -1,0 +1,152 @@
+"""bmk.layer_norm and bmk.rms_norm: normalisation over the last dimension, with the addition before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels._library import Op
+from bigmodel_kernels.ops.norm import reference
+
+
+def layer_norm(
+    x: Tensor,  # [.., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    *,
+    residual: Tensor | None = None,  # [.., C]
+    eps: float = 1e-5,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight (h - mean) / sqrt(variance + eps) + bias over the last dimension of h = x + residual (Ba et al. 2016).
+
+    Args:
+        x: of any strides.
+        weight, bias: in the dtype of x; 1 and 0 if None.
+        residual: added to x first, as the blocks of a Transformer do.
+        eps: added to the variance, which is that of the row itself (divided by C).
+        backend: "auto", "torch" or "triton".
+
+    Returns:
+        [.., C], contiguous; with residual also h, for the next addition.
+
+    Raises:
+        RuntimeError: sizes, devices or dtypes that do not go together, or the backend asked for cannot take the call.
+        TypeError: an argument of the wrong type.
+        ValueError: eps out of range, or an unknown backend.
+    """
+    y, h, *_ = OP(*prepare(x, weight, bias, residual=residual, eps=eps), backend=backend)
+    return y if residual is None else (y, h)
+
+
+def rms_norm(
+    x: Tensor,  # [.., C]
+    weight: Tensor | None = None,  # [C]
+    *,
+    residual: Tensor | None = None,  # [.., C]
+    eps: float | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """weight h / sqrt(mean of h^2 + eps) over the last dimension of h = x + residual (Zhang & Sennrich 2019).
+
+    Args, results and errors are those of `layer_norm`; eps None is the smallest step of the dtype at 1, as in torch.
+    """
+    y, h, *_ = OP(*_prepare_rms(x, weight, residual=residual, eps=eps), backend=backend)
+    return y if residual is None else (y, h)
+
+
+def _prepare_rms(
+    x: Tensor, weight: Tensor | None = None, *, residual: Tensor | None = None, eps: float | None = None
+) -> tuple:
+    eps = torch.finfo(x.dtype).eps if eps is None and isinstance(x, Tensor) and x.is_floating_point() else eps
+    return (*prepare(x, weight, residual=residual, eps=eps)[:-1], False)
+
+
+def prepare(
+    x: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple:
+    """Validates a call of `layer_norm`; returns the arguments of the op."""
+    named = {"x": x, "weight": weight, "bias": bias, "residual": residual}
+    for name, t in named.items():
+        if not isinstance(t, Tensor) and (t is not None or name == "x"):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+    if not x.is_floating_point():
+        raise RuntimeError(f"x must have a floating dtype, got {x.dtype}")
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise RuntimeError(f"x must have a last dimension to normalise over, got shape {list(x.shape)}")
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    if not x.is_cpu and torch.is_autocast_enabled(x.device.type):  # to float32, as torch's own: the statistics need it
+        x, weight, bias, residual = (t if t is None else t.float() for t in (x, weight, bias, residual))
+    for name, t, shape in (
+        ("weight", weight, x.shape[-1:]),
+        ("bias", bias, x.shape[-1:]),
+        ("residual", residual, x.shape),
+    ):
+        if t is not None and t.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+        if t is not None and (t.dtype != x.dtype or t.device != x.device):
+            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
+        residual = residual.clone()
+    return x, residual, weight, bias, float(eps), True
+
+
+def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device)
+
+
+def _fake_fwd(x, residual, *rest):
+    rows, wide = x.numel() // x.shape[-1], reference.arithmetic_dtype(x)
+    h = _empty(x, 0) if residual is None else _empty(x, *x.shape)
+    return _empty(x, *x.shape), h, _empty(x, rows, dtype=wide), _empty(x, rows, dtype=wide)
+
+
+def _fake_bwd(dy, dh, h, mean, rstd, need_parameters, x, residual, weight, bias, *rest):
+    sizes = (x.shape[-1] if need_parameters and t is not None else 0 for t in (weight, bias))
+    return _empty(x, *x.shape), *(_empty(x, size) for size in sizes)
+
+
+def _backward(op, args, outputs, grads, needs, backend):
+    x, residual = args[:2]
+    _, h, mean, rstd = outputs
+    h = x if residual is None else h
+    d_h, d_weight, d_bias = op.bwd(*grads, h, mean, rstd, needs[2] or needs[3], *args, backend)
+    return [
+        d_h if needs[0] else None,
+        d_h if needs[1] else None,
+        d_weight if needs[2] else None,
+        d_bias if needs[3] else None,
+        None,
+        None,
+    ]
+
+
+def prefer(*args) -> tuple[str, ...]:
+    """PyTorch's own until the kernels have been timed on a GPU."""
+    return ("torch",)
+
+
+_ARGS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center"
+OP = Op(
+    "norm",
+    f"({_ARGS}) -> (Tensor y, Tensor h, Tensor mean, Tensor rstd)",
+    f"(Tensor? dy, Tensor? dh, Tensor h, Tensor mean, Tensor rstd, bool need_parameters, {_ARGS})"
+    " -> (Tensor d_h, Tensor d_weight, Tensor d_bias)",
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+    prefer=prefer,
+    backward=_backward,
+    differentiable=reference.fwd,
+    results=2,
+    reads_results=lambda x, residual, *rest: residual is not None,
+)
+layer_norm.op, layer_norm.prepare = OP, prepare
+rms_norm.op, rms_norm.prepare = OP, _prepare_rms
