@@ -12,19 +12,22 @@ ARCHITECTURES = ["sm_80", "sm_90a"]
 BUDGET = [
     ("lstm_cell_forward<*>", 40, ()),
     ("lstm_cell_backward<*>", 40, ()),
+    ("lstm_forward<float, 0, *>", 168, ("FFMA", "LDS")),
+    ("lstm_forward<float, *>", 255, ("FFMA", "LDS")),
     ("lstm_forward<*, 0, *>", 128, ("HMMA", "LDS")),  # 512 threads
-    ("lstm_forward<*, 1, 16>", 255, ("HMMA", "LDS")),
-    ("lstm_forward<*, 2, 16>", 255, ("HMMA", "LDS")),
-    ("lstm_backward<*, 0, 8>", 208, ("HMMA", "LDS")),
+    ("lstm_forward<*>", 255, ("HMMA", "LDS")),
+    ("lstm_backward<float, *>", 255, ("FFMA", "LDS")),
+    ("lstm_backward<*, 0, 8>", 192, ("HMMA", "LDS")),
     ("lstm_backward<*>", 255, ("HMMA", "LDS")),
     ("attention_decode<*, 64>", 128, ("HMMA", "LDSM", "LDGSTS")),
     ("attention_decode<*, 128>", 170, ("HMMA", "LDSM", "LDGSTS")),  # 3 blocks of 128 threads to a multiprocessor
     ("depthwise_forward<*, 0>", 72, ("LDG", "STG")),
     ("depthwise_forward<*, 3>", 128, ("LDG", "STG")),  # 4 blocks of 128 threads to a multiprocessor
     ("depthwise_forward<*>", 168, ("LDG", "STG")),
+    ("conv_stem<*>", 128, ("HMMA", "LDS")),  # 2 blocks of 256 threads to a multiprocessor
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
-STACK_OF_A_MESSAGE = 3  # stores of printf's arguments, before a trap
+OUTSIDE_LOOPS = 6  # instructions: what the message before a trap puts on the stack, and a spill at the start
 
 
 def needs_nvcc():
@@ -44,7 +47,7 @@ def within(kernel, architecture: str) -> list[str]:
     problems = []
     if kernel.registers > registers:
         problems.append(f"{kernel.registers} registers, {registers} are allowed")
-    if kernel.spilled_in_loops or kernel.spilled > STACK_OF_A_MESSAGE:
+    if kernel.spilled_in_loops or kernel.spilled > OUTSIDE_LOOPS:
         problems.append(f"{kernel.spilled} instructions go to local memory, {kernel.spilled_in_loops} in loops")
     if missing := [word for word in needed if word not in kernel.instructions]:
         problems.append(f"no {', '.join(missing)}")
@@ -65,7 +68,7 @@ def test_the_budget_can_be_broken():
 
     good = Kernel("lstm_forward<bf16, 0, 8>", 128, 0, 0, frozenset({"HMMA", "LDS", "EXIT"}))
     assert within(good, "sm_80") == []
-    for change in ({"registers": 129}, {"spilled": 4}, {"spilled_in_loops": 1}, {"instructions": frozenset({"HMMA"})}):
+    for change in ({"registers": 129}, {"spilled": 7}, {"spilled_in_loops": 1}, {"instructions": frozenset({"HMMA"})}):
         assert within(Kernel(**{**vars(good), **change}), "sm_80")
     assert within(Kernel(**{**vars(good), "name": "unknown"}), "sm_80")
 

@@ -1,17 +1,11 @@
 // Native op conv_depthwise_fwd: checks, choice of a variant, launch and registration of conv_depthwise.cuh.
 #include "conv_depthwise.cuh"
 
-#include "host.h"
+#include "conv_host.h"
 
 namespace bmk {
 
 namespace {
-
-// A sequence [N, C, L] is an image [N, C, 1, L].
-ImageStrides strides_of(const Tensor& t) {
-  const bool image = t.dim() == 4;
-  return {t.stride(0), t.stride(1), image ? t.stride(2) : 0, t.stride(image ? 3 : 2)};
-}
 
 // Whether every vector of `elements` channels lies at a multiple of its size.
 bool has_vectors(const Tensor& t, int64_t elements) {
@@ -42,19 +36,6 @@ void launch_for_height(const DepthwiseForward<T>& p, int64_t batch, cudaStream_t
   launch_depthwise<T, kVector, kChannelsLast, 0>(p, batch, stream);
 }
 
-DepthwiseActivation parse_activation(const std::string& name) {
-  static const char* const kNames[] = {"none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"};
-  for (int i = 0; i < 7; ++i)
-    if (name == kNames[i]) return static_cast<DepthwiseActivation>(i);
-  STD_TORCH_CHECK(false, "activation: unknown name ", name);
-}
-
-void check_vector(const std::optional<Tensor>& t, const Tensor& x, const char* name) {
-  if (t)
-    STD_TORCH_CHECK(t->is_cuda() && t->is_contiguous() && t->scalar_type() == x.scalar_type() && has_shape(*t, {x.size(1)}), name,
-                    " must be a contiguous CUDA tensor ", shape_string({x.size(1)}), " of the dtype of x, got ", shape_string(*t));
-}
-
 void check_image(const Tensor& t, const Tensor& x, const char* name) {
   STD_TORCH_CHECK(
       t.is_cuda() && t.dim() == x.dim() && t.scalar_type() == x.scalar_type() && t.size(0) == x.size(0) && t.size(1) == x.size(1), name,
@@ -75,9 +56,6 @@ void conv_depthwise_fwd(const Tensor& x, const Tensor& weight, const std::option
   STD_TORCH_CHECK(weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == x.scalar_type() && weight.dim() == axes + 1 &&
                       weight.size(axes) == x.size(1),
                   "weight must be contiguous, of the dtype of x, with a last dimension of ", x.size(1), ", got ", shape_string(weight));
-  check_vector(bias, x, "bias");
-  check_vector(scale, x, "scale");
-  check_vector(shift, x, "shift");
   check_image(out, x, "out");
   if (residual) check_image(*residual, x, "residual");
   for (int64_t i = 0; i < x.dim(); ++i)
@@ -95,22 +73,18 @@ void conv_depthwise_fwd(const Tensor& x, const Tensor& weight, const std::option
     DepthwiseForward<scalar_t> p{};
     p.x = data<scalar_t>(x);
     p.weight = data<scalar_t>(weight);
-    p.bias = data<scalar_t>(bias);
-    p.scale = data<scalar_t>(scale);
-    p.shift = data<scalar_t>(shift);
+    p.epilogue = epilogue_of<scalar_t>(bias, scale, shift, x.size(1), x.scalar_type(), activation, slope);
     p.residual = data<scalar_t>(residual);
     p.out = mutable_data<scalar_t>(out);
-    p.x_strides = strides_of(x);
-    p.residual_strides = residual ? strides_of(*residual) : ImageStrides{};
-    p.out_strides = strides_of(out);
+    p.x_strides = strides_of_image(x);
+    p.residual_strides = residual ? strides_of_image(*residual) : ImageStrides{};
+    p.out_strides = strides_of_image(out);
     p.channels = static_cast<int>(x.size(1));
     p.in_h = size(x, 0), p.in_w = size(x, 1), p.out_h = size(out, 0), p.out_w = size(out, 1);
     p.kernel_h = axes == 1 ? 1 : static_cast<int>(weight.size(0)), p.kernel_w = static_cast<int>(weight.size(axes - 1));
     p.stride_h = per_axis(stride, 0, 1), p.stride_w = per_axis(stride, 1, 1);
     p.pad_h = per_axis(padding, 0, 0), p.pad_w = per_axis(padding, 1, 0);
     p.dilation_h = per_axis(dilation, 0, 1), p.dilation_w = per_axis(dilation, 1, 1);
-    p.activation = parse_activation(activation);
-    p.slope = static_cast<float>(slope);
     constexpr int kVector = kVectorSize<scalar_t>;
     const bool channels_last = out.stride(1) == 1 && x.size(1) > 1 && axes == 2;
     const bool vectors = channels_last && x.size(1) % kVector == 0 && has_vectors(x, kVector) && has_vectors(out, kVector) &&

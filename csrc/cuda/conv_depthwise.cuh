@@ -11,30 +11,20 @@
 // Floor: memory: x, residual and out once.
 #pragma once
 
-#include "common.cuh"
+#include "conv_epilogue.cuh"
 
 namespace bmk {
 
-enum class DepthwiseActivation { none, relu, gelu, silu, tanh, sigmoid, leaky_relu };
-
-struct ImageStrides {
-  int64_t n, c, h, w;  // in elements
-};
-
 template <class T>
 struct DepthwiseForward {
-  const T* x;         // [N, C, H, W]
-  const T* weight;    // [KH, KW, C]
-  const T* bias;      // [C]; null: none, as the next three
-  const T* scale;     // [C]
-  const T* shift;     // [C]
-  const T* residual;  // [N, C, OH, OW]
+  const T* x;       // [N, C, H, W]
+  const T* weight;  // [KH, KW, C]
+  ConvEpilogue<T> epilogue;
+  const T* residual;  // [N, C, OH, OW]; null: none
   T* out;             // [N, C, OH, OW]
   ImageStrides x_strides, residual_strides, out_strides;
   int channels, in_h, in_w, out_h, out_w;
   int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  DepthwiseActivation activation;
-  float slope;    // of the leaky ReLU
   int per_image;  // threads of an image (channels_last) or of a plane, and the blocks they take
   int blocks_per_image;
 };
@@ -43,18 +33,6 @@ constexpr int kDepthwiseThreads = 128;
 
 // How many outputs along h a thread makes: a kernel of height 0 is one whose height, stride and dilation are known only at run time.
 constexpr int depthwise_run(int height) { return height > 0 ? 4 : 1; }
-
-__device__ __forceinline__ float activate(float z, DepthwiseActivation activation, float slope) {
-  switch (activation) {
-    case DepthwiseActivation::relu: return z < 0 ? 0.0f : z;  // NaN stays NaN
-    case DepthwiseActivation::gelu: return 0.5f * z * (1.0f + erff(z * 0.70710678f));
-    case DepthwiseActivation::silu: return z / (1.0f + expf(-z));
-    case DepthwiseActivation::tanh: return tanhf(z);
-    case DepthwiseActivation::sigmoid: return 1.0f / (1.0f + expf(-z));
-    case DepthwiseActivation::leaky_relu: return z < 0 ? z * slope : z;
-    default: return z;
-  }
-}
 
 // The sums of a run of outputs, of kVector channels each.
 template <class T, int kVector, int kRun>
@@ -117,7 +95,6 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kHeight > 3 ? 3 : 4) depthw
     }
   }
 
-  const auto of_channel = [&](const T* values, int v, float otherwise) { return values ? to_float(values[c + v]) : otherwise; };
 #pragma unroll
   for (int r = 0; r < kRun; ++r) {
     const int h = first_h + r;
@@ -127,11 +104,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kHeight > 3 ? 3 : 4) depthw
       residual = load_vector<T, kVector>(p.residual + n * p.residual_strides.n + c * p.residual_strides.c + h * p.residual_strides.h +
                                          w * p.residual_strides.w);
 #pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const float own = sums.sum[r][v] + of_channel(p.bias, v, 0.0f);
-      const float z = own * of_channel(p.scale, v, 1.0f) + of_channel(p.shift, v, 0.0f) + to_float(residual[v]);
-      out[v] = from_float<T>(activate(z, p.activation, p.slope));
-    }
+    for (int v = 0; v < kVector; ++v) out[v] = from_float<T>(p.epilogue(sums.sum[r][v], c + v, to_float(residual[v])));
     store_vector(p.out + n * p.out_strides.n + c * p.out_strides.c + h * p.out_strides.h + w * p.out_strides.w, out);
   }
 }

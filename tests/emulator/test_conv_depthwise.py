@@ -13,7 +13,7 @@ pytestmark = needs_compiler
 THREADS, RUN = 128, 4
 HEIGHTS = (3, 5, 7)
 NAMES = ["none", *(name for name in ACTIVATIONS if name != "tanh_sigmoid")]
-ORDER = ["none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]  # of DepthwiseActivation
+ORDER = ["none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]  # of Activation
 
 
 def kernel_name(dtype: torch.dtype, vector: int, channels_last: bool, height: int) -> str:
@@ -78,8 +78,9 @@ class Native:
         variant = (x.dtype, vector if vectors else 1, channels_last, height)
         self.used.append(variant)
         arguments = (
-            x, weight, bias, scale, shift, residual, out, _strides(x), _strides(residual), _strides(out),
-            channels, in_h, in_w, out_h, out_w, *kernel, *strides, *both(padding, 0), *dilations, ORDER.index(activation), slope,
+            x, weight, (bias, scale, shift, ORDER.index(activation), slope), residual, out,
+            _strides(x), _strides(residual), _strides(out),
+            channels, in_h, in_w, out_h, out_w, *kernel, *strides, *both(padding, 0), *dilations,
             per_image, blocks,
         )  # fmt: skip
         images = batch if channels_last else batch * channels
@@ -185,7 +186,7 @@ def test_causal_and_unusual_strides(native):
 def test_refuses(native):
     x, weight, _ = problem((2, 8, 9), (3,), torch.float32)
     for wrong, options, message in (
-        (weight, {"groups": 8, "pool": ("max", 2)}, "no pool"),
+        (weight, {"groups": 8, "pool": ("max", 2)}, "pools only"),
         (weight.expand(8, 2, 3), {"groups": 4}, "depthwise"),
         (weight.clone().requires_grad_(), {"groups": 8}, "no backward"),
     ):
