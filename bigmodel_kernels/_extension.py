@@ -51,7 +51,7 @@ def build_info() -> dict[str, str]:
 
     Returns:
         Keys `native` ("ok" or why not), `bindings` likewise and, where `_C` is built, `compiler`, `cuda`, `cuda_archs`,
-        `torch`, `torch_target` and `isa` (avx512, avx2 or generic).
+        `torch`, `torch_target` and `isa` (avx512_bf16, avx512, avx2 or generic).
     """
     info = {"native": native_error or "ok", "bindings": bindings_error or "ok"}
     if bindings is not None:

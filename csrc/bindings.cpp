@@ -24,5 +24,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, CUDA toolkit and torch this extension was built with.");
   m.def(
       "isa", [] { return bmk::isa_name(bmk::selected_isa()); },
-      "Instruction set the CPU kernels run with: avx512, avx2 or generic (BIGMODEL_ISA chooses a lower one).");
+      "Instruction set the CPU kernels run with: avx512_bf16, avx512, avx2 or generic (BIGMODEL_ISA chooses a lower one).");
 }

@@ -10,7 +10,8 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-enum class Isa { generic, avx2, avx512 };
+// Each has what the one before it has; avx512_bf16 adds dot products of bfloat16 to the kernels of avx512.
+enum class Isa { generic, avx2, avx512, avx512_bf16 };
 
 // The best set this CPU has, or the one that the environment variable BIGMODEL_ISA names (never one the CPU lacks).
 Isa selected_isa();
@@ -21,7 +22,7 @@ const char* isa_name(Isa isa);
 // Calls `function` of the namespace compiled for the selected instruction set (see for_each_isa.h).
 #if defined(__x86_64__)
 #define ISA_CALL(function, ...)                                                 \
-  (bmk::selected_isa() == bmk::Isa::avx512 ? bmk::avx512::function(__VA_ARGS__) \
+  (bmk::selected_isa() >= bmk::Isa::avx512 ? bmk::avx512::function(__VA_ARGS__) \
    : bmk::selected_isa() == bmk::Isa::avx2 ? bmk::avx2::function(__VA_ARGS__)   \
                                            : bmk::generic::function(__VA_ARGS__))
 #else

@@ -14,7 +14,7 @@
 #include "lstm_gradient_products.h"
 
 // The pointwise part for units [first, last) of one sequence at one step.
-template <class T>
+template <class T, class M>
 struct PointwiseGradient {
   const T* gates;   // [4 H]
   const T* c;       // [H]
@@ -22,12 +22,12 @@ struct PointwiseGradient {
   const T* du;      // [H], with what came through h
   const T* d_out;   // [H] or null: added to du
   T* dc;            // [H], updated in place
-  T* dgates;        // of the first panel of units
+  M* dgates;        // of the first panel of units
   int64_t panel;    // from one panel of dgates to the next
 };
 
-template <class T>
-INLINE void pointwise_gradient(const PointwiseGradient<T>& p, int64_t H, int64_t unit, int64_t units) {
+template <class T, class M>
+INLINE void pointwise_gradient(const PointwiseGradient<T, M>& p, int64_t H, int64_t unit, int64_t units) {
   const auto get = [&](const T* at) { return units == kLanes<T> ? load(at + unit) : load_partial(at + unit, units); };
   const auto put = [&](T* at, vec<T> v) {
     if (units == kLanes<T>)
@@ -41,7 +41,7 @@ INLINE void pointwise_gradient(const PointwiseGradient<T>& p, int64_t H, int64_t
   if (p.d_out) du += get(p.d_out);
   const vec<T> dc = get(p.dc) + du * o * (1 - tanh_c * tanh_c);
   constexpr int W = kLanes<T>;
-  T* dgates = p.dgates + unit / W * p.panel;
+  M* dgates = p.dgates + unit / W * p.panel;
   store(dgates, dc * g * i * (1 - i));
   store(dgates + W, dc * get(p.c_prev) * f * (1 - f));
   store(dgates + 2 * W, dc * i * (1 - g * g));
@@ -50,33 +50,33 @@ INLINE void pointwise_gradient(const PointwiseGradient<T>& p, int64_t H, int64_t
 }
 
 // What one direction's backward works with besides the layer's own tensors.
-template <class T>
+template <class T, class M>
 struct GradientBuffers {
-  Scratch<T> w_hh;    // packed by pack_gate_rows
+  Scratch<M> w_hh;    // packed by pack_gate_rows
   Scratch<T> w_hr;    // packed for du = dh W_hr
-  Scratch<T> dgates;  // [panels of H][tokens][4][lanes]
+  Scratch<M> dgates;  // [panels of H][tokens][4][lanes]
   Scratch<T> c0;      // [B, H]
   Scratch<T> dh;      // [tokens, P]: whole gradients of h, for dW_hr
   int64_t tokens, unit_panels;
 
   template <class S>
-  GradientBuffers(const LstmShape& shape, const LstmWeights<const S>& weights, const S* c0_stored)
-      : w_hh(padded<T>(shape.state) * 4 * padded<T>(shape.hidden)),
+  GradientBuffers(const LstmShape& shape, const LstmWeights<const S>& weights, const S* c0_stored, bool direct)
+      : w_hh(direct ? 0 : padded<T>(shape.state) * 4 * padded<T>(shape.hidden)),
         w_hr(shape.projected ? packed_size<T>(shape.state, shape.hidden) : 0),
         dgates(shape.tokens * 4 * padded<T>(shape.hidden)),
         c0(shape.batch * shape.hidden),
         dh(shape.projected ? shape.tokens * shape.state : 0),
         tokens(shape.tokens),
         unit_panels(padded<T>(shape.hidden) / kLanes<T>) {
-    pack_gate_rows<T>(w_hh.get(), weights.w_hh, shape.hidden, shape.state);
+    if (!direct) pack_gate_rows<T>(w_hh.get(), weights.w_hh, shape.hidden, shape.state);
     if (shape.projected) pack_b<T>(w_hr.get(), weights.w_hr, shape.hidden, 1, shape.state, shape.hidden);
     load_row<T>(c0.get(), c0_stored, shape.batch * shape.hidden, 0);
   }
 
   int64_t panel() const { return tokens * 4 * kLanes<T>; }
-  T* of_token(int64_t token) { return dgates.get() + token * 4 * kLanes<T>; }
+  M* of_token(int64_t token) { return dgates.get() + token * 4 * kLanes<T>; }
   // Every `stride`-th token from `token` on.
-  GateRows<T> rows(int64_t token, int64_t stride) { return {of_token(token), stride * 4 * kLanes<T>, panel(), unit_panels}; }
+  GateRows<M> rows(int64_t token, int64_t stride) { return {of_token(token), stride * 4 * kLanes<T>, panel(), unit_panels}; }
 };
 
 // Where sequence `row` was before step t in the order direction d walks: the token, or -1 at its first step.
@@ -85,9 +85,9 @@ INLINE int64_t previous_token(const LstmShape& shape, int64_t d, int64_t t, int6
   return t + 1 < shape.lengths[row] ? shape.offsets[t + 1] + row : -1;
 }
 
-template <class S>
-void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>>& buffers,
-                        int64_t d, Rows rows, bool share_panels) {
+template <class S, class M>
+void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
+                        int64_t d, Rows rows, bool share_panels, bool direct) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
   constexpr int64_t N = GradientTile<T>::kColumns;
@@ -108,14 +108,17 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   const T* gates = layer.gates + d * shape.tokens * G;
   const T* cells = layer.cells + d * shape.tokens * H;
   const auto product = [&](int64_t t, int64_t first, int64_t last) {
-    gate_product(rows.count(shape.batch_sizes[t]), buffers.rows(shape.offsets[t] + rows.first, rows.stride), buffers.w_hh.get(), dh.get(),
-                 dh_row, dh_row, first, last, false);
+    const int64_t active = rows.count(shape.batch_sizes[t]);
+    const GateRows<M> dgates = buffers.rows(shape.offsets[t] + rows.first, rows.stride);
+    if constexpr (std::is_same_v<S, T>)
+      if (direct) return gate_product_direct(active, dgates, layer.weights[d].w_hh, H, dh.get(), dh_row, P, first, last);
+    gate_product(active, dgates, buffers.w_hh.get(), dh.get(), dh_row, dh_row, first, last, false);
   };
   const auto pointwise = [&](int64_t t, int64_t first_unit, int64_t last_unit) {
     const int64_t active = rows.count(shape.batch_sizes[t]);
     for (int64_t r = 0; r < active; ++r) {
       const int64_t row = rows[r], token = shape.offsets[t] + row, previous = previous_token(shape, d, t, row);
-      PointwiseGradient<T> p;
+      PointwiseGradient<T, M> p;
       p.gates = gates + token * G;
       p.c = cells + token * H;
       p.c_prev = previous < 0 ? buffers.c0 + row * H : cells + previous * H;
@@ -159,34 +162,46 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   }
 }
 
-template <class S>
-void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>>& buffers,
+template <class S, class M>
+void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
                            int64_t d) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
   const int64_t I = shape.input, P = shape.state, H = shape.hidden, G = shape.gates();
   const LstmWeights<S>& out = layer.d_weights[d];
   {
-    TokenPanels<T> x(shape.tokens, I), h(shape.tokens, P);
-    torch::stable::parallel_for(0, shape.steps, std::max<int64_t>(1, 65536 / ((I + P) * shape.batch + 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t)
-        for (int64_t row = 0; row < shape.batch_sizes[t]; ++row) {
-          const int64_t token = shape.offsets[t] + row, previous = previous_token(shape, d, t, row);
-          x.set(token, layer.x + token * I);
-          h.set(token, previous < 0 ? layer.h0 + (d * shape.batch + row) * P : layer.output + previous * shape.width() + d * P);
-        }
-    });
+    TokenPanels<T, M> x(shape.tokens, I), h(shape.tokens, P);
+    constexpr int pack = TokenPanels<T, M>::kTokens;
+    Scratch<const S*> before(shape.tokens);  // where h_(t-1) of a token is
+    for (int64_t t = 0; t < shape.steps; ++t)
+      for (int64_t row = 0; row < shape.batch_sizes[t]; ++row) {
+        const int64_t previous = previous_token(shape, d, t, row);
+        before[shape.offsets[t] + row] =
+            previous < 0 ? layer.h0 + (d * shape.batch + row) * P : layer.output + previous * shape.width() + d * P;
+      }
+    torch::stable::parallel_for(0, (shape.tokens + pack - 1) / pack, std::max<int64_t>(1, 65536 / (I + P)),
+                                [&](int64_t begin, int64_t end) {
+                                  for (int64_t token = begin * pack; token < std::min(end * pack, shape.tokens); token += pack) {
+                                    const S *x_rows[2] = {}, *h_rows[2] = {};
+                                    for (int64_t i = 0; i < std::min<int64_t>(pack, shape.tokens - token); ++i) {
+                                      x_rows[i] = layer.x + (token + i) * I;
+                                      h_rows[i] = before[token + i];
+                                    }
+                                    x.set(token, x_rows);
+                                    h.set(token, h_rows);
+                                  }
+                                });
     // A panel of units times a panel of [h x 1] is a task, whole sums each.
     const int64_t h_panels = h.count(), panels = h_panels + x.count() + 1, tasks = buffers.unit_panels * panels;
     const int64_t grain = shape.tokens * G * (I + P) < 65536 ? tasks : 1;
     torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t unit = task / panels * W, panel = task % panels;
-        const T* dgates = buffers.dgates.get() + unit / W * buffers.panel();
+        const M* dgates = buffers.dgates.get() + unit / W * buffers.panel();
         if (panel < h_panels) {
-          h.weight_gradient(dgates, unit, H, panel, out.w_hh);
+          h.weight_gradient(dgates, shape.tokens, unit, H, panel, out.w_hh);
         } else if (panel + 1 < panels) {
-          x.weight_gradient(dgates, unit, H, panel - h_panels, out.w_ih);
+          x.weight_gradient(dgates, shape.tokens, unit, H, panel - h_panels, out.w_ih);
         } else if (out.b_ih) {
           alignas(64) T sums[4 * W];
           bias_gradient_panel(dgates, shape.tokens, sums);
@@ -215,31 +230,53 @@ void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute
 }
 
 // dx (+)= dgates W_ih
-template <class S>
-void lstm_input_gradient(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>>& buffers,
-                         int64_t d) {
+template <class S, class M>
+void lstm_input_gradient(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
+                         int64_t d, bool direct) {
   using T = compute_t<S>;
   constexpr int64_t kBlock = 96;  // tokens
-  const int64_t I = shape.input, blocks = (shape.tokens + kBlock - 1) / kBlock;
-  Scratch<T> w_ih(padded<T>(I) * 4 * padded<T>(shape.hidden));
+  const int64_t I = shape.input, panels = GradientTile<T>::panels(I);
+  const bool small = shape.tokens * shape.gates() * I < 65536;
+  if constexpr (std::is_same_v<S, T>)
+    if (direct && d == 0) {
+      torch::stable::parallel_for(0, panels, small ? panels : 1, [&](int64_t begin, int64_t end) {
+        gate_product_direct(shape.tokens, buffers.rows(0, 1), layer.weights[d].w_ih, shape.hidden, layer.d_x, I, I, begin, end);
+      });
+      return;
+    }
+  Scratch<M> w_ih(padded<T>(I) * 4 * padded<T>(shape.hidden));
   pack_gate_rows<T>(w_ih.get(), layer.weights[d].w_ih, shape.hidden, I);
-  const int64_t grain = shape.tokens * shape.gates() * I < 65536 ? blocks : 1;
-  torch::stable::parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (shape.tokens + kBlock - 1) / kBlock;
+  torch::stable::parallel_for(0, blocks, small ? blocks : 1, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin * kBlock; token < std::min(end * kBlock, shape.tokens); token += kBlock)
-      gate_product(std::min(kBlock, shape.tokens - token), buffers.rows(token, 1), w_ih.get(), layer.d_x + token * I, I, I, 0,
-                   GradientTile<T>::panels(I), d > 0);
+      gate_product(std::min(kBlock, shape.tokens - token), buffers.rows(token, 1), w_ih.get(), layer.d_x + token * I, I, I, 0, panels,
+                   d > 0);
   });
 }
 
-template <class S>
+template <class S, class M>
 void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer) {
   using T = compute_t<S>;
-  const Plan plan = make_plan(shape);
-  std::optional<GradientBuffers<T>> buffers[2];
-  for (int64_t d = 0; d < shape.directions; ++d) buffers[d].emplace(shape, layer.weights[d], layer.c0 + d * shape.batch * shape.hidden);
-  for_tasks(shape, plan, [&](int64_t d, Rows rows) { lstm_rows_backward<S>(shape, layer, *buffers[d], d, rows, plan.share_panels); });
+  const Plan plan = make_plan<T>(shape);
+  const bool direct = plan.direct && std::is_same_v<S, T> && shape.input % kLanes<T> == 0 && shape.state % kLanes<T> == 0;
+  std::optional<GradientBuffers<T, M>> buffers[2];
+  for (int64_t d = 0; d < shape.directions; ++d)
+    buffers[d].emplace(shape, layer.weights[d], layer.c0 + d * shape.batch * shape.hidden, direct);
+  for_tasks(shape, plan,
+            [&](int64_t d, Rows rows) { lstm_rows_backward<S, M>(shape, layer, *buffers[d], d, rows, plan.share_panels, direct); });
   for (int64_t d = 0; d < shape.directions; ++d) {
-    if (layer.d_weights[d].w_ih) lstm_weight_gradients(shape, layer, *buffers[d], d);
-    if (layer.d_x) lstm_input_gradient(shape, layer, *buffers[d], d);
+    if (layer.d_weights[d].w_ih) lstm_weight_gradients<S, M>(shape, layer, *buffers[d], d);
+    if (layer.d_x) lstm_input_gradient<S, M>(shape, layer, *buffers[d], d, direct);
   }
+}
+
+// Dot products round the gradients of the gates: where few of them are added up, twice the rounding of the result is left.
+template <class S>
+void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer) {
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (dots<S>(shape) && shape.hidden >= 32 && shape.tokens * shape.gates() * (shape.input + shape.state) >= 1 << 18)
+      return lstm_layer_backward<S, bfloat16>(shape, layer);
+#endif
+  lstm_layer_backward<S, compute_t<S>>(shape, layer);
 }

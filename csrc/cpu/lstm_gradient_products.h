@@ -1,7 +1,8 @@
 // The products of the backward pass of an LSTM layer. dgates lie in panels of one vector of hidden units,
 // [panel][token][gate][lanes], as the pointwise part makes them, units past the last one 0: a panel is then read as A of
 // dgates W (tokens are rows, gates are steps) and as A of dgates^T [x h] (gates are rows, tokens are steps), both times line
-// after line, and is never packed again. Included by lstm_backward_kernel.h.
+// after line, and is never packed again. M is what is multiplied: T, or bfloat16 for dot products, where W and [x h] are
+// packed with two steps to a lane. Included by lstm_backward_kernel.h.
 
 // B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
 template <class T>
@@ -18,13 +19,13 @@ struct GradientTile {
   static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
 };
 
-// f(number of vectors, as a constant).
-template <class T, int NV = GradientTile<T>::kVectors, class F>
-INLINE void with_vectors(int64_t vectors, F f) {
-  if (vectors == NV)
-    f(std::integral_constant<int, NV>{});
-  else if constexpr (NV > 1)
-    with_vectors<T, NV - 1>(vectors, f);
+// f(n as a constant), 1 <= n <= N.
+template <int N, class F>
+INLINE void with_constant(int64_t n, F f) {
+  if (n == N)
+    f(std::integral_constant<int, N>{});
+  else if constexpr (N > 1)
+    with_constant<N - 1>(n, f);
 }
 
 // c[r][v] (+)= acc[r][v], of which `columns` columns exist.
@@ -44,12 +45,19 @@ INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t 
     }
 }
 
+// Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
+inline constexpr int64_t kTokenChain = 48;
+
+#if ISA_VECTOR_BYTES == 64
+#include "lstm_gradient_dots.h"
+#endif
+
 // ---- dgates W ----------------------------------------------------------------------------------------------------
 
 // Packs w [4 H, columns] into panels of [panel of units][gate][lane][columns of the panel].
-template <class T, class S>
-void pack_gate_rows(T* packed, const S* w, int64_t hidden, int64_t columns) {
-  constexpr int W = kLanes<T>;
+template <class T, class M, class S>
+void pack_gate_rows(M* packed, const S* w, int64_t hidden, int64_t columns) {
+  constexpr int W = kLanes<T>, pack = std::is_same_v<M, T> ? 1 : 2;
   using Tile = GradientTile<T>;
   const int64_t unit_panels = padded<T>(hidden) / W, depth = unit_panels * 4 * W;
   const int64_t grain = std::max<int64_t>(1, 32768 / (4 * W * Tile::kColumns));
@@ -57,14 +65,15 @@ void pack_gate_rows(T* packed, const S* w, int64_t hidden, int64_t columns) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t column = task / unit_panels * Tile::kColumns, panel = task % unit_panels;
       const int64_t vectors = Tile::vectors(columns, column);
-      T* out = packed + column * depth + panel * 4 * W * vectors * W;
+      M* out = packed + column * depth + panel * 4 * W * vectors * W;
       for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t j = 0; j < W; ++j) {
-          const int64_t unit = panel * W + j;
+        for (int64_t unit = panel * W; unit < (panel + 1) * W; unit += pack) {
           const S* source = w + (gate * hidden + unit) * columns + column;
-          for (int64_t v = 0; v < vectors; ++v, out += W) {
+          for (int64_t v = 0; v < vectors; ++v, out += pack * W) {
             const int64_t n = std::min<int64_t>(W, columns - column - v * W);
-            if (unit >= hidden)
+            if constexpr (pack == 2)
+              store_pair(out, unit < hidden ? source + v * W : nullptr, unit + 1 < hidden ? source + columns + v * W : nullptr, n);
+            else if (unit >= hidden)
               store(out, vec<T>{});
             else
               store(out, n == W ? load(source + v * W) : load_partial(source + v * W, n));
@@ -75,11 +84,11 @@ void pack_gate_rows(T* packed, const S* w, int64_t hidden, int64_t columns) {
 }
 
 // Some tokens of dgates as A: row r is at `first` + r * row, gates of the next panel of units are `panel` elements on.
-template <class T>
+template <class M>
 struct GateRows {
-  const T* first;
+  const M* first;
   int64_t row, panel, panels;
-  int64_t depth() const { return panels * 4 * kLanes<T>; }
+  int64_t depth() const { return panels * 4 * kLanes<M>; }
 };
 
 template <int R, int NV, class T>
@@ -91,8 +100,8 @@ void gate_product_tile(const T* a, int64_t a_row, int64_t a_panel, const T* pack
   store_tile<R, NV, T>(acc, out, out_row, columns, add);
 }
 
-template <int R, int NV, class T>
-INLINE void gate_product_rows(int64_t rows, const T* a, int64_t a_row, int64_t a_panel, const T* packed, int64_t panels, T* out,
+template <int R, int NV, class T, class M>
+INLINE void gate_product_rows(int64_t rows, const M* a, int64_t a_row, int64_t a_panel, const M* packed, int64_t panels, T* out,
                               int64_t out_row, int64_t columns, bool add) {
   if constexpr (R > 0) {
     if (rows == R)
@@ -104,13 +113,13 @@ INLINE void gate_product_rows(int64_t rows, const T* a, int64_t a_row, int64_t a
 
 // out[rows, columns of the panels first..last] (+)= dgates W, in chains of kSumDepth terms, W packed by pack_gate_rows. A run
 // of W as long as a chain stays in the first-level cache over all rows.
-template <class T>
-void gate_product(int64_t rows, const GateRows<T>& a, const T* packed, T* out, int64_t out_row, int64_t columns, int64_t first,
+template <class T, class M>
+void gate_product(int64_t rows, const GateRows<M>& a, const M* packed, T* out, int64_t out_row, int64_t columns, int64_t first,
                   int64_t last, bool accumulate) {
   constexpr int W = kLanes<T>;
   constexpr int64_t N = GradientTile<T>::kColumns, chain = kSumDepth / (4 * W);
   for (int64_t column = first * N; column < std::min(last * N, columns); column += N)
-    with_vectors<T>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+    with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value, R = GradientTile<T>::rows(NV);
       const int64_t tiles = (rows + R - 1) / R;
       for (int64_t p = 0; p < a.panels; p += chain)
@@ -123,10 +132,29 @@ void gate_product(int64_t rows, const GateRows<T>& a, const T* packed, T* out, i
     });
 }
 
-// ---- dgates^T [x h] ----------------------------------------------------------------------------------------------
+// The same with w [4 H, columns] as it lies, columns a multiple of the lanes: for so few rows that packing w would take longer.
+template <class T>
+void gate_product_direct(int64_t rows, const GateRows<T>& a, const T* w, int64_t hidden, T* out, int64_t out_row, int64_t columns,
+                         int64_t first, int64_t last) {
+  constexpr int W = kLanes<T>, R = 4;
+  constexpr int64_t N = GradientTile<T>::kColumns;
+  for (int64_t column = first * N; column < std::min(last * N, columns); column += N)
+    with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+      for (int64_t row = 0; row < rows; row += R)
+        with_constant<R>(std::min<int64_t>(R, rows - row), [&](auto count) {
+          constexpr int NV = decltype(vectors)::value, C = decltype(count)::value;
+          for (int64_t p = 0; p < a.panels; ++p) {
+            vec<T> acc[C][NV] = {};
+            for (int64_t gate = 0; gate < 4; ++gate)
+              multiply_tile<C, NV, T>(acc, a.first + row * a.row + p * a.panel + gate * W, a.row, 1,
+                                      w + (gate * hidden + p * W) * columns + column, columns, std::min<int64_t>(W, hidden - p * W));
+            store_tile<C, NV, T>(acc, out + row * out_row + column, out_row, NV * W, p > 0);
+          }
+        });
+    });
+}
 
-// Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
-inline constexpr int64_t kTokenChain = 48;
+// ---- dgates^T [x h] ----------------------------------------------------------------------------------------------
 
 // sums[4 lanes, NV vectors] = one panel of dgates, transposed, times one panel of inputs.
 template <int NV, class T>
@@ -148,8 +176,8 @@ void weight_gradient_panel(const T* dgates, const T* inputs, int64_t tokens, T* 
 }
 
 // sums[4][lanes] = the sum of one panel of dgates over the tokens.
-template <class T>
-void bias_gradient_panel(const T* dgates, int64_t tokens, T* sums) {
+template <class T, class M>
+void bias_gradient_panel(const M* dgates, int64_t tokens, T* sums) {
   constexpr int W = kLanes<T>;
   vec<T> total[4] = {};
   for (int64_t t0 = 0; t0 < tokens; t0 += kTokenChain) {
@@ -164,39 +192,45 @@ void bias_gradient_panel(const T* dgates, int64_t tokens, T* sums) {
 }
 
 // Rows of one matrix, cut into panels of [token][columns of the panel], columns past the last one 0.
-template <class T>
+template <class T, class M>
 struct TokenPanels {
+  static constexpr int kTokens = std::is_same_v<M, T> ? 1 : 2;  // that lie side by side
   int64_t tokens, columns;
-  Scratch<T> packed;
+  Scratch<M> packed;
 
-  TokenPanels(int64_t tokens, int64_t columns) : tokens(tokens), columns(columns), packed(tokens * padded<T>(columns)) {}
+  TokenPanels(int64_t tokens, int64_t columns)
+      : tokens((tokens + kTokens - 1) / kTokens * kTokens), columns(columns), packed(this->tokens * padded<T>(columns)) {}
 
   int64_t count() const { return GradientTile<T>::panels(columns); }
 
+  // Sets kTokens tokens from `token` on; a row that is null is past the last one.
   template <class S>
-  void set(int64_t token, const S* row) {
+  void set(int64_t token, const S* const* rows) {
     constexpr int W = kLanes<T>;
     constexpr int64_t N = GradientTile<T>::kColumns;
     for (int64_t column = 0; column < columns; column += N) {
       const int64_t vectors = GradientTile<T>::vectors(columns, column);
-      T* out = packed + column * tokens + token * vectors * W;
+      M* out = packed + column * tokens + token * vectors * W;
       for (int64_t v = 0; v < vectors; ++v) {
         const int64_t at = column + v * W, n = std::min<int64_t>(W, columns - at);
-        store(out + v * W, n == W ? load(row + at) : load_partial(row + at, n));
+        if constexpr (kTokens == 2)
+          store_pair(out + v * 2 * W, rows[0] + at, rows[1] ? rows[1] + at : nullptr, n);
+        else
+          store(out + v * W, n == W ? load(rows[0] + at) : load_partial(rows[0] + at, n));
       }
     }
   }
 
-  // d_w[4 H, columns]: the rows of one panel of units x the columns of one panel of these.
+  // d_w[4 H, columns] of `all` tokens: the rows of one panel of units x the columns of one panel of these.
   template <class S>
-  void weight_gradient(const T* dgates, int64_t unit, int64_t hidden, int64_t panel, S* d_w) const {
+  void weight_gradient(const M* dgates, int64_t all, int64_t unit, int64_t hidden, int64_t panel, S* d_w) const {
     constexpr int W = kLanes<T>;
     const int64_t column = panel * GradientTile<T>::kColumns, n = std::min<int64_t>(GradientTile<T>::kColumns, columns - column);
-    const T* inputs = packed.get() + column * tokens;
+    const M* inputs = packed.get() + column * tokens;
     alignas(64) T sums[4 * W * GradientTile<T>::kColumns];
-    with_vectors<T>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+    with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value;
-      weight_gradient_panel<NV>(dgates, inputs, tokens, sums);
+      weight_gradient_panel<NV>(dgates, inputs, all, sums);
       for (int64_t gate = 0; gate < 4; ++gate)
         for (int64_t j = 0; j < std::min<int64_t>(W, hidden - unit); ++j) {
           const T* sum = sums + (gate * W + j) * NV * W;

@@ -27,20 +27,22 @@ void store_final_states(const LstmShape& shape, const LstmForward<S, compute_t<S
 
 // The sequences `rows.first`, `rows.first + rows.stride`, ... of direction d, from the first step to the last.
 // `cell` is null if the weights are read as they lie.
-template <class S>
-void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const PackedCell<compute_t<S>>* cell, int64_t d,
-                       Rows rows, const compute_t<S>* x_product, bool share_panels) {
+// M: see PackedCell.
+template <class S, class M>
+void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const PackedCell<compute_t<S>, M>* cell,
+                       int64_t d, Rows rows, const compute_t<S>* x_product, bool share_panels) {
   using T = compute_t<S>;
   const int64_t count = rows.count(shape.batch);
   const int64_t H = shape.hidden, P = shape.state, G = shape.gates();
   const int64_t h_row = padded<T>(P), c_row = padded<T>(H);
   // h_t is written while h_(t-1) is still read. Both start as h0: a sequence that joins later finds it in either.
-  Scratch<T> h_memory(2 * count * h_row), c_memory(count * c_row);
-  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, T> || x_product || !cell ? 0 : count * shape.input);
-  T *h = h_memory, *h_next = h + count * h_row;
+  Scratch<M> h_memory(2 * count * h_row);
+  Scratch<T> c_memory(count * c_row);
+  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, M> || x_product || !cell ? 0 : count * shape.input);
+  M *h = h_memory, *h_next = h + count * h_row;
   for (int64_t r = 0; r < count; ++r) {
-    load_row<T>(h + r * h_row, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
-    std::memcpy(h_next + r * h_row, h + r * h_row, h_row * sizeof(T));
+    load_row(h + r * h_row, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
+    std::memcpy(h_next + r * h_row, h + r * h_row, h_row * sizeof(M));
     load_row<T>(c_memory + r * c_row, layer.c0 + (d * shape.batch + rows[r]) * H, H, c_row);
   }
   for (int64_t s = 0; s < shape.steps; ++s) {
@@ -48,14 +50,14 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
     const int64_t active = rows.count(shape.batch_sizes[t]);
     if (active == 0) continue;
     const int64_t token = shape.offsets[t] + rows.first;
-    CellStep<S> step{};
+    CellStep<S, M> step{};
     step.rows = active;
     step.row_stride = rows.stride;
     if (!cell) {
       // lstm_step_direct takes the input in its own type.
     } else if (x_product) {
       step.x_product = x_product + token * G;
-    } else if constexpr (std::is_same_v<S, T>) {
+    } else if constexpr (std::is_same_v<S, M>) {
       step.x = layer.x + token * shape.input;
       step.x_row = rows.stride * shape.input;
     } else {
@@ -68,8 +70,10 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
     step.h_row = h_row;
     step.c = c_memory;
     step.c_row = c_row;
-    step.out = shape.projected ? u_memory.get() : h_next;
-    step.out_row = shape.projected ? c_row : h_row;
+    step.out = h_next;
+    step.out_row = h_row;
+    if constexpr (std::is_same_v<T, M>)
+      if (shape.projected) step.out = u_memory.get(), step.out_row = c_row;
     if (!shape.projected) step.output = layer.output + token * shape.width() + d * P;
     step.output_row = rows.stride * shape.width();
     if (layer.gates) {
@@ -82,21 +86,50 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
       else
         lstm_step_direct(shape, layer.weights[d], step, layer.x + token * shape.input, first, last);
     });
-    if (shape.projected) {
-      gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
-      for (int64_t r = 0; r < active; ++r)
-        store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
-    }
+    if constexpr (std::is_same_v<T, M>)
+      if (shape.projected) {
+        gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
+        for (int64_t r = 0; r < active; ++r)
+          store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
+      }
     std::swap(h, h_next);
   }
   for (int64_t r = 0; r < count; ++r) store_final_states(shape, layer, d, rows[r], c_memory + r * c_row);
 }
 
-template <class S>
-void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer) {
+// product[tokens, 4 H] = x W_ih^T
+template <class S, class M>
+void lstm_input_product(const LstmShape& shape, const S* x, const PackedCell<compute_t<S>, M>& cell, compute_t<S>* product) {
   using T = compute_t<S>;
-  const Plan plan = make_plan(shape);
-  std::optional<PackedCell<T>> cells[2];
+  constexpr int W = kLanes<T>;
+  const int64_t I = shape.input, H = shape.hidden;
+  Scratch<M> converted(std::is_same_v<S, M> ? 0 : shape.tokens * I);
+  const M* rows;
+  if constexpr (std::is_same_v<S, M>)
+    rows = x;
+  else
+    rows = converted, load_row<M>(converted.get(), x, shape.tokens * I, 0);
+  const bool small = shape.tokens * shape.gates() * I < 65536;
+  torch::stable::parallel_for(0, cell.panels, small ? cell.panels : 1, [&](int64_t begin, int64_t end) {
+    alignas(64) T gates[kRowBlock * 4 * W];
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t units = std::min<int64_t>(W, H - panel * W);
+      for (int64_t token = 0; token < shape.tokens; token += kRowBlock) {
+        const int64_t count = std::min(kRowBlock, shape.tokens - token);
+        std::fill_n(gates, count * 4 * W, T(0));
+        add_product(count, gates, rows + token * I, I, cell.w_ih.get() + panel * I * 4 * W, I);
+        for (int64_t r = 0; r < count; ++r)
+          for (int gate = 0; gate < 4; ++gate)
+            store_partial(product + (token + r) * 4 * H + gate * H + panel * W, load(gates + (r * 4 + gate) * W), units);
+      }
+    }
+  });
+}
+
+template <class S, class M>
+void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer, const Plan& plan) {
+  using T = compute_t<S>;
+  std::optional<PackedCell<T, M>> cells[2];
   for (int64_t d = 0; d < shape.directions && !plan.direct; ++d) cells[d].emplace(shape, layer.weights[d]);
 
   // W_ih x for all tokens at once, where a step has too few sequences to reuse what it loads of W_ih.
@@ -107,12 +140,21 @@ void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S
       x_product[d] = layer.gates + d * shape.tokens * shape.gates();
     else
       x_product[d] = products[d].emplace(shape.tokens * shape.gates());
-    gemm<S, S, T>(shape.tokens, shape.gates(), shape.input, layer.x, shape.input, 1, layer.weights[d].w_ih, 1, shape.input, x_product[d],
-                  shape.gates());
+    lstm_input_product<S, M>(shape, layer.x, *cells[d], x_product[d]);
   }
   for_tasks(shape, plan, [&](int64_t d, Rows rows) {
-    lstm_rows_forward<S>(shape, layer, cells[d] ? &*cells[d] : nullptr, d, rows, x_product[d], plan.share_panels);
+    lstm_rows_forward<S, M>(shape, layer, cells[d] ? &*cells[d] : nullptr, d, rows, x_product[d], plan.share_panels);
   });
+}
+
+template <class S>
+void lstm_layer_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>>& layer) {
+  const Plan plan = make_plan<S>(shape);
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (plan.dot) return lstm_layer_forward<S, bfloat16>(shape, layer, plan);
+#endif
+  lstm_layer_forward<S, compute_t<S>>(shape, layer, plan);
 }
 #include "lstm_backward_kernel.h"
 

@@ -8,8 +8,8 @@ INLINE int64_t padded(int64_t n) {
 
 template <class T, class S>
 INLINE void load_row(T* out, const S* source, int64_t n, int64_t row) {
-  for (int64_t j = 0; j < n; ++j) out[j] = to_compute(source[j]);
-  for (int64_t j = n; j < row; ++j) out[j] = 0;
+  for (int64_t j = 0; j < n; ++j) out[j] = from_compute<T>(to_compute(source[j]));
+  for (int64_t j = n; j < row; ++j) out[j] = T{};
 }
 template <class S>
 INLINE void store_row(S* out, const compute_t<S>* source, int64_t n) {
@@ -32,20 +32,30 @@ struct Plan {
   // These two are a matter of the shape alone, never of the threads:
   bool hoist_input;  // W_ih x for all tokens before the time loop
   bool direct;       // weights read as they lie: too few sequences and steps for packing to pay
+  bool dot;          // products of the bfloat16 numbers themselves, two to a lane
 };
 
-inline Plan make_plan(const LstmShape& shape) {
+template <class S>
+bool dots(const LstmShape& shape) {
+  return std::is_same_v<S, bfloat16> && selected_isa() == Isa::avx512_bf16 && !shape.projected;
+}
+
+template <class S>
+Plan make_plan(const LstmShape& shape) {
   const int64_t threads = torch::stable::get_num_threads();
   Plan plan;
   plan.direct = shape.steps == 1 && shape.batch <= 16 && !shape.projected;
-  plan.hoist_input = !plan.direct && (shape.batch < 24 || shape.input > 384);
+  plan.dot = dots<S>(shape) && (plan.direct || (shape.input % 2 == 0 && shape.state % 2 == 0));
+  plan.hoist_input = !plan.direct && (shape.batch < (plan.dot ? 8 : 24) || shape.input > 384);
   const int64_t wanted = threads % shape.directions == 0 ? threads / shape.directions : threads;
   // More than 64 sequences at a time would push the states out of the first-level cache.
   const int64_t balanced = (shape.batch + wanted * 64 - 1) / (wanted * 64) * wanted;
   plan.groups = std::max<int64_t>(1, std::min(shape.batch, balanced));
-  const int64_t weight_bytes = shape.gates() * shape.state * 4;
+  const int64_t weight_bytes =
+      plan.dot ? shape.gates() * (shape.state + (plan.hoist_input ? 0 : shape.input)) * 2 : shape.gates() * shape.state * 4;
   const int64_t rows = (shape.batch + plan.groups - 1) / std::max<int64_t>(plan.groups, 1);
-  const bool big = plan.direct ? weight_bytes >= 1 << 16 : weight_bytes >= 1 << 21 || (weight_bytes >= 1 << 19 && rows <= 12);
+  const bool big =
+      plan.direct ? weight_bytes >= 1 << 16 : weight_bytes >= 1 << (plan.dot ? 20 : 21) || (weight_bytes >= 1 << 19 && rows <= 12);
   plan.share_panels = threads > 1 && !shape.projected && big;
   if (plan.share_panels || plan.direct) plan.groups = 1;
   return plan;
@@ -92,12 +102,30 @@ void pack_gate_panel(T* out, const S* w, int64_t hidden, int64_t depth, int64_t 
   }
 }
 
-// The parameters of one direction as the steps read them.
+// The same in bfloat16, two steps to a lane: out[k / 2 * 8 lanes + gate * 2 lanes + 2 unit + k % 2], depth even.
 template <class T>
+void pack_gate_panel(bfloat16* out, const bfloat16* w, int64_t hidden, int64_t depth, int64_t panel) {
+  constexpr int W = kLanes<float>;
+  const int64_t units = std::min<int64_t>(W, hidden - panel * W), pairs = depth / 2;
+  for (int64_t gate = 0; gate < 4; ++gate) {
+    const bfloat16* source = w + (gate * hidden + panel * W) * depth;
+    for (int64_t k0 = 0; k0 < pairs; k0 += W) {
+      bfloat16* block = out + (k0 * 4 + gate) * 2 * W;
+      vec<float> rows[W] = {};  // bits of pairs, only moved
+      const int64_t n = std::min<int64_t>(W, pairs - k0);
+      for (int64_t j = 0; j < units; ++j) std::memcpy(&rows[j], source + j * depth + 2 * k0, n * 2 * sizeof(bfloat16));
+      transpose(rows);
+      for (int64_t k = 0; k < n; ++k) std::memcpy(block + k * 8 * W, &rows[k], sizeof rows[k]);
+    }
+  }
+}
+
+// The parameters of one direction as the steps read them: M is T, or bfloat16 for dot products.
+template <class T, class M>
 struct PackedCell {
   int64_t panels;
-  Scratch<T> w_ih;        // [panels][I][4][lanes]
-  Scratch<T> w_hh;        // [panels][P][4][lanes]
+  Scratch<M> w_ih;        // [panels][I][4][lanes]
+  Scratch<M> w_hh;        // [panels][P][4][lanes]
   Scratch<T> bias;        // [panels][4][lanes]: b_ih + b_hh
   Scratch<T> projection;  // W_hr for gemm_packed
 
@@ -130,18 +158,19 @@ struct PackedCell {
 
 // ---- one step ----------------------------------------------------------------------------------------------------
 
-template <class S>
+// M is the type of what is multiplied.
+template <class S, class M>
 struct CellStep {
   using T = compute_t<S>;
   int64_t rows, row_stride;  // active sequences; how far apart their rows are in the tensors indexed by token
-  const T* x;                // the rows' input, or null:
+  const M* x;                // the rows' input, or null:
   int64_t x_row;
   const T* x_product;  // W_ih x, [.., 4 H] by token
-  const T* h;
+  const M* h;
   int64_t h_row;
   T* c;  // updated in place
   int64_t c_row;
-  T* out;  // o tanh(c): the new h, or what the projection takes
+  M* out;  // o tanh(c): the new h, or what the projection takes
   int64_t out_row;
   S* output;  // the same by token; null with a projection
   int64_t output_row;
@@ -149,6 +178,7 @@ struct CellStep {
   T* cells;
 };
 
+// How many sequences a tile of four gates takes.
 template <class T>
 struct CellTile {
 #if ISA_VECTOR_BYTES == 64
@@ -177,8 +207,48 @@ void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t d
     }
 }
 
-template <int R, class T>
-INLINE void add_products_rows(int64_t rows, T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+#if ISA_VECTOR_BYTES == 64
+// As multiply_tile, of bfloat16 numbers in pairs of steps: pair k of row r of A is at a[r * row + k * step], B is packed as
+// [pair][NV vectors of columns][2].
+template <int R, int NV>
+__attribute__((target("avx512bf16"), always_inline)) inline void multiply_pairs(vec<float> (&c)[R][NV], const bfloat16* a, int64_t row,
+                                                                                int64_t step, const bfloat16* b, int64_t pairs) {
+  for (int64_t k = 0; k < pairs; ++k, b += NV * 32) {
+    __m512i bk[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bk[v] = _mm512_loadu_si512(b + v * 32);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * row + k * step, sizeof pair);
+      const __m512i both = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        c[r][v] = reinterpret_cast<vec<float>>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(c[r][v]), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(bk[v])));
+    }
+  }
+}
+
+// add_products of bfloat16 numbers packed in pairs.
+template <int R>
+__attribute__((target("avx512bf16"))) void add_products(float* gates, const bfloat16* a, int64_t a_row, const bfloat16* panel,
+                                                        int64_t depth) {
+  constexpr int W = kLanes<float>;
+  vec<float> acc[R][4] = {};
+  multiply_pairs<R, 4>(acc, a, a_row, 2, panel, depth / 2);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) {
+      float* sum = gates + (r * 4 + g) * W;
+      store(sum, load(sum) + acc[r][g]);
+    }
+}
+#endif
+
+template <int R, class T, class M>
+INLINE void add_products_rows(int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
   if constexpr (R > 0) {
     if (rows == R)
       add_products<R>(gates, a, a_row, panel, depth);
@@ -189,8 +259,8 @@ INLINE void add_products_rows(int64_t rows, T* gates, const T* a, int64_t a_row,
 
 // The same for any number of rows. They are dealt out evenly to the tiles: a tile of one or two rows would wait for its few
 // accumulators.
-template <class T>
-INLINE void add_product(int64_t rows, T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+template <class T, class M>
+INLINE void add_product(int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
   constexpr int R = CellTile<T>::kRows, W = kLanes<T>;
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth)
@@ -202,8 +272,8 @@ INLINE void add_product(int64_t rows, T* gates, const T* a, int64_t a_row, const
 
 // Activations, cell update and all stores of `rows` sequences x one panel. Not inlined into the tiles of different
 // heights: one compilation, so that a sequence gets the same bits whichever tile it falls into.
-template <class S>
-__attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const CellStep<S>& step, int64_t row, int64_t rows, int64_t panel,
+template <class S, class M>
+__attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const CellStep<S, M>& step, int64_t row, int64_t rows, int64_t panel,
                                               const compute_t<S>* pre) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
@@ -236,8 +306,8 @@ __attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const Cell
 }
 
 // All active sequences x the panels [first, last).
-template <class S>
-void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>>& cell, const CellStep<S>& step, int64_t first, int64_t last) {
+template <class S, class M>
+void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, const CellStep<S, M>& step, int64_t first, int64_t last) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
   alignas(64) T gates[kRowBlock * 4 * W];
@@ -286,9 +356,32 @@ INLINE void add_dot_products(vec<T> (&acc)[R][4], const A* a, int64_t a_row, con
   if (k < depth) add(k, [&](const auto* p) { return load_partial(p, depth - k); });
 }
 
+#if ISA_VECTOR_BYTES == 64
+// The same of bfloat16 numbers, two to a lane.
+template <int R>
+__attribute__((target("avx512bf16"))) void add_pair_products(vec<float> (&acc)[R][4], const bfloat16* a, int64_t a_row,
+                                                             const bfloat16* const (&w)[4], int64_t depth) {
+  constexpr int64_t N = 2 * kLanes<float>;
+  for (int64_t k = 0; k < depth; k += N) {
+    const __mmask32 mask = depth - k >= N ? ~__mmask32{0} : (__mmask32{1} << (depth - k)) - 1;
+    __m512i weights[4];
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) weights[g] = _mm512_maskz_loadu_epi16(mask, w[g] + k);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const __m512i x = _mm512_maskz_loadu_epi16(mask, a + r * a_row + k);
+#pragma GCC unroll 4
+      for (int g = 0; g < 4; ++g)
+        acc[r][g] = reinterpret_cast<vec<float>>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[r][g]), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(weights[g])));
+    }
+  }
+}
+#endif
+
 // The gates of R <= 4 sequences x one panel before their activation, into gates [R][4][lanes].
-template <int R, class S>
-void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step, const S* x, int64_t row,
+template <int R, class S, class M>
+void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S, M>& step, const S* x, int64_t row,
                     int64_t panel, compute_t<S>* gates) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
@@ -302,8 +395,13 @@ void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights,
         w_ih[g] = weights.w_ih + (g * H + unit) * I;
         w_hh[g] = weights.w_hh + (g * H + unit) * P;
       }
-      add_dot_products<R, T>(acc, x + row * I, I, w_ih, I);
-      add_dot_products<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
+      if constexpr (std::is_same_v<M, T>) {
+        add_dot_products<R, T>(acc, x + row * I, I, w_ih, I);
+        add_dot_products<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
+      } else {
+        add_pair_products<R>(acc, x + row * I, I, w_ih, I);
+        add_pair_products<R>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
+      }
     }
     for (int g = 0; g < 4; ++g) {
       T bias = 0;
@@ -314,8 +412,8 @@ void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights,
   }
 }
 
-template <int R, class S>
-INLINE void direct_product_rows(int64_t rows, const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step,
+template <int R, class S, class M>
+INLINE void direct_product_rows(int64_t rows, const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S, M>& step,
                                 const S* x, int64_t row, int64_t panel, compute_t<S>* gates) {
   if constexpr (R > 0) {
     if (rows == R)
@@ -326,8 +424,8 @@ INLINE void direct_product_rows(int64_t rows, const LstmShape& shape, const Lstm
 }
 
 // As lstm_step, for consecutive sequences with inputs x [rows, I].
-template <class S>
-void lstm_step_direct(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S>& step, const S* x, int64_t first,
+template <class S, class M>
+void lstm_step_direct(const LstmShape& shape, const LstmWeights<const S>& weights, const CellStep<S, M>& step, const S* x, int64_t first,
                       int64_t last) {
   using T = compute_t<S>;
   constexpr int64_t R = 4;
