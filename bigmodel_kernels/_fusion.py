@@ -1,5 +1,7 @@
 """Finds convolution (+ batch norm) + activation (+ max-pool) in a traced forward, and runs each as one fused call.
 
+In eval a linear layer with its activation is one as well: a convolution of single pixels.
+
 A forward is overlaid only where tracing cannot change its meaning: no optional arguments (a branch on one would be frozen
 in), no state changed while tracing, no tensor made from constants. Train and eval are traced apart, so that a branch on
 `self.training` keeps its meaning; in eval the batch norm is folded into the convolution's scale and shift.
@@ -31,6 +33,7 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid"}
+_LEAST_LINEAR = 1 << 16  # weights of a linear layer whose product is worth a call of its own
 
 
 @dataclass
@@ -52,8 +55,8 @@ class _Chain:
     nodes: list[fx.Node]
     names: list[str]
     norm: fx.Node | None = None
-    activation: str | None = None
-    pool: int | None = None
+    activation: str | tuple[str, float] | None = None
+    pool: tuple | None = None  # size, stride, padding
 
     def last(self) -> fx.Node:
         return self.nodes[-1]
@@ -90,7 +93,7 @@ def _fuse_module(module: nn.Module, path: str, allowed: Callable, backend: str) 
     if all(graphs.values()) and "forward" not in module.__dict__:
         chains: dict[bool, list[_Chain]] = {}
         for mode, graph in graphs.items():
-            found = _find_chains(module, graph)
+            found = _find_chains(module, graph) + ([] if mode else _find_linears(module, graph))
             chains[mode] = [
                 c for c in found if all(allowed(m, _join(path, name)) for m, name in _modules_of(module, c))
             ]
@@ -132,36 +135,57 @@ def _traced(module: nn.Module, training: bool) -> fx.Graph | None:
     return None if changed or constants else graph
 
 
-def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
+def _layer_of(module: nn.Module) -> Callable[[fx.Node], nn.Module | None]:
+    """The layer that a node calls; None for any other node, and for a layer with hooks."""
     layers = dict(module.named_modules())
+    return lambda node: (
+        layers[node.target] if node.op == "call_module" and not _has_hooks(layers[node.target]) else None
+    )
 
-    def layer(node: fx.Node) -> nn.Module | None:
-        return layers[node.target] if node.op == "call_module" and not _has_hooks(layers[node.target]) else None
 
-    def next_node(node: fx.Node) -> fx.Node | None:
-        return next(iter(node.users)) if len(node.users) == 1 else None
+def _next_node(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
+
+def _append_activation(chain: _Chain, layer: Callable) -> None:
+    following = _next_node(chain.last())
+    if following is not None and (activation := _activation(following, layer)) is not None:
+        chain.activation = activation
+        chain.nodes.append(following)
+        chain.names.append(activation if isinstance(activation, str) else activation[0])
+
+
+def _find_linears(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
+    layer = _layer_of(module)
+    chains = []
+    for node in graph.nodes:
+        linear = layer(node)
+        if type(linear) is nn.Linear and len(node.args) == 1 and linear.weight.numel() >= _LEAST_LINEAR:
+            chain = _Chain([node], ["Linear"])
+            _append_activation(chain, layer)
+            chains.append(chain)
+    return chains
+
+
+def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
+    layer = _layer_of(module)
     chains = []
     for node in graph.nodes:
         convolution = layer(node)
         if type(convolution) not in _CONVOLUTIONS or convolution.padding_mode != "zeros" or len(node.args) != 1:
             continue
         chain = _Chain([node], [type(convolution).__name__])
-        following = next_node(node)
+        following = _next_node(node)
         if following is not None and _folds(layer(following), convolution):
             chain.norm = following
             chain.nodes.append(following)
             chain.names.append("BatchNorm")
-            following = next_node(following)
-        if following is not None and (activation := _activation(following, layer)) is not None:
-            chain.activation = activation
+        _append_activation(chain, layer)
+        following = _next_node(chain.last())
+        if following is not None and (pool := _max_pool(following, layer, convolution)) is not None:
+            chain.pool = pool
             chain.nodes.append(following)
-            chain.names.append(activation)
-            following = next_node(following)
-        if following is not None and (size := _max_pool(following, layer, convolution)) is not None:
-            chain.pool = size
-            chain.nodes.append(following)
-            chain.names.append(f"max-pool {size}")
+            chain.names.append(f"max-pool {pool[0]}")
         if len(chain.nodes) > 1:
             chains.append(chain)
     return chains
@@ -176,8 +200,11 @@ def _folds(norm: nn.Module | None, convolution: nn.Module) -> bool:
     return type(norm) is kind and norm.track_running_stats
 
 
-def _activation(node: fx.Node, layer: Callable) -> str | None:
+def _activation(node: fx.Node, layer: Callable) -> str | tuple[str, float] | None:
     if node.op == "call_function":
+        if node.target is F.leaky_relu:
+            options = dict(zip(("input", "negative_slope", "inplace"), node.args)) | dict(node.kwargs)
+            return None if options.get("inplace", False) else _leaky(options.get("negative_slope", 0.01))
         inplace = node.kwargs.get("inplace", False) or len(node.args) > 1
         return None if inplace else _ACTIVATION_FUNCTIONS.get(node.target)
     if node.op == "call_method":
@@ -185,11 +212,17 @@ def _activation(node: fx.Node, layer: Callable) -> str | None:
     module = layer(node)
     if type(module) is nn.GELU and module.approximate == "none":
         return "gelu"
+    if type(module) is nn.LeakyReLU:
+        return _leaky(module.negative_slope)
     return _ACTIVATION_MODULES.get(type(module))
 
 
-def _max_pool(node: fx.Node, layer: Callable, convolution: nn.Module) -> int | None:
-    """The window of an unpadded, undilated max-pool whose stride is its window; None for anything else."""
+def _leaky(slope: Any) -> tuple[str, float] | None:
+    return ("leaky_relu", float(slope)) if isinstance(slope, (int, float)) and slope >= 0 else None
+
+
+def _max_pool(node: fx.Node, layer: Callable, convolution: nn.Module) -> tuple | None:
+    """Size, stride and padding of an undilated max-pool; None for anything else."""
     one_dimensional = isinstance(convolution, nn.Conv1d)
     if node.op == "call_function" and node.target in (F.max_pool1d, F.max_pool2d, torch.max_pool1d, torch.max_pool2d):
         names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
@@ -203,15 +236,14 @@ def _max_pool(node: fx.Node, layer: Callable, convolution: nn.Module) -> int | N
             for key in ("kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
         }
 
-    def single(value: Any) -> int | None:
-        values = set(value) if isinstance(value, (tuple, list)) else {value}
-        return values.pop() if len(values) == 1 else None
-
-    size = single(options["kernel_size"])
-    stride = single(options.get("stride") or size)
-    plain = single(options.get("padding", 0)) == 0 and single(options.get("dilation", 1)) == 1
+    size = options["kernel_size"]
+    stride, padding, dilation = options.get("stride") or size, options.get("padding", 0), options.get("dilation", 1)
+    values = [
+        v for option in (size, stride, padding) for v in (option if isinstance(option, (tuple, list)) else [option])
+    ]
+    plain = dilation in (1, (1,), [1], (1, 1), [1, 1]) and all(isinstance(v, int) for v in values)
     whole = not options.get("ceil_mode", False) and not options.get("return_indices", False)
-    return size if isinstance(size, int) and stride == size and plain and whole else None
+    return (size, stride, padding) if plain and whole else None
 
 
 def _modules_of(module: nn.Module, chain: _Chain) -> list[tuple[nn.Module, str]]:
@@ -222,10 +254,13 @@ def _replace(graph: fx.Graph, chain: _Chain, backend: str) -> None:
     convolution = chain.nodes[0]
     with graph.inserting_before(chain.last()):
         layer = graph.get_attr(convolution.target)
-        norm = graph.get_attr(chain.norm.target) if chain.norm is not None else None
-        call = graph.call_function(
-            _run_chain, (convolution.args[0], layer, norm, chain.activation, chain.pool, backend)
-        )
+        if chain.names[0] == "Linear":
+            call = graph.call_function(_run_linear, (convolution.args[0], layer, chain.activation, backend))
+        else:
+            norm = graph.get_attr(chain.norm.target) if chain.norm is not None else None
+            call = graph.call_function(
+                _run_chain, (convolution.args[0], layer, norm, chain.activation, chain.pool, backend)
+            )
     chain.last().replace_all_uses_with(call)
     for node in reversed(chain.nodes):
         graph.erase_node(node)
@@ -235,8 +270,8 @@ def _run_chain(
     x: torch.Tensor,  # [N, C, L], [N, C, H, W], or without N
     layer: nn.Module,
     norm: nn.Module | None,
-    activation: str | None,
-    pool: int | None,
+    activation: str | tuple[str, float] | None,
+    pool: tuple | None,
     backend: str,
 ) -> torch.Tensor:
     if norm is not None and norm.training:
@@ -254,17 +289,31 @@ def _run_chain(
         scale=scale,
         shift=shift,
         activation=activation,
-        pool=None if pool is None else ("max", pool),
+        pool=None if pool is None else ("max", *pool),
         backend=backend,
     )
     return out if batched else out.squeeze(0)
 
 
-def _tail(x: torch.Tensor, activation: str | None, pool: int | None) -> torch.Tensor:
-    if activation is not None:
+def _run_linear(
+    x: torch.Tensor,  # [.., in_features]
+    layer: nn.Linear,
+    activation: str | tuple[str, float] | None,
+    backend: str,
+) -> torch.Tensor:  # [.., out_features]
+    if x.dim() != 2 or x.is_cuda:
+        return _tail(layer(x), activation, None)
+    weight = layer.weight.unsqueeze(-1)
+    return conv(x.unsqueeze(-1), weight, layer.bias, activation=activation, backend=backend).squeeze(-1)
+
+
+def _tail(x: torch.Tensor, activation: str | tuple[str, float] | None, pool: tuple | None) -> torch.Tensor:
+    if isinstance(activation, tuple):
+        x = F.leaky_relu(x, activation[1])
+    elif activation is not None:
         x = getattr(F, activation)(x)
     if pool is not None:
-        x = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, pool)
+        x = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, *pool)
     return x
 
 

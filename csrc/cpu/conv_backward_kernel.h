@@ -10,10 +10,11 @@
 #include "conv_block.h"
 #include "conv_activation.h"
 #include "conv_direct.h"
+#include "conv_wgrad.h"
+#include "conv_depthwise.h"
 #include "conv_winograd.h"
 #include "conv_pass.h"
 #include "conv_gradient.h"
-#include "conv_wgrad.h"
 // clang-format on
 
 // dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale) and dscale (<weight, dw>).
@@ -49,6 +50,14 @@ inline void finish_weight_gradient(const ConvBackward& call, const T* dw, const 
   });
 }
 
+template <class T, class WideSource, class NarrowSource>
+inline void weight_gradient_of(const Conv& conv, const WideSource& wide, const NarrowSource& narrow, T* dw, T* sums) {
+  if (is_depthwise(gather_pass(conv)))
+    depthwise_weight_gradient<T>(conv, wide, narrow, dw, sums, padded_channels<T>(1));
+  else
+    weight_gradient<T>(conv, wide, narrow, dw, sums);
+}
+
 template <class S>
 void conv_backward(const ConvBackward& call) {
   using T = compute_t<S>;
@@ -69,7 +78,7 @@ void conv_backward(const ConvBackward& call) {
   const TensorSource<T, S> input{call.x.as<const S>()};
 
   if (call.dx.data) {
-    TensorSink<T, S> sink{call.dx.as<S>(), nullptr, backward.out_channels};
+    TensorSink<T, S> sink{call.dx.as<S>(), nullptr, channels_per_sink<T>(backward)};
     const auto weights = weights_of<T, S>(backward, call.weight.as<const S>(), static_cast<const S*>(call.scale));
     run_pass<T>(backward, Window{}, weights, gradient, true, [&](const Bands& bands) {
       sink.bands = &bands;
@@ -98,10 +107,10 @@ void conv_backward(const ConvBackward& call) {
     const int64_t narrow = conv.narrow_channels / conv.groups, padded = padded_channels<T>(narrow);
     Scratch<T> dw(conv.groups * gather_pass(conv).depth() * padded), group_sums(conv.groups * padded);
     if (call.transposed) {
-      weight_gradient<T>(conv, gradient, input, dw.get(), nullptr);
+      weight_gradient_of<T>(conv, gradient, input, dw.get(), nullptr);
       if (want_sums) channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
     } else {
-      weight_gradient<T>(conv, input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
+      weight_gradient_of<T>(conv, input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
       for (int64_t c = 0; want_sums && c < channels; ++c) sums[c] = group_sums[c / narrow * padded + c % narrow];
     }
     finish_weight_gradient<T, S>(call, dw.get(), sums.get());

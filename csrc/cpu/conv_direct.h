@@ -39,33 +39,52 @@ inline int64_t packed_weights_size(const Pass& pass) {
   return pass.groups * pass.depth() * padded_channels<T>(pass.out_channels);
 }
 
+// The weights of up to W output channels, lanes of a vector, at one tap and source channel; lanes past them are 0.
+template <class T, class S>
+INLINE vec<T> weight_vector(const S* source, int64_t step, int64_t lanes) {
+  if (step == 1) return read_lanes<T>(source, lanes);
+  T values[kLanes<T>] = {};
+  for (int64_t j = 0; j < std::min<int64_t>(lanes, kLanes<T>); ++j) values[j] = to_compute(source[j * step]);
+  return load(values);
+}
+
 // [group][panel][taps * channels][columns of the panel]; a panel begins at (its first column) * depth.
 template <class T, class S>
 inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weights) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
-  const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels);
-  const int64_t panels = (padded + kColumns - 1) / kColumns;
-  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * kColumns));
-  torch::stable::parallel_for(0, pass.groups * panels, grain, [&](int64_t begin, int64_t end) {
+  const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels), C = pass.channels;
+  const int64_t vectors = padded / W, taps_w = pass.w.axis.taps, taps = pass.h.axis.taps * taps_w;
+  // Where the weights of an output channel lie in one piece, [channel][tap], squares of W x W are transposed in registers.
+  const bool rows = weights.in == taps && weights.h == taps_w && weights.w == 1;
+  const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * W));
+  torch::stable::parallel_for(0, pass.groups * vectors, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / panels, first = i % panels * kColumns;
-      const int64_t columns = std::min(kColumns, padded - first);
-      T* panel = packed + g * depth * padded + first * depth;
-      // Along the weight's own memory, which is a few taps at a time; the panel is written within the first-level cache.
-      for (int64_t j = 0; j < columns; ++j) {
-        const bool real = first + j < pass.out_channels;
-        const S* source = weights.data + g * weights.group + (first + j) * weights.out;
-        for (int64_t c = 0; c < pass.channels; ++c) {
-          const T scale = weights.scale ? to_compute(weights.scale[g * pass.channels + c]) : T(1);
-          for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
-            for (int64_t kw = 0; kw < pass.w.axis.taps; ++kw)
-              panel[(pass.weight_row(kh, kw) + c) * columns + j] =
-                  real ? to_compute(source[c * weights.in + kh * weights.h + kw * weights.w]) * scale : T(0);
+      const int64_t g = i / vectors, first = i % vectors * W, panel = first / kColumns * kColumns;
+      const int64_t columns = std::min(kColumns, padded - panel), lanes = std::min(W, pass.out_channels - first);
+      T* out = packed + (g * padded + panel) * depth + first - panel;
+      const S* source = weights.data + g * weights.group + first * weights.out;
+      const auto scaled = [&](vec<T> v, int64_t c) { return weights.scale ? v * to_compute(weights.scale[g * C + c]) : v; };
+      if (rows) {
+        for (int64_t k = 0, c = 0, tap = 0; k < depth; k += W) {
+          const int64_t count = std::min(W, depth - k);
+          vec<T> m[W];
+#pragma GCC unroll 16
+          for (int j = 0; j < W; ++j) m[j] = j < lanes ? read_lanes<T>(source + j * weights.out + k, count) : vec<T>{};
+          transpose<T>(m);
+          for (int64_t j = 0; j < count; ++j) {
+            store(out + (pass.weight_row(tap / taps_w, tap % taps_w) + c) * columns, scaled(m[j], c));
+            if (++tap == taps) tap = 0, ++c;
+          }
         }
+      } else {
+        for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
+          for (int64_t kw = 0; kw < taps_w; ++kw)
+            for (int64_t c = 0; c < C; ++c)
+              store(out + (pass.weight_row(kh, kw) + c) * columns,
+                    scaled(weight_vector<T>(source + c * weights.in + kh * weights.h + kw * weights.w, weights.out, lanes), c));
       }
     }
   });
-  static_assert(kColumns % W == 0);
 }
 
 // acc += rows of A (at a, one `row_stride` apart) times `depth` packed rows of kVectors vectors.
@@ -150,39 +169,55 @@ inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* 
   }
 }
 
-// Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image.
-// `slack`: elements that the sink may read past the end of y.
+// The outputs of one band and group into y, from sources whose first row and column are the lowest that the band reads.
+template <class T>
+inline void direct_band(const Pass& pass, const Band& band, const std::vector<std::vector<Tap>>& taps, const T* packed, const T* source,
+                        int64_t row_step, int64_t pixel_step, T* y, int64_t y_columns) {
+  constexpr int64_t kColumns = ConvTile<T>::kColumns;
+  const int64_t padded = padded_channels<T>(pass.out_channels), depth = pass.depth(), step = pass.w.phases();
+  const int64_t row0 = pass.h.lowest(band.top), column0 = pass.w.lowest(band.left);
+  for (int64_t first = 0; first < padded; first += kColumns) {
+    const T* panel = packed + first * depth;
+    for (int64_t r = band.top; r < band.bottom; ++r)
+      for (int64_t phase = 0; phase < step; ++phase) {
+        const int64_t column = pass.w.first_of_phase(band.left, phase);
+        if (column >= band.right) continue;
+        const int64_t pixels = (band.right - column + step - 1) / step;
+        const auto& list = taps[pass.h.phase_of(r) * step + phase];
+        const T* a = source + (pass.h.base(r) - row0) * row_step + (pass.w.base(column) - column0) * pixel_step;
+        T* out = y + ((r - band.top) * y_columns + column - band.left) * padded + first;
+        const int64_t row_stride = pass.w.source_step() * pixel_step, y_stride = step * padded, count = list.size();
+        if (padded - first >= kColumns)
+          conv_row<2, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
+        else
+          conv_row<1, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
+      }
+  }
+}
+
+// Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image. A pointwise pass
+// reads a source whose channels are adjacent where it lies.
 template <class T, class Source, class Sink>
 inline void direct_pass(const Pass& pass, const Bands& bands, const T* packed, const Source& source, const Sink& sink) {
-  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
-  const int64_t padded = padded_channels<T>(pass.out_channels), depth = pass.depth(), C = pass.channels;
+  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels;
   const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows();
   const int64_t columns = pass.w.span(y_columns), rows = pass.h.span(y_rows);
   const auto taps = pass.taps(columns, C);
   const int64_t per_image = bands.count(), per_group = pass.batch * per_image;
+  const bool in_place = pass.is_pointwise() && source.pixel_step() > 0;
   torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(rows * columns * C), y(y_rows * y_columns * padded + W);
+    Scratch<T> block(in_place ? 0 : rows * columns * C), y(y_rows * y_columns * padded + kLanes<T>);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
       const Band band = bands.full(i);
-      const int64_t row0 = pass.h.lowest(band.top), column0 = pass.w.lowest(band.left);
-      source.load(block.get(), C, columns, n, g * C, C, row0, pass.h.span(band.rows()), column0, pass.w.span(band.columns()));
-      for (int64_t first = 0; first < padded; first += kColumns) {
-        const T* panel = packed + (g * padded + first) * depth;
-        for (int64_t r = band.top; r < band.bottom; ++r)
-          for (int64_t phase = 0; phase < pass.w.phases(); ++phase) {
-            const int64_t column = pass.w.first_of_phase(band.left, phase), step = pass.w.phases();
-            if (column >= band.right) continue;
-            const int64_t pixels = (band.right - column + step - 1) / step;
-            const auto& list = taps[pass.h.phase_of(r) * step + phase];
-            const T* a = block.get() + ((pass.h.base(r) - row0) * columns + pass.w.base(column) - column0) * C;
-            T* out = y.get() + ((r - band.top) * y_columns + column - band.left) * padded + first;
-            const int64_t row_stride = pass.w.source_step() * C, y_stride = step * padded, count = list.size();
-            if (padded - first >= kColumns)
-              conv_row<2, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
-            else
-              conv_row<1, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
-          }
+      const T* weights = packed + g * padded * pass.depth();
+      if (in_place) {
+        direct_band<T>(pass, band, taps, weights, source.in_place(n, g * C, band.top, band.left), source.row_step(), source.pixel_step(),
+                       y.get(), y_columns);
+      } else {
+        source.load(block.get(), C, columns, n, g * C, C, pass.h.lowest(band.top), pass.h.span(band.rows()), pass.w.lowest(band.left),
+                    pass.w.span(band.columns()));
+        direct_band<T>(pass, band, taps, weights, block.get(), columns * C, C, y.get(), y_columns);
       }
       sink(n, g, i, y.get(), y_columns, padded);
     }
@@ -194,9 +229,10 @@ template <class T, class S>
 struct TensorSink {
   Image<S> out;
   const Bands* bands;
-  int64_t channels;  // per group
+  int64_t channels;  // per group; the last may have fewer
   void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
     const Band band = bands->full(i);
-    store_block<T>(y, y_stride, y_columns, out, n, g * channels, channels, band.top, band.rows(), band.left, band.columns());
+    const int64_t count = std::min(channels, out.channels - g * channels);
+    store_block<T>(y, y_stride, y_columns, out, n, g * channels, count, band.top, band.rows(), band.left, band.columns());
   }
 };

@@ -14,9 +14,12 @@ struct Epilogue {
   Image<S> out, pre;
   Image<uint8_t> index;
   const Bands* bands;
-  int64_t channels;  // of the convolution, per group
+  int64_t channels;  // of the convolution, per group; the last may have fewer
 
   bool gated() const { return activation == Activation::tanh_sigmoid; }
+  // Channels of group g, and those that are left of them after the activation.
+  int64_t present(int64_t g) const { return gated() ? channels : std::min(channels, out.channels - g * channels); }
+  int64_t kept(int64_t g) const { return gated() ? channels / 2 : present(g); }
 
   void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
     const Window& window = bands->window;
@@ -32,7 +35,7 @@ struct Epilogue {
             store(p, activate<a.value>(load(p) * load(alpha + g * channels + c) + load(beta + g * channels + c), slope));
           });
         });
-        write(out, n, g * channels, channels, i, y, y_columns, y_stride);
+        write(out, n, g * channels, present(g), i, y, y_columns, y_stride);
       }
       return;
     }
@@ -65,9 +68,9 @@ struct Epilogue {
       pick_max<kActivation, true>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
     else
       pick_max<kActivation, false>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
-    const int64_t count = gated() ? channels / 2 : channels;
-    write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
-    if (index.data) write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
+    const int64_t count = kept(g);
+    write(out, n, gated() ? 0 : g * channels, count, i, largest.get(), band.columns(), y_stride);
+    if (index.data) write(index, n, gated() ? 0 : g * channels, count, i, chosen.get(), band.columns(), y_stride);
   }
 
   // The part of pooled window `p` that lies in the image, along one axis: elements [first, last) of the window, whose element 0
@@ -140,8 +143,8 @@ struct Epilogue {
             for (int64_t kw = 0; kw < window.w; ++kw) sum += load(corner + (kh * y_columns + kw) * y_stride);
           store(mean.get() + (r * band.columns() + p) * y_stride + c, sum / static_cast<T>(window.h * window.w));
         }
-    const int64_t count = gated() ? channels / 2 : channels;
-    write(out, n, g * count, count, i, mean.get(), band.columns(), y_stride);
+    const int64_t count = kept(g);
+    write(out, n, gated() ? 0 : g * channels, count, i, mean.get(), band.columns(), y_stride);
   }
 
   // Every step by itself, in the order of the formula.
@@ -152,11 +155,11 @@ struct Epilogue {
     each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) { store(p, load(p) * load(alpha + c0 + c) + load(beta + c0 + c)); });
     if (residual.data) {
       Scratch<T> added(size);
-      load_block<T>(added.get(), y_stride, y_columns, residual, n, c0, channels, band.top, band.rows(), band.left, band.columns());
+      load_block<T>(added.get(), y_stride, y_columns, residual, n, c0, present(g), band.top, band.rows(), band.left, band.columns());
       each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t) { store(p, load(p) + load(added.get() + (p - y))); });
     }
     if (pre.data && pool != Pooling::max)
-      store_block<T>(y, y_stride, y_columns, pre, n, c0, channels, band.top, band.rows(), band.left, band.columns());
+      store_block<T>(y, y_stride, y_columns, pre, n, c0, present(g), band.top, band.rows(), band.left, band.columns());
     // A max-pool that saves `pre` looks the chosen values up afterwards, so the activated ones go elsewhere.
     Scratch<T> activated(pool == Pooling::max && pre.data ? size + W : 0);
     T* a = pool == Pooling::max && pre.data ? activated.get() : y;
@@ -171,7 +174,7 @@ struct Epilogue {
       });
     }
     if (pool == Pooling::none) {
-      write(out, n, gated() ? 0 : c0, gated() ? channels / 2 : channels, i, y, y_columns, y_stride);
+      write(out, n, gated() ? 0 : c0, kept(g), i, y, y_columns, y_stride);
     } else if (pool == Pooling::avg) {
       pool_avg(n, g, i, y, y_columns, y_stride);
     } else {
@@ -193,29 +196,29 @@ struct Epilogue {
       return;
     }
     const Band band = bands->pooled(i);
-    const int64_t count = gated() ? channels / 2 : channels, size = band.rows() * band.columns() * y_stride + W;
+    const int64_t count = kept(g), size = band.rows() * band.columns() * y_stride + W;
     Scratch<T> largest(size), chosen(size);
     pick_max<Activation::none, true>(i, a, y_columns, y_stride, units, zeros, largest, chosen);
-    write(out, n, g * count, count, i, largest.get(), band.columns(), y_stride);
-    write(index, n, g * count, count, i, chosen.get(), band.columns(), y_stride);
+    write(out, n, gated() ? 0 : g * channels, count, i, largest.get(), band.columns(), y_stride);
+    write(index, n, gated() ? 0 : g * channels, count, i, chosen.get(), band.columns(), y_stride);
     write_chosen(n, g, i, y, y_columns, y_stride, chosen.get());
   }
 
   void write_chosen(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* chosen) const {
     const Band band = bands->pooled(i), full = bands->full(i);
     const Window& window = bands->window;
-    const int64_t count = gated() ? channels / 2 : channels;
+    const int64_t count = kept(g);
     Scratch<T> values(band.rows() * band.columns() * y_stride + W);
     for (int64_t r = 0; r < band.rows(); ++r)
       for (int64_t p = 0; p < band.columns(); ++p) {
         const int64_t at = (r * band.columns() + p) * y_stride;
         const int64_t row = (band.top + r) * window.stride_h - window.pad_h - full.top;
         const T* corner = y + (row * y_columns + (band.left + p) * window.stride_w - window.pad_w - full.left) * y_stride;
-        for (int64_t c = 0; c < channels; ++c) {
+        for (int64_t c = 0; c < present(g); ++c) {
           const int64_t k = static_cast<int64_t>(chosen[at + (c < count ? c : c - count)]);
           values[at + c] = corner[(k / window.w * y_columns + k % window.w) * y_stride + c];
         }
       }
-    write(pre, n, g * channels, channels, i, values.get(), band.columns(), y_stride);
+    write(pre, n, g * channels, present(g), i, values.get(), band.columns(), y_stride);
   }
 };

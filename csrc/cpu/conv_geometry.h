@@ -121,6 +121,10 @@ struct Pass {
   int64_t sum_length = kSumLength;
 
   int64_t depth() const { return h.axis.taps * w.axis.taps * channels; }
+  bool is_pointwise() const {
+    const auto one = [](const Axis& a) { return a.taps == 1 && a.stride == 1 && a.pad == 0 && a.wide == a.narrow; };
+    return one(h.axis) && one(w.axis);
+  }
   // Where the weights of one tap begin. A scatter meets the sources from the last tap to the first.
   int64_t weight_row(int64_t kh, int64_t kw) const {
     const int64_t column = w.scatter ? w.axis.taps - 1 - kw : kw;
@@ -226,6 +230,15 @@ struct AnyImage {
     return {static_cast<S*>(data), n, c, h, w, channels, height, width};
   }
 };
+
+// Makes all images' pixels one row, where memory has them one after the other (single pixels in any case).
+inline bool flatten(AnyImage& t, int64_t batch) {
+  const int64_t step = t.width > 1 ? t.w : t.height > 1 ? t.h : t.n;
+  const bool rows = t.height == 1 || t.width == 1 || t.h == t.width * t.w;
+  if (!rows || (batch > 1 && t.n != t.height * t.width * step)) return false;
+  t.width *= t.height * batch, t.height = 1, t.w = step, t.h = t.n = 0;
+  return true;
+}
 
 // The arguments of a kernel call, checked and with two spatial axes. Scale, shift and bias are contiguous [output channels].
 struct ConvForward {

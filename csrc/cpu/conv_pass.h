@@ -8,6 +8,12 @@ inline Weights<T, S> weights_of(const Pass& pass, const Image<const S>& weight, 
                         : Weights<T, S>{weight.data, pass.out_channels * weight.n, weight.n, weight.c, weight.h, weight.w, scale};
 }
 
+// How many channels the sink of a pass gets at a time.
+template <class T>
+inline int64_t channels_per_sink(const Pass& pass) {
+  return is_depthwise(pass) ? kDepthwiseChannels<T> : pass.out_channels;
+}
+
 // Runs a pass the faster way. make_sink(bands) is called once and gives the sink. `winograd` allows that kernel: its largest
 // error is 0.8 times that of PyTorch's own convolution, and at most 2.3 times that of its gradient, but twice that of its
 // transposed convolution, whose forward therefore goes without.
@@ -16,17 +22,30 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
                      const MakeSink& make_sink) {
   const int64_t padded = padded_channels<T>(pass.out_channels);
   constexpr int64_t kCacheBudget = 192 << 10;  // of the second-level cache, for a band and what is computed from it
+  if (is_depthwise(pass)) {
+    Scratch<T> packed(pass.depth() * padded_channels<T>(pass.groups));
+    pack_depthwise<T, S>(packed.get(), pass, weights);
+    const int64_t chunk = std::min(kDepthwiseChannels<T>, pass.groups), tasks = pass.batch * ((pass.groups + chunk - 1) / chunk);
+    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, tasks, 2 * chunk * sizeof(T), 2 * kCacheBudget);
+    depthwise_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
+    return;
+  }
   Scratch<T> packed(packed_weights_size<T>(pass));
   pack_weights<T, S>(packed.get(), pass, weights);
-  if (winograd && winograd_applies<T>(pass)) {
+  if (winograd && winograd_applies<T>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
     Scratch<T> u(16 * pass.channels * padded);
     pack_winograd<T>(u.get(), pass, packed.get());
     const int64_t per_pixel = (5 * round_up(pass.channels, kLanes<T>) + 4 * ConvTile<T>::kColumns + padded) * sizeof(T);
     const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_pixel, kCacheBudget, 2);
-    winograd_pass<T>(pass, bands, u.get(), source, make_sink(bands));
+    winograd_pass<T>(pass, bands, packed.get(), u.get(), source, make_sink(bands));
     return;
   }
   const int64_t per_pixel = (pass.channels + padded) * sizeof(T);
-  const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
+  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
+  if (pass.is_pointwise() && pass.h.outputs() == 1 && pass.batch == 1) {
+    // A product: bands of whole tiles, few enough for a panel of weights to serve several, enough to share the work out.
+    constexpr int64_t kLeast = 32, kMost = 18 * ConvTile<T>::kRows, kTasks = 8;
+    bands.columns = std::min(kMost, std::max(kLeast, round_up(bands.width / kTasks, ConvTile<T>::kRows)));
+  }
   direct_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
 }

@@ -87,9 +87,9 @@ inline void add_partials(T* total, const T* partial, int64_t chunks, int64_t siz
 // sums[c] += the pixels of a block, with what each addition rounds off carried to the next (Kahan): a plain sum over an
 // image loses two digits against PyTorch's pairwise one.
 template <class T>
-inline void add_pixels(T* sums, const T* block, const Band& band, int64_t block_columns, int64_t stride) {
+inline void add_pixels(T* sums, const T* block, const Band& band, int64_t block_columns, int64_t channels, int64_t stride) {
   constexpr int W = kLanes<T>;
-  for (int64_t c = 0; c < stride; c += W) {
+  for (int64_t c = 0; c < channels; c += W) {
     vec<T> sum = {}, lost = {};
     for (int64_t r = 0; r < band.rows(); ++r)
       for (int64_t p = 0; p < band.columns(); ++p) {
@@ -145,7 +145,7 @@ inline void weight_gradient(const Conv& conv, const WideSource& wide, const Narr
             k += count;
           }
         }
-        if (sums) add_pixels(part_sums, b.get(), band, bands.columns, padded);
+        if (sums) add_pixels(part_sums, b.get(), band, bands.columns, padded, padded);
       }
     }
   });
@@ -170,7 +170,7 @@ inline void channel_sums(const Source& source, int64_t batch, int64_t channels, 
         const Band band = bands.full(unit % bands.count());
         source.load(block.get(), padded, bands.columns, unit / bands.count(), 0, channels, band.top, band.rows(), band.left,
                     band.columns());
-        add_pixels(part, block.get(), band, bands.columns, padded);
+        add_pixels(part, block.get(), band, bands.columns, padded, padded);
       }
     }
   });

@@ -5,6 +5,7 @@
 //
 // The sums over the channels are 16 matrix products [tiles, channels] x [channels, output channels], one for each element
 // of the 4 x 4 tile. The matrices hold 0, 1, -1 and 1/2, so inputs and weights that are small integers give exact results.
+// A NaN or an infinity would spread over its tile, so a band that reads one is summed up directly.
 // A 2 x 2 max-pool meets exactly one tile. Floor: 16/36 of the direct operations, plus about a tenth for the transforms.
 // 32 -> 64 channels on 14 x 14 with ReLU and 2x2 max-pool, per image on one Zen 5 core: floor 50,200 cycles (112,900 for the
 // direct sum), predicted 60,000, measured 76,000; the gradient of its input, read back through the pool: 89,000.
@@ -101,9 +102,22 @@ INLINE void transform_output(const T* m, int64_t step, T* y, int64_t row_step, i
   }
 }
 
-// As direct_pass, for bands of even rows and columns.
+// Whether all of `size` elements, whole vectors of them, are finite: 0 times anything else is a NaN.
+template <class T>
+inline bool all_finite(const T* x, int64_t size) {
+  constexpr int W = kLanes<T>;
+  vec<T> zeros[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= size; i += 4 * W)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) zeros[j] += load(x + i + j * W) * T(0);
+  for (; i < size; i += W) zeros[0] += load(x + i) * T(0);
+  return reduce_add((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
+}
+
+// As direct_pass, for bands of even rows and columns; `packed` are the weights of direct_pass, u those of pack_winograd.
 template <class T, class Source, class Sink>
-inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, const Source& source, const Sink& sink) {
+inline void winograd_pass(const Pass& pass, const Bands& bands, const T* packed, const T* u, const Source& source, const Sink& sink) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
   const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, stride = round_up(C, W);
   const int64_t across = (bands.full_columns() + 1) / 2, down = (bands.full_rows() + 1) / 2, tiles = across * down;
@@ -113,6 +127,7 @@ inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, cons
   std::vector<Tap> runs;
   append_run(runs, {0, 0, C}, pass.sum_length);
   mark_sums(runs, pass.sum_length);
+  const auto taps = pass.taps(columns, stride);
   torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> block(rows * columns * stride), v(16 * v_step), m(16 * m_step), y(2 * down * y_columns * padded + W);
     for (int64_t task = begin; task < end; ++task) {
@@ -120,6 +135,11 @@ inline void winograd_pass(const Pass& pass, const Bands& bands, const T* u, cons
       const Band band = bands.full(i);
       const int64_t band_across = (band.columns() + 1) / 2, band_tiles = band_across * ((band.rows() + 1) / 2);
       source.load(block.get(), stride, columns, n, 0, C, pass.h.lowest(band.top), rows, pass.w.lowest(band.left), columns);
+      if (!all_finite(block.get(), rows * columns * stride)) {
+        direct_band<T>(pass, band, taps, packed, block.get(), columns * stride, stride, y.get(), y_columns);
+        sink(n, 0, i, y.get(), y_columns, padded);
+        continue;
+      }
       for (int64_t t = 0; t < band_tiles; ++t) {
         const T* corner = block.get() + (t / band_across * 2 * columns + t % band_across * 2) * stride;
         for (int64_t c = 0; c < stride; c += W) transform_source<T>(corner + c, columns * stride, stride, v.get() + t * stride + c, v_step);

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bigmodel_kernels import nn as bnn
 
-from ._fused import conv_act_pool
+from ._fused import conv_act_pool, linear_relu
 
 
 class CNN(nn.Module):
@@ -37,4 +37,4 @@ class CNN(nn.Module):
         x = conv_act_pool(self.conv1, x, activation="relu", pool=("max", 2))  # [B, 32, 14, 14]
         x = conv_act_pool(self.conv2, x, activation="relu", pool=("max", 2))  # [B, 64, 7, 7]
         x = x.view(-1, 64 * 7 * 7)
-        return self.fc2(torch.relu(self.fc1(x)))
+        return self.fc2(linear_relu(self.fc1, x))

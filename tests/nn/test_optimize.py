@@ -90,6 +90,39 @@ def test_textbook_cnn_is_fused_with_the_same_results(training):
     assert list(model.state_dict()) == list(twin.state_dict())
 
 
+class Stem(nn.Module):
+    """ResNet's stem with a leaky ReLU, and a head of linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 7, stride=2, padding=3, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.act = nn.LeakyReLU(0.2)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.fc1 = nn.Linear(8 * 8 * 8, 256)
+        self.fc2 = nn.Linear(256, 4)
+
+    def forward(self, x):
+        x = self.pool(self.act(self.norm(self.conv(x)))).flatten(1)
+        return self.fc2(F.leaky_relu(self.fc1(x), 0.1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("training", [True, False])
+def test_padded_pool_slope_and_linear_layers_are_fused(training, backend):
+    model = Stem().train(training)
+    twin = copy.deepcopy(model)
+    report = bmk.optimize(model, backend=backend)
+    assert [e.note for e in report.replaced if e.kind == "forward"] == [
+        "fused Conv2d + BatchNorm + leaky_relu + max-pool 3",
+        "fused Linear + leaky_relu",
+    ]
+    assert_same(model, twin, torch.randn(40, 3, 32, 32))
+    with torch.no_grad():
+        calls = [c.op for c in bmk.explain(model, torch.randn(2, 3, 32, 32)).calls]
+    assert calls == (["conv"] if training else ["conv", "conv"])
+
+
 def test_training_mode_is_asked_at_each_call():
     model = TextbookCNN()
     bmk.optimize(model)

@@ -59,6 +59,7 @@ GEOMETRIES = {
     "t2d_dilated": (1, 4, 6, (5, 5), (3, 3), {"transposed": True, "dilation": 2, "stride": 2, "padding": 2}),
     "t2d_groups": (1, 6, 8, (5, 4), (3, 3), {"transposed": True, "groups": 2, "stride": 2}),
     "t2d_winograd": (1, 48, 33, (8, 8), (3, 3), {"transposed": True, "padding": 1}),
+    "linear": (70, 100, 45, (1, 1), (1, 1), {}),
 }
 
 # id: which of the optional tensors, activation, pool.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -351,17 +352,27 @@ def prefer(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
     pool, pool_size, pool_stride, pool_padding, slope, save,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Small channels to the kernels, large dense layers to PyTorch: the table "Convolution on the CPU" in docs/decisions.md."""
+    """By the tables "Convolution on the CPU" in docs/decisions.md: where the kernels were measured faster, they run."""
     first, second, *kernel = weight.shape
+    last, taps, weights = is_channels_last(x), math.prod(kernel), first * second
+    one_pixel = taps == 1 and all(n == 1 for n in x.shape[2:])
     if x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
         ours = second <= 3 and groups == 1 and not transposed and not save
-    elif groups > 1 or transposed:
-        ours = False
+    elif groups > 1:
+        depthwise = first == groups and second == 1
+        ours = depthwise and (taps >= 25 or len(kernel) == 1 if save else taps <= 25 and not last)
+    elif transposed:
+        ours = not save and not last and weights <= 128 * 128
+    elif one_pixel:  # a matrix product
+        ours = not save and x.shape[0] >= 32 and weights >= 1 << 16
+    elif len(kernel) == 1:
+        ours = taps > 1 and weights <= 128 * 128
+    elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd
+        ours = weights <= (64 * 128 if save else 128 * 128 if last else 256 * 256)
     elif save:
-        ours = first * second <= 128 * 128 and (len(kernel) < 2 or kernel != [1, 1])
+        ours = taps <= 9 and taps > 1 and second <= 16
     else:
-        winograd = kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32
-        ours = first * second <= 256 * 256 and (winograd or second < 32 or not is_channels_last(x))
+        ours = second <= (8 if last else 64) and taps > 1
     return ("cpu", "torch") if ours else ("torch", "cpu")
 
 

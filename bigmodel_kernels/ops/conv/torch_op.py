@@ -28,6 +28,9 @@ def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
 
 def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding):
     x, weight, bias, padding = _folded(x, weight, bias, scale, shift, padding, transposed, groups)
+    if groups == 1 and not transposed and not any(padding) and all(n == 1 for n in (*x.shape[2:], *weight.shape[2:])):
+        y = F.linear(x.flatten(1), weight.flatten(1), bias)  # one pixel: PyTorch's product is its faster kernel
+        return y.view(*y.shape, *x.shape[2:])
     return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
 
 
