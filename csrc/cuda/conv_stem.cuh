@@ -87,7 +87,9 @@ __device__ __forceinline__ void stem_load_weights(const StemForward<T>& p, const
 // Two neighbours along the depth, of the window that begins at `window`; zero past its end, whatever the input holds.
 template <class T>
 __device__ __forceinline__ unsigned stem_pair(const T* window, const int* offsets) {
-  const auto element = [&](int i) { return offsets[i] < 0 ? 0u : unsigned{__builtin_bit_cast(unsigned short, window[offsets[i]])}; };
+  const auto element = [&](int i) {
+    return offsets[i] < 0 ? 0u : static_cast<unsigned>(__builtin_bit_cast(unsigned short, window[offsets[i]]));
+  };
   return element(0) | element(1) << 16;
 }
 
