@@ -1,0 +1,93 @@
+"""python -m benchmarks.launch: what Python does in one call of a Triton kernel, before the kernel is handed to Triton.
+
+Checks of the arguments, choice of the backend, allocation of the results, grid and constants of the kernel: everything but
+Triton's own launch, which is replaced by nothing, so that no GPU is needed. A small call on a GPU takes at least this long.
+"""
+
+import argparse
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import bigmodel_kernels as bmk
+
+BAR = 25.0  # microseconds
+ROUNDS, CALLS = 15, 200
+GPU = "sm_90"
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[list]:
+    """In the block, calls with backend="triton" go as far as the launch, on CPU tensors; gives the list of what they launch."""
+    from bigmodel_kernels import _registry, _triton
+
+    launched: list = []
+    with (
+        mock.patch.object(_triton, "launch", lambda kernel, programs, *args, **constants: launched.append(kernel)),
+        mock.patch.object(_triton, "gpu", return_value=GPU),
+        mock.patch.object(_triton, "reason", return_value=None),
+        mock.patch.object(_registry, "availability", return_value=None),
+    ):
+        yield launched
+
+
+def cases() -> dict[str, Callable[[], object]]:
+    """One inference call of every op with a kernel of its own."""
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.ones(shape, dtype=torch.bfloat16)
+
+    q, x, row, image = tensor(2, 8, 256, 64), tensor(64, 768), tensor(768), tensor(2, 64, 16, 16)
+    weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
+    return {
+        "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
+        "conv": lambda: bmk.conv(image, weight, padding=1, activation="relu", backend="triton"),
+        "layer_norm": lambda: bmk.layer_norm(x, row, row, backend="triton"),
+        "bias_act": lambda: bmk.bias_act(x, row, activation="gelu", backend="triton"),
+        "cross_entropy": lambda: bmk.cross_entropy(x, target, reduction="none", backend="triton"),
+    }
+
+
+def measure(rounds: int = ROUNDS, calls: int | None = None) -> dict[str, float]:
+    """{op: microseconds of a call}, the median of the rounds, which go through all ops in turn."""
+    calls = calls or CALLS
+    samples: dict[str, list[float]] = {}
+    with stubbed(), torch.no_grad():
+        some = cases()
+        for call in some.values():  # the first calls fill caches
+            call()
+        for _ in range(rounds):
+            for name, call in some.items():
+                started = time.perf_counter_ns()
+                for _ in range(calls):
+                    call()
+                samples.setdefault(name, []).append((time.perf_counter_ns() - started) / calls / 1e3)
+    return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.launch", description=__doc__)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write {op: microseconds} here as well")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {CALLS} calls each (default {ROUNDS})")
+    options = parser.parse_args(argv)
+    found = measure(options.rounds)
+    table = Table("op", "us per call", f"bar {BAR:.0f} us", title="Python side of a Triton call, launch stubbed")
+    for name, microseconds in found.items():
+        table.add_row(name, f"{microseconds:.1f}", "ok" if microseconds <= BAR else "above")
+    Console().print(table)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,27 @@
+"""python -m benchmarks.launch: what it counts as a call. (How long one takes is a measurement, not a test.)"""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from benchmarks import launch
+
+
+def test_every_case_launches_one_kernel_and_runs_nothing():
+    with launch.stubbed() as launched, torch.no_grad():
+        for name, call in launch.cases().items():
+            launched.clear()
+            call()
+            assert len(launched) == 1, name
+
+
+def test_report(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "CALLS", 2)
+    assert launch.main(["--rounds", "2", "--json", str(tmp_path / "launch.json")]) == 0
+    found = json.loads((tmp_path / "launch.json").read_text())
+    assert found.keys() == launch.cases().keys()
+    assert all(microseconds > 0 for microseconds in found.values())
+    assert "us per call" in capsys.readouterr().out
