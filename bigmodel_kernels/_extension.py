@@ -7,6 +7,7 @@ without either: `auto` then runs PyTorch's own ops, and `python -m bigmodel_kern
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 
 import torch
@@ -27,10 +28,12 @@ def _load_native() -> str | None:
 
 
 def _load_bindings():
+    if importlib.util.find_spec("bigmodel_kernels._C") is None:
+        return None, f"the module _C is not built for this Python; {REMEDY}"
     try:
         from bigmodel_kernels import _C
     except ImportError as error:
-        return None, f"the module _C is not built for this Python ({error}); {REMEDY}"
+        return None, f"the module _C does not load ({error}); {REMEDY}"
     return _C, None
 
 
