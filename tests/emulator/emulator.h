@@ -45,7 +45,7 @@ T& static_shared(const char* name, int line) {
 void begin_access(const void* address, std::size_t bytes, bool writes, const char* what);
 void copy_bytes(void* to, const void* from, std::size_t bytes);  // not seen by what watches the kernel's own accesses
 void end_load(const void* address, Order order, Scope scope);
-void end_store(const void* address, Order order, Scope scope, bool read_modify_write);
+void end_store(const void* address, Order order, Scope scope, bool read_modify_write, bool changes);
 
 template <typename T>
 T load(const T* p, Order order, Scope scope) {
@@ -59,7 +59,7 @@ template <typename T>
 void store(T* p, T value, Order order, Scope scope) {
   begin_access(p, sizeof(T), true, "ordered store");
   copy_bytes(p, &value, sizeof(T));
-  end_store(p, order, scope, false);
+  end_store(p, order, scope, false, true);
 }
 template <typename T, typename Update>
 T atomic(T* p, Order order, Scope scope, Update update) {
@@ -69,7 +69,7 @@ T atomic(T* p, Order order, Scope scope, Update update) {
   const T value = update(old);
   copy_bytes(p, &value, sizeof(T));
   if (order == Order::acquire || order == Order::acq_rel || order == Order::relaxed) end_load(p, order, scope);
-  end_store(p, order, scope, true);
+  end_store(p, order, scope, true, std::memcmp(&old, &value, sizeof(T)) != 0);
   return old;
 }
 template <typename T>

@@ -68,11 +68,15 @@ __global__ void rotate(const float* x, float* y) {
   const int lane = threadIdx.x;
   if (kMistake == exited && lane == 31) return;
   tile[lane] = x[lane];
-  if (kMistake == no_barrier) static_cast<void>(warp_sum(0.0f));  // which orders no memory
-  else if (kMistake != exited) __syncwarp();
+  if (kMistake == no_barrier)
+    static_cast<void>(warp_sum(0.0f));  // which orders no memory
+  else if (kMistake != exited)
+    __syncwarp();
   float value = tile[(lane + 1) % 32];
-  if (kMistake == divergent && lane < 16) value += __shfl_xor_sync(kFullWarp, value, 1);
-  else value = __shfl_sync(kFullWarp, value, (lane + 1) % 32);
+  if (kMistake == divergent && lane < 16)
+    value += __shfl_xor_sync(kFullWarp, value, 1);
+  else
+    value = __shfl_sync(kFullWarp, value, (lane + 1) % 32);
   y[lane] = value;
 }
 
@@ -100,8 +104,10 @@ __global__ void histogram(const int* bins, int* counts) {
   SHARED(int, count, [4]);
   if (threadIdx.x < 4) count[threadIdx.x] = 0;
   __syncthreads();
-  if (kMistake == not_atomic) count[bins[threadIdx.x]] += 1;
-  else atomicAdd(&count[bins[threadIdx.x]], 1);
+  if (kMistake == not_atomic)
+    count[bins[threadIdx.x]] += 1;
+  else
+    atomicAdd(&count[bins[threadIdx.x]], 1);
   __syncthreads();
   if (threadIdx.x < 4) atomicAdd(&counts[threadIdx.x], count[threadIdx.x]);
 }
@@ -150,8 +156,10 @@ __global__ void pipeline(const float* x, float* y, int tiles) {
   start(0);
   for (int tile = 0; tile < tiles; ++tile) {
     start(tile + 1);
-    if (kMistake == weak_wait) ptx::cp_async_wait<2>();
-    else if (kMistake != no_wait) ptx::cp_async_wait<1>();
+    if (kMistake == weak_wait)
+      ptx::cp_async_wait<2>();
+    else if (kMistake != no_wait)
+      ptx::cp_async_wait<1>();
     if (kMistake != no_barrier) __syncthreads();
     for (int k = 0; k < 4; ++k) y[tile * 128 + i + k] = stage[tile % 2][127 - i - k];
     if (kMistake != no_second_barrier) __syncthreads();
@@ -163,9 +171,12 @@ template <Mistake kMistake>
 __global__ void copy_with_zeros(const float* x, float* y, int n) {
   float* tile = reinterpret_cast<float*>(dynamic_shared());
   const int i = 4 * threadIdx.x, valid = max(0, min(4, n - i));
-  if (kMistake == misaligned) ptx::cp_async<16>(tile + i, x + 1);
-  else if (kMistake == out_of_bounds) ptx::cp_async<16>(tile + i, x + i);
-  else ptx::cp_async_zfill<16>(tile + i, x + i, 4 * valid);
+  if (kMistake == misaligned)
+    ptx::cp_async<16>(tile + i, x + 1);
+  else if (kMistake == out_of_bounds)
+    ptx::cp_async<16>(tile + i, x + i);
+  else
+    ptx::cp_async_zfill<16>(tile + i, x + i, 4 * valid);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   store_vector(y + i, load_vector<float, 4>(tile + i));
@@ -309,6 +320,11 @@ __global__ inline void spin(unsigned* flags) {
     while (ptx::ld_acquire_gpu(&flags[threadIdx.x]) == 0) ptx::nanosleep(100);
 }
 
+// Waits for a word that nobody writes, by atomics that change nothing.
+__global__ inline void spin_by_atomics(unsigned* word) {
+  while (atomicCAS(word, 1u, 2u) != 1) continue;
+}
+
 // A number goes from block to block, in a word that carries it and the step; all blocks must be under way at once.
 template <Mistake kMistake>
 __global__ void relay(uint64_t* words, uint64_t* data, int rounds) {
@@ -322,8 +338,10 @@ __global__ void relay(uint64_t* words, uint64_t* data, int rounds) {
     }
     data[0] += 1;  // nobody else has the word
     const uint64_t passed = uint64_t{round + 1} << 32 | ((word & 0xffffffff) + 1);
-    if (block + 1 < blocks || round + 1 < unsigned(rounds)) ptx::st_release_gpu(&words[next], passed);
-    else words[blocks] = passed & 0xffffffff;
+    if (block + 1 < blocks || round + 1 < unsigned(rounds))
+      ptx::st_release_gpu(&words[next], passed);
+    else
+      words[blocks] = passed & 0xffffffff;
   }
 }
 
@@ -363,8 +381,10 @@ __global__ void multiply_k8(const float* a, const float* b, float* d) {
   } else {
     const unsigned ra[2] = {pack2<T>(a[g * 8 + 2 * t], a[g * 8 + 2 * t + 1]), pack2<T>(a[(g + 8) * 8 + 2 * t], a[(g + 8) * 8 + 2 * t + 1])};
     const unsigned rb = pack2<T>(b[g * 8 + 2 * t], b[g * 8 + 2 * t + 1]);
-    if constexpr (std::is_same_v<T, __half>) ptx::mma_m16n8k8_f16(sum, ra, rb);
-    else ptx::mma_m16n8k8_bf16(sum, ra, rb);
+    if constexpr (std::is_same_v<T, __half>)
+      ptx::mma_m16n8k8_f16(sum, ra, rb);
+    else
+      ptx::mma_m16n8k8_bf16(sum, ra, rb);
   }
   for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
 }
@@ -378,10 +398,14 @@ __global__ void through_registers(const __half* x, __half* y) {
   store_vector(in[lane], load_vector<__half, 8>(x + 8 * lane));
   __syncwarp();
   unsigned r[4];
-  if (kTransposeIn) ptx::ldmatrix_x4_trans(r, in[lane]);
-  else ptx::ldmatrix_x4(r, in[lane]);
-  if (kTransposeOut) ptx::stmatrix_x4_trans(out[lane], r);
-  else ptx::stmatrix_x4(out[lane], r);
+  if (kTransposeIn)
+    ptx::ldmatrix_x4_trans(r, in[lane]);
+  else
+    ptx::ldmatrix_x4(r, in[lane]);
+  if (kTransposeOut)
+    ptx::stmatrix_x4_trans(out[lane], r);
+  else
+    ptx::stmatrix_x4(out[lane], r);
   __syncwarp();
   store_vector(y + 8 * lane, load_vector<__half, 8>(out[lane]));
 }

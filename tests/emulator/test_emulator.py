@@ -161,6 +161,7 @@ OTHERS = Program(
     "planted::give_up",
     "planted::scale_and_shift",
     "planted::spin",
+    "planted::spin_by_atomics",
     "planted::convert<__half>",
     "planted::convert<__nv_bfloat16>",
     *(
@@ -219,6 +220,8 @@ def test_spinning_blocks_that_are_not_all_under_way():
     OTHERS.run("planted::spin", 8, 32, flags, cooperative=True)
     with pytest.raises(EmulatorError, match="no progress: threads spin"):
         OTHERS.run("planted::spin", 8, 32, torch.zeros(8, dtype=torch.int32), live_blocks=4)
+    with pytest.raises(EmulatorError, match="no progress: threads spin"):
+        OTHERS.run("planted::spin_by_atomics", 1, 32, torch.zeros(1, dtype=torch.int32))
 
 
 @pytest.mark.parametrize(

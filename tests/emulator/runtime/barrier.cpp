@@ -147,16 +147,6 @@ MBarrier& find_mbarrier(const void* address) {
   return found->second;
 }
 
-// What was released from the same block with the same reach is kept together.
-void add_release(std::vector<Release>& releases, const Release& release) {
-  for (Release& old : releases)
-    if (old.block == release.block && old.scope == release.scope) {
-      old.knowledge = together(old.knowledge, release.knowledge);
-      return;
-    }
-  releases.push_back(release);
-}
-
 void end_phase_if_complete(MBarrier& barrier) {
   if (barrier.arrivals_left || barrier.bytes_left) return;
   ++barrier.phase;

@@ -39,6 +39,8 @@ HOOKS(8)
 HOOKS(16)
 void __tsan_read_range(void* p, std::size_t bytes) { emulator::hook(p, bytes, Access::read, EMULATOR_PC); }
 void __tsan_write_range(void* p, std::size_t bytes) { emulator::hook(p, bytes, Access::write, EMULATOR_PC); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 }

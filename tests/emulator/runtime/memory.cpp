@@ -241,10 +241,20 @@ void publish(const void* address, Scope scope, const Knowledge& knowledge, bool 
   auto& releases = released_at[address];
   if (!keeps_others) releases.clear();  // a plain store ends the release sequences of others
   const Block& block = *running()->home;
-  if (knowledge) releases.push_back({block.id, block.cluster->id, scope, knowledge});
+  if (knowledge) add_release(releases, {block.id, block.cluster->id, scope, knowledge});
 }
 
 }  // namespace
+
+// What was released from the same block with the same reach is kept together.
+void add_release(std::vector<Release>& releases, const Release& release) {
+  for (Release& old : releases)
+    if (old.block == release.block && old.scope == release.scope) {
+      old.knowledge = together(old.knowledge, release.knowledge);
+      return;
+    }
+  releases.push_back(release);
+}
 
 bool reaches(const Release& release, const Fiber& to, Scope scope) {
   const Scope narrower = release.scope < scope ? release.scope : scope;
@@ -274,8 +284,8 @@ void end_load(const void* address, Order order, Scope scope) {
   }
 }
 
-void end_store(const void* address, Order order, Scope scope, bool read_modify_write) {
-  made_progress();
+void end_store(const void* address, Order order, Scope scope, bool read_modify_write, bool changes) {
+  if (changes) made_progress();
   if (!checks_races) return;
   Fiber& fiber = *running();
   const bool releases = order == Order::release || order == Order::acq_rel;

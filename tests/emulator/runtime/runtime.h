@@ -154,6 +154,7 @@ void check_access(const void* address, std::size_t bytes, Access access, const v
 void require_shared(const void* address, std::size_t bytes, std::size_t alignment, const char* what, const Block* owner);
 void require_aligned(const void* address, std::size_t alignment, const char* what);
 
+void add_release(std::vector<Release>& releases, const Release& release);
 bool reaches(const Release& release, const Fiber& to, Scope scope);
 
 // ---- async.cpp ----
