@@ -27,7 +27,7 @@ BUDGET = [
     ("conv_stem<*>", 128, ("HMMA", "LDS")),  # 2 blocks of 256 threads to a multiprocessor
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
-OUTSIDE_LOOPS = 6  # instructions: what the message before a trap puts on the stack, and a spill at the start
+OUTSIDE_LOOPS = 8  # instructions: what the message before a trap puts on the stack, and a spill at the start
 
 
 def needs_nvcc():
@@ -68,7 +68,7 @@ def test_the_budget_can_be_broken():
 
     good = Kernel("lstm_forward<bf16, 0, 8>", 128, 0, 0, frozenset({"HMMA", "LDS", "EXIT"}))
     assert within(good, "sm_80") == []
-    for change in ({"registers": 129}, {"spilled": 7}, {"spilled_in_loops": 1}, {"instructions": frozenset({"HMMA"})}):
+    for change in ({"registers": 129}, {"spilled": 9}, {"spilled_in_loops": 1}, {"instructions": frozenset({"HMMA"})}):
         assert within(Kernel(**{**vars(good), **change}), "sm_80")
     assert within(Kernel(**{**vars(good), "name": "unknown"}), "sm_80")
 

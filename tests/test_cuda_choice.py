@@ -57,7 +57,8 @@ def test_asked_for(gpu, on):
     ("gpu", "hidden", "options", "reason"),
     [
         (TURING, 64, {}, "compute capability (7, 5)"),
-        (H100, 64, {"dtype": torch.float32}, "float16 and bfloat16"),
+        (H100, 64, {"dtype": torch.float64}, "float32, float16 and bfloat16"),
+        (A100, 600, {"dtype": torch.float32, "requires_grad": True}, "600 units do not fit"),
         (L40S, 2048, {}, "2048 units do not fit"),
         (H100, 1200, {"requires_grad": True}, "1200 units do not fit"),
     ],
@@ -70,7 +71,7 @@ def test_reasons_against(gpu, hidden, options, reason, on):
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("hidden", [1, 8, 32, 33, 64, 65, 128])
 def test_one_block_up_to_128_units(hidden, gpu):
-    for kernel in (FORWARD, BACKWARD):
+    for kernel in (FORWARD[2], BACKWARD[2], *((FORWARD[4], BACKWARD[4]) if hidden <= 64 else ())):
         found = plan(kernel, hidden, 2, GPUS[gpu])
         assert found.scope == "block"
         assert kernel.blocks(hidden, found.warps) == 1
@@ -78,24 +79,25 @@ def test_one_block_up_to_128_units(hidden, gpu):
 
 @pytest.mark.parametrize("hidden", [129, 200, 256, 384, 512])
 def test_a_cluster_beyond_on_hopper_alone(hidden):
-    assert plan(FORWARD, hidden, 1, H100).scope == "cluster"
-    assert plan(FORWARD, hidden, 1, A100).scope == "grid"
+    assert plan(FORWARD[2], hidden, 1, H100).scope == "cluster"
+    assert plan(FORWARD[2], hidden, 1, A100).scope == "grid"
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD], ids=["forward", "backward"])
-def test_every_plan_fits_its_gpu(kernel, gpu):
-    gpu = GPUS[gpu]
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("kernels", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_every_plan_fits_its_gpu(kernels, size, gpu):
+    gpu, kernel = GPUS[gpu], kernels[size]
     for hidden in range(1, 1300):
         for directions in (1, 2):
             found = plan(kernel, hidden, directions, gpu)
             if found is None:
-                assert hidden > 256
+                assert hidden > 128
                 continue
             blocks = kernel.blocks(hidden, found.warps)
             assert blocks * found.warps * kernel.units >= hidden
             assert kernel.shared_bytes(hidden, found.registers, found.warps) <= gpu.shared_bytes
-            assert found.warps <= (16 if kernel is FORWARD and found.scope == "block" else 8)
+            assert found.warps <= (16 if kernel is FORWARD[2] and found.scope == "block" else 8)
             if found.scope == "cluster":
                 assert blocks <= LARGEST_CLUSTER
             if found.scope == "grid":

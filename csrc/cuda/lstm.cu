@@ -15,8 +15,10 @@ struct Plan {
 
   int threads() const { return warps * kWarpSize; }
   int blocks(int64_t hidden) const { return static_cast<int>(ceil_div<int64_t>(hidden, units * warps)); }
-  int fragments_end() const { return lstm_shared_bytes(tiles, registers, depth_tiles, threads()); }
-  int words() const { return depth_tiles * kWordsPerTile; }
+  template <class T>
+  int fragments_end() const {
+    return lstm_shared_bytes<T>(tiles, registers, depth_tiles, threads());
+  }
 };
 
 Scope parse_scope(const std::string& name) {
@@ -96,40 +98,51 @@ LstmSteps steps_of(const Tensor& h, int64_t tokens, int64_t steps, const std::op
 }
 
 // The words of scope grid: [directions, groups, 2, words], zero.
+template <class T>
 std::optional<Tensor> words_for(const Plan& plan, const LstmSteps& shape, int64_t directions, const Tensor& like) {
   if (plan.scope != Scope::grid) return std::nullopt;
-  return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.words()}, ScalarType::Long);
+  return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.depth_tiles * Words<T>::kPerTile}, ScalarType::Long);
 }
 
 template <class T, template <class> class Parameters>
 using Kernel = void (*)(Parameters<T>);
 
-template <class T>
+// The kernels that there are, by scope and by how many tiles of the depth they keep in registers.
+template <class T, int... Registers>
 Kernel<T, LstmForward> forward_kernel(const Plan& plan) {
-  if (plan.scope == Scope::block && plan.registers == 2) return lstm_forward<T, Scope::block, 2>;
-  if (plan.scope == Scope::block && plan.registers == 4) return lstm_forward<T, Scope::block, 4>;
-  if (plan.scope == Scope::block && plan.registers == 8) return lstm_forward<T, Scope::block, 8>;
-  if (plan.scope == Scope::cluster && plan.registers == 16) return lstm_forward<T, Scope::cluster, 16>;
-  if (plan.scope == Scope::grid && plan.registers == 16) return lstm_forward<T, Scope::grid, 16>;
-  STD_TORCH_CHECK(false, "lstm_sequence_fwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+  constexpr int kShared = sizeof(T) == 4 ? 8 : 16;
+  Kernel<T, LstmForward> found = nullptr;
+  if (plan.scope == Scope::block) ((plan.registers == Registers ? void(found = lstm_forward<T, Scope::block, Registers>) : void()), ...);
+  if (plan.scope == Scope::cluster && plan.registers == kShared) found = lstm_forward<T, Scope::cluster, kShared>;
+  if (plan.scope == Scope::grid && plan.registers == kShared) found = lstm_forward<T, Scope::grid, kShared>;
+  STD_TORCH_CHECK(found, "lstm_sequence_fwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+  return found;
+}
+
+template <class T, int... Registers>
+Kernel<T, LstmBackward> backward_kernel(const Plan& plan) {
+  constexpr int kShared = sizeof(T) == 4 ? 16 : 24;
+  Kernel<T, LstmBackward> found = nullptr;
+  if (plan.scope == Scope::block) ((plan.registers == Registers ? void(found = lstm_backward<T, Scope::block, Registers>) : void()), ...);
+  if (plan.scope == Scope::cluster && plan.registers == kShared) found = lstm_backward<T, Scope::cluster, kShared>;
+  if (plan.scope == Scope::grid && plan.registers == kShared) found = lstm_backward<T, Scope::grid, kShared>;
+  STD_TORCH_CHECK(found, "lstm_sequence_bwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+  return found;
 }
 
 template <class T>
-Kernel<T, LstmBackward> backward_kernel(const Plan& plan) {
-  if (plan.scope == Scope::block && plan.registers == 8) return lstm_backward<T, Scope::block, 8>;
-  if (plan.scope == Scope::block && plan.registers == 16) return lstm_backward<T, Scope::block, 16>;
-  if (plan.scope == Scope::block && plan.registers == 24) return lstm_backward<T, Scope::block, 24>;
-  if (plan.scope == Scope::cluster && plan.registers == 24) return lstm_backward<T, Scope::cluster, 24>;
-  if (plan.scope == Scope::grid && plan.registers == 24) return lstm_backward<T, Scope::grid, 24>;
-  STD_TORCH_CHECK(false, "lstm_sequence_bwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
+Kernel<T, LstmForward> forward_kernel_of(const Plan& plan) {
+  if constexpr (sizeof(T) == 4)
+    return forward_kernel<T, 2, 4>(plan);
+  else
+    return forward_kernel<T, 2, 4, 8>(plan);
 }
-
-template <class Function>
-void dispatch_16_bit(ScalarType dtype, const Function& function) {
-  if (dtype == ScalarType::Half) return function(__half{});
-  STD_TORCH_CHECK(dtype == ScalarType::BFloat16, "lstm: the cuda kernels take float16 and bfloat16, got scalar type ",
-                  static_cast<int>(dtype));
-  function(__nv_bfloat16{});
+template <class T>
+Kernel<T, LstmBackward> backward_kernel_of(const Plan& plan) {
+  if constexpr (sizeof(T) == 4)
+    return backward_kernel<T, 8, 16>(plan);
+  else
+    return backward_kernel<T, 8, 16, 24>(plan);
 }
 
 }  // namespace
@@ -158,15 +171,16 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
   LstmSteps shape = steps_of(h0, tokens, steps, firsts, lengths);
   const int depth = static_cast<int>(std::max<int64_t>(registers, round_up(ceil_div<int64_t>(hidden, 16), int64_t{2})));
   const Plan plan{parse_scope(scope), static_cast<int>(warps), kForwardTiles, kForwardUnits, static_cast<int>(registers), depth};
-  STD_TORCH_CHECK(warps > 0 && warps <= (registers <= 8 ? 16 : 8) && (plan.scope != Scope::block || plan.blocks(hidden) == 1),
+  const bool is_small = registers <= 8 && dtype != ScalarType::Float;
+  STD_TORCH_CHECK(warps > 0 && warps <= (is_small ? 16 : 8) && (plan.scope != Scope::block || plan.blocks(hidden) == 1),
                   "lstm_sequence_fwd: ", warps, " warps do not fit ", hidden, " units");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(h0);
-  shape.bias_at = plan.fragments_end();
-  const auto words = words_for(plan, shape, directions, h0);
-  shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
-  dispatch_16_bit(dtype, [&](auto zero) {
-    using T = decltype(zero);
+  DISPATCH_CUDA(dtype, "lstm", [&] {
+    using T = scalar_t;
+    const auto words = words_for<T>(plan, shape, directions, h0);
+    shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
+    shape.bias_at = plan.fragments_end<T>();
     const LstmForward<T> p{shape,
                            data<float>(from_input),
                            data<T>(w_hh),
@@ -178,7 +192,7 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
                            gates ? mutable_data<float>(*gates) : nullptr,
                            cells ? mutable_data<float>(*cells) : nullptr};
     const int shared_bytes = shape.bias_at + plan.units * plan.warps * static_cast<int>(sizeof(float4));
-    launch(forward_kernel<T>(plan), p, plan, static_cast<int>(directions), shared_bytes, device.stream());
+    launch(forward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), shared_bytes, device.stream());
   });
 }
 
@@ -205,13 +219,13 @@ void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor
                   " warps do not fit ", hidden, " units");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(c0);
-  const auto words = words_for(plan, shape, directions, c0);
-  shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
-  dispatch_16_bit(dtype, [&](auto zero) {
-    using T = decltype(zero);
+  DISPATCH_CUDA(dtype, "lstm", [&] {
+    using T = scalar_t;
+    const auto words = words_for<T>(plan, shape, directions, c0);
+    shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
     const LstmBackward<T> p{shape,         data<T>(d_output),        data<float>(gates),       data<float>(cells),      data<T>(c0),
                             data<T>(w_hh), mutable_data<float>(d_h), mutable_data<float>(d_c), mutable_data<T>(d_gates)};
-    launch(backward_kernel<T>(plan), p, plan, static_cast<int>(directions), plan.fragments_end(), device.stream());
+    launch(backward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), plan.fragments_end<T>(), device.stream());
   });
 }
 

@@ -36,20 +36,20 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
   const int unit[2] = {first_unit + static_cast<int>(threadIdx.x) / 4 % 8, first_unit + static_cast<int>(threadIdx.x) / 4 % 8 + 8};
   const int depth_tiles = max(Registers, padded / 4);
 
-  const Exchange exchange = exchange_of<scope>(p.shape, depth_tiles);
+  const Exchange exchange = exchange_of<T, scope>(p.shape, depth_tiles);
   uint4* in_shared = reinterpret_cast<uint4*>(exchange.shared + 2 * exchange.words) + threadIdx.x;
   const auto sent = [&](int word) {
-    const int k = depth_of_word(word);
+    const int k = Words<T>::depth(word);
     return k < 4 * padded && k % padded < hidden;
   };
 
-  unsigned weights[kBackwardTiles][Registers][4];
+  unsigned weights[kBackwardTiles][Registers][kFragment<T>];
   const T* w = p.w_hh + int64_t{rows.direction} * 4 * hidden * hidden;
-  load_weights<kBackwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int, int depth_tile) {
+  load_weights<T, kBackwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int, int depth_tile) {
     const int gate = 16 * depth_tile / padded, first_row = 16 * depth_tile % padded;
     return [=](int m, int k) -> unsigned {
       const int row = first_row + k, column = first_unit + m;
-      return gate < 4 && row < hidden && column < hidden ? bits16(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
+      return gate < 4 && row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
     };
   });
   for (int word = threadIdx.x; word < exchange.words; word += blockDim.x)
@@ -97,22 +97,19 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
         const T rounded[4] = {from_float<T>(found.i), from_float<T>(found.f), from_float<T>(found.g), from_float<T>(found.o)};
         T* out = p.d_gates + ((token + j) * gridDim.z + rows.direction) * 4 * hidden + unit[u];
         for (int gate = 0; gate < 4; ++gate) {
-          d[gate][j] = bits16(rounded[gate]);
+          d[gate][j] = bits_of(rounded[gate]);
           out[gate * hidden] = rounded[gate];
         }
       }
-      const int even = unit[u] & ~1, column = threadIdx.x % 4 * 2 + unit[u] % 2;
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) {
-        const unsigned word = pair_over_units(d[gate][0], d[gate][1]);
-        if (even < hidden) exchange_send<scope>(exchange, k, word_of(gate * padded + even, column), word);
-      }
+      for (int gate = 0; gate < 4; ++gate)
+        exchange_send_unit<T, scope>(exchange, k, gate * padded, unit[u], hidden, d[gate][0], d[gate][1]);
     }
     exchange_sent<scope>();
     load(k + 1);
-    const uint4* words = exchange_receive<scope>(exchange, k, sent);
+    const unsigned* words = exchange_receive<scope>(exchange, k, sent);
     float sums[kBackwardTiles][4] = {};
-    multiply<T>(sums, weights, in_shared, depth_tiles, words);
+    multiply<T, true>(sums, weights, in_shared, depth_tiles, words);
     for (int u = 0; u < 2; ++u)
       for (int j = 0; j < 2; ++j)
         if (active(k, j)) d_h[u][j] = sums[0][u * 2 + j];

@@ -1,7 +1,8 @@
-// How the warps that share one LSTM recurrence hand each other what a step made: words of two 16-bit numbers.
+// How the warps that share one LSTM recurrence hand each other what a step made, in words of 4 bytes.
 //
-// A word holds two neighbours along the depth k of the next product, for one of the 8 columns n (rows of the batch). Words lie in
-// the order in which lanes read them as B fragments of mma.m16n8k16, two tiles of 16 k to one 16-byte load.
+// A word holds a float, or two 16-bit neighbours along the depth k of the next product, for one of the 8 columns n (rows of the
+// batch). 16-bit words lie in the order in which lanes read them as B fragments of mma.m16n8k16, two tiles of 16 k to one 16-byte
+// load; floats lie by k, so that the four lanes that share a row of weights read 128 bytes in a row.
 // Slots: a step's words are in slot step % 2 of shared memory. Who writes slot s of step k + 2 has received step k + 1, which
 // everyone sent after reading step k, so two slots are enough.
 //
@@ -16,15 +17,25 @@
 
 namespace bmk {
 
-constexpr int kColumns = 8;        // rows of the batch of a block: the columns of a product
-constexpr int kWordsPerTile = 64;  // 16 k by 8 columns, in pairs
+constexpr int kColumns = 8;  // rows of the batch of a block: the columns of a product
 
-// The word of (k, k + 1) for column n; k is even.
-__host__ __device__ constexpr int word_of(int k, int n) {
-  return k / 32 * (2 * kWordsPerTile) + (n * 4 + k % 8 / 2) * 4 + k % 32 / 16 * 2 + k % 16 / 8;
-}
-__host__ __device__ constexpr int depth_of_word(int word) { return word / 128 * 32 + word % 4 / 2 * 16 + word % 2 * 8 + word / 4 % 4 * 2; }
-__host__ __device__ constexpr int column_of_word(int word) { return word % 128 / 16; }
+// Words of T for a tile of 16 k: how many, which one holds depth k (16 bits: k and k + 1, k even) of column n, and back.
+template <class T>
+struct Words {
+  static constexpr int kPerTile = 64, kDepth = 2;
+  __host__ __device__ static constexpr int of(int k, int n) {
+    return k / 32 * (2 * kPerTile) + (n * 4 + k % 8 / 2) * 4 + k % 32 / 16 * 2 + k % 16 / 8;
+  }
+  __host__ __device__ static constexpr int depth(int word) { return word / 128 * 32 + word % 4 / 2 * 16 + word % 2 * 8 + word / 4 % 4 * 2; }
+  __host__ __device__ static constexpr int column(int word) { return word % 128 / 16; }
+};
+template <>
+struct Words<float> {
+  static constexpr int kPerTile = 128, kDepth = 1;
+  __host__ __device__ static constexpr int of(int k, int n) { return k * kColumns + n; }
+  __host__ __device__ static constexpr int depth(int word) { return word / kColumns; }
+  __host__ __device__ static constexpr int column(int word) { return word % kColumns; }
+};
 
 enum class Scope { block, cluster, grid };
 
@@ -68,7 +79,7 @@ __device__ __forceinline__ void exchange_sent() {
 
 // The words of a step, once all are here. `sent(word)` tells which ones anybody sends.
 template <Scope scope, class Sent>
-__device__ __forceinline__ const uint4* exchange_receive(const Exchange& e, int step, const Sent& sent) {
+__device__ __forceinline__ const unsigned* exchange_receive(const Exchange& e, int step, const Sent& sent) {
   unsigned* slot = e.shared + step % 2 * e.words;
   if constexpr (scope == Scope::cluster) {
     ptx::cluster_wait();
@@ -90,20 +101,41 @@ __device__ __forceinline__ const uint4* exchange_receive(const Exchange& e, int 
     }
     __syncthreads();
   }
-  return reinterpret_cast<const uint4*>(slot);
+  return slot;
 }
 
-// The 16-bit numbers of lanes with odd and even g = lane / 4, each with one for column 2 t and one for 2 t + 1 (t = lane % 4),
-// as words of neighbours in g: an even lane gets that of column 2 t, an odd one that of 2 t + 1.
-__device__ __forceinline__ unsigned pair_over_units(unsigned first_column, unsigned second_column) {
-  const bool odd = threadIdx.x / 4 % 2;
-  const unsigned other = __shfl_xor_sync(kFullWarp, odd ? first_column : second_column, 4);
-  return odd ? other | second_column << 16 : first_column | other << 16;
-}
-
+// A number as the bits of a word, or of half of one.
+__device__ __forceinline__ unsigned bits_of(float x) { return __builtin_bit_cast(unsigned, x); }
 template <class T>
-__device__ __forceinline__ unsigned bits16(T x) {
+__device__ __forceinline__ unsigned bits_of(T x) {
   return __builtin_bit_cast(unsigned short, x);
+}
+template <class T>
+__device__ __forceinline__ T from_bits(unsigned bits) {
+  if constexpr (sizeof(T) == 4)
+    return __builtin_bit_cast(T, bits);
+  else
+    return __builtin_bit_cast(T, static_cast<unsigned short>(bits));
+}
+
+// Sends the numbers of a unit, at depth first_k + unit, for columns 2 t and 2 t + 1 (t = lane % 4). The lanes of a warp have 8
+// neighbouring units; in 16 bits, lanes of neighbouring units make words of both: the even one that of column 2 t, the odd one
+// that of 2 t + 1.
+template <class T, Scope scope>
+__device__ __forceinline__ void exchange_send_unit(const Exchange& e, int step, int first_k, int unit, int units, unsigned first_column,
+                                                   unsigned second_column) {
+  const int column = threadIdx.x % 4 * 2;
+  if constexpr (sizeof(T) == 4) {
+    if (unit >= units) return;
+    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column), first_column);
+    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column + 1), second_column);
+  } else {
+    const bool odd = unit % 2;
+    const unsigned other = __shfl_xor_sync(kFullWarp, odd ? first_column : second_column, 4);
+    const unsigned word = odd ? other | second_column << 16 : first_column | other << 16;
+    const int even = unit & ~1;
+    if (even < units) exchange_send<scope>(e, step, Words<T>::of(first_k + even, column + odd), word);
+  }
 }
 
 }  // namespace bmk

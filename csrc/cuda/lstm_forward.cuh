@@ -2,13 +2,14 @@
 //
 //     pre_t = (W x_t, from one product over all tokens) + U h_(t-1) + b;  gates, c_t, h_t: lstm_gates.cuh
 //
-// Warp: 8 units of 8 rows. Gates are on the M side of mma.m16n8k16, i and f of the units in one tile, g and o in another, so that
-// a thread has all four sums of one unit for two rows; rows are on the N side, in eights. U lies in registers for a depth of
-// 16 Registers, beyond that in shared memory, in fragment order. c stays in a float register over all steps.
+// Warp: 8 units of 8 rows. Gates are on the M side of the product (lstm_product.cuh), i and f of the units in one tile, g and o in
+// another, so that a thread has all four sums of one unit for two rows; rows are on the N side, in eights. U lies in registers for a
+// depth of 16 Registers, beyond that in shared memory. c stays in a float register over all steps.
 // What a step reads from memory does not depend on the step before it, and is loaded one step ahead.
 // Saved for backward: activated gates and cell states, float32. h is rounded to T, as the caller sees it.
-// Refuses projections, and float32 (its weights would be twice as large and its products no mma).
-// Floor: T times the latency of a step (depth / 16 / 2 dependent mma, one exchange), not memory: 9 H floats per row and step.
+// Refuses projections.
+// Floor: T times the latency of a step, not memory (9 H floats per row and step): one exchange, and depth / 32 dependent mma, or in
+// float32 the multiply-adds of the multiprocessor, 32 H to a thread for each 4 H.
 #pragma once
 
 #include "lstm_sequence.cuh"
@@ -31,8 +32,12 @@ struct LstmForward {
 
 constexpr int kForwardTiles = 2, kForwardUnits = 8;  // of a warp
 
+// The most threads of a block: those of 128 units where 128 registers do for each.
+template <class T, int Registers>
+constexpr int kForwardThreads = sizeof(T) == 2 && Registers <= 8 ? 512 : 256;
+
 template <class T, Scope scope, int Registers>
-__global__ void __launch_bounds__(Registers <= 8 ? 512 : 256, 1) lstm_forward(LstmForward<T> p) {
+__global__ void __launch_bounds__(kForwardThreads<T, Registers>, 1) lstm_forward(LstmForward<T> p) {
   const int hidden = p.shape.hidden;
   const LstmRows rows(p.shape);
   const int first_unit = (blockIdx.x * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize) * kForwardUnits;
@@ -40,22 +45,23 @@ __global__ void __launch_bounds__(Registers <= 8 ? 512 : 256, 1) lstm_forward(Ls
   const bool exists = unit < hidden;
   const int depth_tiles = max(Registers, round_up(ceil_div(hidden, 16), 2));
 
-  const Exchange exchange = exchange_of<scope>(p.shape, depth_tiles);
+  const Exchange exchange = exchange_of<T, scope>(p.shape, depth_tiles);
   uint4* in_shared = reinterpret_cast<uint4*>(exchange.shared + 2 * exchange.words) + threadIdx.x;
 
-  unsigned weights[kForwardTiles][Registers][4];
+  unsigned weights[kForwardTiles][Registers][kFragment<T>];
   const T* w = p.w_hh + int64_t{rows.direction} * 4 * hidden * hidden;
-  load_weights<kForwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int tile, int depth_tile) {
+  load_weights<T, kForwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int tile, int depth_tile) {
     return [=](int m, int k) -> unsigned {
       const int gate = tile * 2 + m / 8, row = first_unit + m % 8, column = 16 * depth_tile + k;
-      return row < hidden && column < hidden ? bits16(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
+      return row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
     };
   });
   for (int word = threadIdx.x; word < exchange.words; word += blockDim.x) {
-    const int k = depth_of_word(word), row = p.shape.group() * kColumns + column_of_word(word);
+    const int k = Words<T>::depth(word), row = p.shape.group() * kColumns + Words<T>::column(word);
     const T* h = p.h0 + (int64_t{rows.direction} * p.shape.batch + row) * hidden + k;
     unsigned value = 0;
-    if (row < p.shape.batch && k < hidden) value = bits16(h[0]) | (k + 1 < hidden ? bits16(h[1]) << 16 : 0);
+    for (int i = 0; i < Words<T>::kDepth; ++i)
+      if (row < p.shape.batch && k + i < hidden) value |= bits_of(h[i]) << i * 16;
     exchange.shared[word] = value;
     if (k >= hidden) exchange.shared[exchange.words + word] = 0;
   }
@@ -71,7 +77,7 @@ __global__ void __launch_bounds__(Registers <= 8 ? 512 : 256, 1) lstm_forward(Ls
     if (exists && rows.row + j < p.shape.batch) {
       const int64_t at = rows.state(p.shape, j, unit);
       c[j] = p.c[at];
-      h[j] = bits16(p.h0[at]);
+      h[j] = bits_of(p.h0[at]);
     }
   exchange_start<scope>();
 
@@ -93,26 +99,23 @@ __global__ void __launch_bounds__(Registers <= 8 ? 512 : 256, 1) lstm_forward(Ls
     for (int j = 0; j < 2; ++j)
       for (int gate = 0; gate < 4; ++gate) sums[gate / 2][gate % 2 * 2 + j] = next[j][gate];
     if (k + 1 < rows.longest) load_ahead(k + 1);
-    const uint4* words = reinterpret_cast<const uint4*>(exchange.shared);
-    if (k > 0) words = exchange_receive<scope>(exchange, k, [&](int word) { return depth_of_word(word) < hidden; });
-    multiply<T>(sums, weights, in_shared, depth_tiles, words);
+    const unsigned* words = exchange.shared;
+    if (k > 0) words = exchange_receive<scope>(exchange, k, [&](int word) { return Words<T>::depth(word) < hidden; });
+    multiply<T, scope != Scope::block>(sums, weights, in_shared, depth_tiles, words);
     LstmGates gates[2];
     const float4 b = *bias;
     for (int j = 0; j < 2; ++j) {
       if (!exists || step >= rows.length[j]) continue;
       gates[j] = {sums[0][j] + b.x, sums[0][2 + j] + b.y, sums[1][j] + b.z, sums[1][2 + j] + b.w};
-      h[j] = bits16(from_float<T>(lstm_unit(gates[j], c[j])));
+      h[j] = bits_of(from_float<T>(lstm_unit(gates[j], c[j])));
     }
-    const unsigned word = pair_over_units(h[0], h[1]);
     if (k + 1 < rows.longest) {
-      const int even = unit & ~1;
-      if (even < hidden) exchange_send<scope>(exchange, k + 1, word_of(even, threadIdx.x % 4 * 2 + unit % 2), word);
+      exchange_send_unit<T, scope>(exchange, k + 1, 0, unit, hidden, h[0], h[1]);
       exchange_sent<scope>();
     }
     for (int j = 0; j < 2; ++j) {
       if (!exists || step >= rows.length[j]) continue;
-      p.output[(int64_t{token + j} * gridDim.z + rows.direction) * hidden + unit] =
-          __builtin_bit_cast(T, static_cast<unsigned short>(h[j]));
+      p.output[(int64_t{token + j} * gridDim.z + rows.direction) * hidden + unit] = from_bits<T>(h[j]);
       if (!p.gates) continue;
       const int64_t place = rows.direction * p.shape.tokens + token + j;
       float* saved = p.gates + place * 4 * hidden + unit;
@@ -123,7 +126,7 @@ __global__ void __launch_bounds__(Registers <= 8 ? 512 : 256, 1) lstm_forward(Ls
   for (int j = 0; j < 2; ++j)
     if (exists && rows.row + j < p.shape.batch) {
       const int64_t at = rows.state(p.shape, j, unit);
-      p.h_n[at] = __builtin_bit_cast(T, static_cast<unsigned short>(h[j]));
+      p.h_n[at] = from_bits<T>(h[j]);
       p.c[at] = c[j];
     }
 }

@@ -5,22 +5,18 @@ import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.lstm import cuda
-from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, Plan
+from bigmodel_kernels.ops.lstm.cuda_plan import Plan
 from bigmodel_kernels.testing import assert_matches, make
 from tests.ops.test_lstm import Problem, check
 
-DTYPES = [torch.float16, torch.bfloat16]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 VARIANTS = {
     "plain": {},
     "stacked": {"num_layers": 2, "bidirectional": True},
     "packed": {"packed": True},
     "packed_stacked": {"packed": True, "num_layers": 2, "bidirectional": True},
 }
-SCOPES = {  # at small sizes: blocks of one warp
-    "block": None,
-    "cluster": (Plan("cluster", 16, 1), Plan("cluster", 24, 1)),
-    "grid": (Plan("grid", 16, 1), Plan("grid", 24, 1)),
-}
+SCOPES = ["block", "cluster", "grid"]
 
 
 def on_gpu(problem: Problem) -> Problem:
@@ -33,9 +29,8 @@ def on_gpu(problem: Problem) -> Problem:
 def in_scope(monkeypatch, scope: str) -> None:
     if scope == "cluster" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("this GPU has no clusters")
-    if SCOPES[scope]:
-        plans = dict(zip((FORWARD, BACKWARD), SCOPES[scope]))
-        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: plans[kernel])
+    if scope != "block":  # at small sizes: blocks of one warp
+        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: Plan(scope, kernel.registers, 1))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -57,6 +52,8 @@ def test_matches_float64(scope, size, variant, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [64, 100, 128, 136, 256, 384, 512, 640, 768])
 def test_matches_float64_by_plan(hidden, dtype):
+    if dtype == torch.float32 and hidden > 400:
+        pytest.skip("float32 weights of so many units do not fit")
     check(on_gpu(Problem(30, 20, 40, hidden, dtype=dtype)), "cuda")
 
 
@@ -91,7 +88,7 @@ def test_in_a_cuda_graph(hidden):
         assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [(0, 3, 4), (1, 2, 3), (9, 9, 33), (300, 64, 600)], ids=str)
 def test_cell_tiny_and_not(size, dtype):
     batch, inputs, hidden = size

@@ -1,24 +1,25 @@
 """The CUDA kernels of whole LSTM layers, emulated: against float64, forward and every gradient, in all three scopes."""
 
+import itertools
+
 import pytest
 import torch
 
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import cuda, cuda_plan
-from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, Plan
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, Kernel, Plan
 from tests.emulator.backend import SUFFIX, emulated
 from tests.emulator.emulator import EmulatorError, Program, needs_compiler
 from tests.ops.test_lstm import Problem, check
 
 pytestmark = needs_compiler
-DTYPES = [torch.float16, torch.bfloat16]
 SCOPES = {"block": 0, "cluster": 1, "grid": 2}
-REGISTERS = {"block": ((2, 4, 8), (8, 16, 24)), "cluster": ((16,), (24,)), "grid": ((16,), (24,))}
-# The plan for hidden sizes that one block could hold is made one of several blocks of one warp, so that small sizes have some.
-SMALL_SHARED = {
-    "cluster": (Plan("cluster", 16, 1), Plan("cluster", 24, 1)),
-    "grid": (Plan("grid", 16, 1), Plan("grid", 24, 1)),
-}
+KERNELS = {"forward": FORWARD, "backward": BACKWARD}
+
+
+def small(scope: str, kernel: Kernel) -> Plan:
+    """Several blocks of one warp where one block could hold all units, so that small sizes have some."""
+    return Plan(scope, kernel.registers, 1)
 
 
 def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) -> str:
@@ -26,7 +27,8 @@ def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) 
 
 
 def program(direction: str, dtype: torch.dtype, scope: str) -> Program:
-    registers = REGISTERS[scope][direction == "backward"]
+    kernel = KERNELS[direction][dtype.itemsize]
+    registers = [r for _, r in kernel.one_block] if scope == "block" else [kernel.registers]
     return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, dtype, scope, r) for r in registers))
 
 
@@ -37,11 +39,16 @@ class Native:
         self.seed, self.detect, self.together = seed, detect, together
         self.edit, self.edited = edit, edited  # a change in a header, in which direction's kernel
 
-    def _run(self, direction, kernel, like, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
+    def _run(self, direction, like, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
         directions, batch, hidden = like.shape
+        kernel = KERNELS[direction][like.element_size()]
         groups = -(-batch // ROWS)
-        blocks, depth = kernel.blocks(hidden, warps), kernel.depth_tiles(hidden, registers)
-        words = torch.zeros(directions, groups, 2, depth * 64, dtype=torch.int64) if scope == "grid" else None
+        blocks = kernel.blocks(hidden, warps)
+        words = (
+            torch.zeros(directions, groups, 2, kernel.words(hidden, registers), dtype=torch.int64)
+            if scope == "grid"
+            else None
+        )
         together = self.together if scope == "grid" else groups
         code = program(direction, like.dtype, scope)
         code = code.with_edit(*self.edit) if self.edited == direction else code
@@ -61,24 +68,23 @@ class Native:
     ):
         arguments = (from_input, w_hh, bias, h0, output, h_n, c, gates, cells)
         tokens = from_input.shape[1]
-        self._run("forward", FORWARD, h0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("forward", h0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
 
     def lstm_sequence_bwd(
         self, d_output, gates, cells, c0, w_hh, firsts, lengths, steps, d_h, d_c, d_gates, scope, registers, warps
     ):
         arguments = (d_output, gates, cells, c0, w_hh, d_h, d_c, d_gates)
         tokens = d_output.shape[0]
-        self._run("backward", BACKWARD, c0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("backward", c0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
 
 
-def check_emulated(problem, monkeypatch, scope, gpu=_gpu.H100, **native):
+def check_emulated(problem, monkeypatch, scope, gpu=_gpu.H100, function=check, **native):
     native = Native(**native)
     if scope != "block":
-        plans = dict(zip((FORWARD, BACKWARD), SMALL_SHARED[scope]))
-        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: plans[kernel])
+        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: small(scope, kernel))
     ops = {name: getattr(native, name) for name in ("lstm_sequence_fwd", "lstm_sequence_bwd")}
     with emulated(monkeypatch, "lstm", gpu, **ops):
-        check(problem, "cuda")
+        return function(problem, "cuda")
 
 
 VARIANTS = {
@@ -92,7 +98,7 @@ VARIANTS = {
 SIZES = [(1, 1, 2, 3), (2, 5, 3, 8), (4, 3, 5, 15), (3, 9, 7, 16), (5, 8, 9, 17), (2, 17, 6, 31), (3, 2, 8, 33)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SUFFIX, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scope", SCOPES)
@@ -100,18 +106,31 @@ def test_matches_float64(scope, size, variant, dtype, monkeypatch):
     check_emulated(Problem(*size, **VARIANTS[variant], dtype=dtype), monkeypatch, scope)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [(2, 2, 3, 64), (2, 9, 3, 65), (2, 1, 3, 100), (2, 2, 3, 128)], ids=str)
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        *itertools.product(
+            [(2, 2, 3, 64), (2, 9, 3, 65), (2, 1, 3, 100), (2, 2, 3, 128)], [torch.float16, torch.bfloat16]
+        ),
+        *itertools.product([(2, 2, 3, 40), (2, 9, 3, 64)], [torch.float32]),
+    ],
+    ids=str,
+)
 def test_one_block_up_to_its_most_units(size, dtype, monkeypatch):
     check_emulated(Problem(*size, dtype=dtype), monkeypatch, "block")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(1, 21))
 @pytest.mark.parametrize("scope", SCOPES)
-def test_any_order_of_threads_is_free_of_races(scope, seed, monkeypatch):
+def test_any_order_of_threads_gives_the_same_without_races(scope, seed, monkeypatch):
     """Another order of all threads for every seed; every access to memory is checked against all others."""
-    problem = Problem(4, 9, 3, 20, packed=seed % 2 == 1, bidirectional=True, dtype=torch.bfloat16, seed=seed)
-    check_emulated(problem, monkeypatch, scope, seed=seed, detect="races")
+    problem = Problem(4, 9, 3, 20, packed=seed % 2 == 1, bidirectional=True, dtype=list(SUFFIX)[seed % 3])
+    found = [
+        check_emulated(problem, monkeypatch, scope, function=Problem.run, **options)
+        for options in ({}, {"seed": seed, "detect": "races"})
+    ]
+    for expected, actual in zip(*found):
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
 EXCHANGE = "lstm_exchange.cuh"

@@ -6,31 +6,31 @@ import torch
 
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import by_layer
-from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, plan
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, Kernel, plan
 
 NATIVE_OP = "lstm_sequence_fwd"
-DTYPES = (torch.float16, torch.bfloat16)
 native = torch.ops.bigmodel_native
 
 
 def supports(
     x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save
 ) -> str | None:  # fmt: skip
-    if (why := _gpu.reason(x, DTYPES)) is not None:
+    if (why := _gpu.reason(x)) is not None:
         return why
     if h0.shape[2] != c0.shape[2]:
         return "h is projected"
     directions, gpu = 2 if bidirectional else 1, _gpu.properties(x.device.index)
-    for kernel in (FORWARD, BACKWARD) if save else (FORWARD,):
-        if plan(kernel, c0.shape[2], directions, gpu) is None:
+    for kernels in (FORWARD, BACKWARD) if save else (FORWARD,):
+        if plan(kernels[x.element_size()], c0.shape[2], directions, gpu) is None:
             return f"the weights of {c0.shape[2]} units do not fit on the GPU's multiprocessors"
     if batch_sizes is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "packed sequences need a table from the CPU, which a CUDA graph cannot capture"
     return None
 
 
-def _plan(kernel, hidden: int, directions: int, device: torch.device) -> tuple:
-    found = plan(kernel, hidden, directions, _gpu.properties(device.index))
+def _plan(kernels: dict[int, Kernel], w_hh: torch.Tensor) -> tuple:
+    directions, _, hidden = w_hh.shape
+    found = plan(kernels[w_hh.element_size()], hidden, directions, _gpu.properties(w_hh.device.index))
     return found.scope, found.registers, found.warps
 
 
@@ -42,7 +42,7 @@ def _layer_forward(tokens, parameters, from_input, bias, h, c, y, gates, cells) 
     w_hh = torch.stack([w[1] for w in parameters])
     native.lstm_sequence_fwd(
         from_input, w_hh, bias, h.clone(), *_tables(tokens), len(tokens.sizes), y, h, c, gates, cells,
-        *_plan(FORWARD, c.shape[2], len(parameters), c.device),
+        *_plan(FORWARD, w_hh),
     )  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def _layer_backward(tokens, parameters, d_y, d_h, d_c, gates, cells, c0, d_gates
     w_hh = torch.stack([w[1] for w in parameters])
     native.lstm_sequence_bwd(
         d_y, gates, cells, c0, w_hh, *_tables(tokens), len(tokens.sizes), d_h, d_c, d_gates,
-        *_plan(BACKWARD, c0.shape[2], len(parameters), c0.device),
+        *_plan(BACKWARD, w_hh),
     )  # fmt: skip
 
 
