@@ -62,6 +62,15 @@ def test_force_cuda_says_what_is_missing():
     assert "FORCE_CUDA=1, but CUDA kernels cannot be built: " in done.stderr
 
 
+def test_force_cuda_names_the_missing_toolkit(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()  # a compiler without its headers is no toolkit
+    done = setup("--version", FORCE_CUDA="1", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0
+    assert "nvcc and cuda_runtime.h were not found under CUDA_HOME" in done.stderr
+    assert "install the CUDA toolkit" in done.stderr
+
+
 def test_a_missing_compiler_is_named():
     done = setup("--version", CXX="no-such-compiler")
     assert done.returncode != 0
