@@ -24,6 +24,7 @@ enum Mistake {
   not_initialised,
   wrong_bytes,
   no_fence,
+  no_second_fence,
   no_proxy_fence,
   narrow_scope,
   leaves_early,
@@ -96,6 +97,24 @@ __global__ void produce_consume(const float* x, float* y, int rounds) {
       y[round * 32 + lane] = 2 * tile[31 - lane];
       if (round + 1 < rounds && kMistake != no_barrier) ptx::barrier_arrive(kEmpty, 64);
     }
+  }
+}
+
+// One warp hands a value to another by a flag: the fences reach as far as the block, which is far enough.
+template <Mistake kMistake>
+__global__ void hand_over(const float* x, float* y) {
+  SHARED(float, value);
+  SHARED(int, flag);
+  if (threadIdx.x == 0) flag = 0;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    value = x[0];
+    if (kMistake != no_fence) __threadfence_block();
+    atomicExch(&flag, 1);
+  } else if (threadIdx.x == 32) {
+    while (atomicAdd(&flag, 0) == 0) continue;
+    if (kMistake != no_second_fence) __threadfence_block();
+    y[0] = value;
   }
 }
 

@@ -34,6 +34,7 @@ MISTAKES = {
         "wrong_count": ("threads are expected", "threads are expected"),
         "wrong_barrier": ("deadlock", "deadlock"),
     },
+    "hand_over": {"no_fence": ("race in", None), "no_second_fence": ("race in", None)},
     "histogram": {"not_atomic": ("race in", None)},
     "pipeline": {
         "weak_wait": ("race in.*cp.async", None),
@@ -96,6 +97,9 @@ def launch(kernel: str, mistake: str, **how) -> tuple[torch.Tensor, torch.Tensor
         case "produce_consume":
             PLANTED.run(name, 1, 64, x, y, 4, **how)
             return y[:128], 2 * x[:128].view(4, 32).flip(1).flatten()
+        case "hand_over":
+            PLANTED.run(name, 1, 64, x, y, **how)
+            return y[:1], x[:1]
         case "histogram":
             bins, counts = torch.randint(4, (2 * 64,), dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
             PLANTED.run(name, 2, 64, bins, counts, **how)

@@ -1,6 +1,8 @@
 // Memory that kernels may touch: where it begins and ends, what was written, and whether two accesses race.
 #include <sys/mman.h>
 
+#include <algorithm>
+
 #include "runtime.h"
 
 namespace emulator {
@@ -237,11 +239,9 @@ namespace {
 
 std::unordered_map<const void*, std::vector<Release>> released_at;
 
-void publish(const void* address, Scope scope, const Knowledge& knowledge, bool keeps_others) {
-  auto& releases = released_at[address];
-  if (!keeps_others) releases.clear();  // a plain store ends the release sequences of others
+void publish(const void* address, Scope scope, const Knowledge& knowledge) {
   const Block& block = *running()->home;
-  if (knowledge) add_release(releases, {block.id, block.cluster->id, scope, knowledge});
+  if (knowledge) add_release(released_at[address], {block.id, block.cluster->id, scope, knowledge});
 }
 
 }  // namespace
@@ -278,7 +278,7 @@ void end_load(const void* address, Order order, Scope scope) {
   for (const Release& release : found->second) {
     if (!reaches(release, fiber, scope)) continue;
     if (order == Order::relaxed)
-      fiber.not_yet_acquired = together(fiber.not_yet_acquired, release.knowledge);
+      add_release(fiber.not_yet_acquired, release);
     else
       fiber.learn(release.knowledge);
   }
@@ -288,16 +288,20 @@ void end_store(const void* address, Order order, Scope scope, bool read_modify_w
   if (changes) made_progress();
   if (!checks_races) return;
   Fiber& fiber = *running();
-  const bool releases = order == Order::release || order == Order::acq_rel;
-  publish(address, scope, releases ? fiber.released() : fiber.released_by_fence, read_modify_write);
+  if (!read_modify_write) released_at[address].clear();  // a plain store ends the release sequences of others
+  if (order == Order::release || order == Order::acq_rel) return publish(address, scope, fiber.released());
+  for (const Scope reach : {Scope::block, Scope::cluster, Scope::device})
+    publish(address, std::min(reach, scope), fiber.released_by_fence[static_cast<int>(reach)]);
 }
 
-// What was read before becomes known, and what is written from now on tells of what was done before.
+// What was read before becomes known, and what is written from now on tells of what was done before: to those in reach.
 void fence(Scope scope) {
-  if (checks_races && scope != Scope::block) {
+  if (checks_races) {
     Fiber& fiber = *running();
-    fiber.learn(fiber.not_yet_acquired);
-    fiber.released_by_fence = fiber.released();
+    for (const Release& release : fiber.not_yet_acquired)
+      if (reaches(release, fiber, scope)) fiber.learn(release.knowledge);
+    const Knowledge released = fiber.released();
+    for (int reach = 0; reach <= static_cast<int>(scope); ++reach) fiber.released_by_fence[reach] = released;
   }
   yield();
 }

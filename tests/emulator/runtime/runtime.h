@@ -34,6 +34,13 @@ struct Copy {
   int bytes, valid;
 };
 
+// What was released to a place in memory, by whom, and how far it reaches.
+struct Release {
+  unsigned block, cluster;
+  Scope scope;
+  Knowledge knowledge;
+};
+
 struct Fiber : Place {
   Context context;
   Stack stack;
@@ -44,7 +51,9 @@ struct Fiber : Place {
   long waits_which = 0;             // the barrier's number or address
 
   uint32_t epoch = 1;
-  Knowledge known, not_yet_acquired, released_by_fence, known_at_proxy_fence;
+  Knowledge known, known_at_proxy_fence;
+  Knowledge released_by_fence[3];         // by the reach of the fence: block, cluster, device
+  std::vector<Release> not_yet_acquired;  // read by relaxed loads: a fence acquires it
   uint32_t epoch_of_proxy_fence = 0;
 
   std::vector<Copy> open_copies;
@@ -80,13 +89,6 @@ struct Exchange {
   const void* given[32] = {};
   void* wanted[32] = {};
   Meeting meeting = {};  // if it orders memory
-};
-
-// What was released to a place in memory, by whom, and how far it reaches.
-struct Release {
-  unsigned block, cluster;
-  Scope scope;
-  Knowledge knowledge;
 };
 
 struct MBarrier {
