@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from bigmodel_kernels._extension import build_info
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+@functools.cache
+def dots() -> bool:
+    """Whether the kernels' products of bfloat16 numbers keep up with oneDNN's: by dot products, where it has no AMX."""
+    return build_info().get("isa") == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
 
 
 def supports(x, h0, c0, weights, batch_sizes, *rest) -> str | None:

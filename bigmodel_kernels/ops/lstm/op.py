@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigmodel_kernels import _registry
 from bigmodel_kernels._library import Op, autocast, needs_grad
-from bigmodel_kernels.ops.lstm import reference
+from bigmodel_kernels.ops.lstm import cpu, reference
 
 
 def lstm(
@@ -215,13 +215,16 @@ def _differentiable(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, b
 
 
 def prefer(x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save) -> tuple[str, ...]:
-    """All but large dense products in bfloat16, which oneDNN makes with dot products of that type: the table "LSTM on the
-    CPU" in docs/decisions.md."""
+    """All to the kernels but dense bfloat16 of some size, where oneDNN's products are faster: the table "LSTM on the CPU" in
+    docs/decisions.md."""
     if x.dtype == torch.bfloat16 and batch_sizes is None and h0.shape[2] == c0.shape[2]:
         steps, batch, inputs = x.shape
-        one_step = steps == 1 and batch <= 16
-        few_in_training = save and batch <= 4
-        if batch * 4 * c0.shape[2] * (inputs + h0.shape[2]) > 2**19 and not one_step and not few_in_training:
+        size = 4 * c0.shape[2] * (inputs + h0.shape[2])  # of a layer's weights
+        if cpu.dots():
+            onednn = not save and batch >= 8 and size >= 2**21
+        else:
+            onednn = batch * size > 2**19 and not (steps == 1 and batch <= 16) and not (save and batch <= 4)
+        if onednn:
             return ("torch", "cpu")
     return ("cpu", "torch")
 

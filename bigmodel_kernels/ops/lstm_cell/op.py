@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels.ops.lstm.cpu import dots
 from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.lstm_cell import reference
 
@@ -118,9 +119,17 @@ def _differentiable(*args):
     return reference.forward(*args[:-1])
 
 
-def prefer(x, *rest) -> tuple[str, ...]:
-    """Batches that repay packing the weights to the kernel: the table "LSTM on the CPU" in docs/decisions.md."""
-    return ("cpu", "torch") if x.shape[0] >= 64 and x.dtype != torch.bfloat16 else ("torch", "cpu")
+def prefer(x, h, c, w_ih, w_hh, b_ih, b_hh, save) -> tuple[str, ...]:
+    """Steps that repay a call to the kernel, and in bfloat16 those small enough that oneDNN's products are not faster: the
+    table "LSTM on the CPU" in docs/decisions.md."""
+    batch, size = x.shape[0], w_ih.numel() + w_hh.numel()
+    if x.dtype != torch.bfloat16:
+        ours = batch * size > (2**20 if save else 2**18)
+    elif save:
+        ours = dots() and batch <= 32 and size <= 2**17
+    else:
+        ours = dots() and (batch <= 8 or batch * size <= 2**22)
+    return ("cpu", "torch") if ours else ("torch", "cpu")
 
 
 _ARGS = "Tensor x, Tensor h, Tensor c, Tensor w_ih, Tensor w_hh, Tensor? b_ih, Tensor? b_hh, bool save"
