@@ -226,6 +226,7 @@ def _build(header: Path, kernels: tuple[str, ...], edit: tuple[str, str, str] | 
             include = [f"-I{path}" for path in (folder_of_header, HERE, KERNELS)]
             _compile([*compiled, *include, "-c", "-o", folder / "program.o", source])
             _compile(["-no-pie", *linked, "-o", folder / "program", folder / "program.o", *_runtime()])
+            (folder / "program.o").unlink()
     return folder / "program"
 
 
