@@ -33,7 +33,7 @@ TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"
 CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
-NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
 
 
 def cuda_home() -> Path | None:
