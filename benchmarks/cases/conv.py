@@ -16,7 +16,7 @@ GRID = 1 / 256  # of weights; inputs lie on multiples of 1/8
 
 
 class Fused(nn.Sequential):
-    """A convolution, its frozen normalisation, ReLU and square max-pool in one call, with the parameters of the stock
+    """A convolution, its frozen normalisation, ReLU and max-pool in one call, with the parameters of the stock
     nn.Sequential it is made from. What comes after those, it runs as it stands."""
 
     def __init__(self, stock: nn.Sequential) -> None:
@@ -31,8 +31,9 @@ class Fused(nn.Sequential):
         if rest and isinstance(rest[0], nn.ReLU):
             rest.pop(0)
             self.activation = "relu"
-        if rest and isinstance(rest[0], nn.MaxPool2d) and rest[0].kernel_size == rest[0].stride:
-            self.pool = ("max", rest.pop(0).kernel_size)
+        if rest and isinstance(rest[0], nn.MaxPool2d):
+            pool = rest.pop(0)
+            self.pool = ("max", pool.kernel_size, pool.stride, pool.padding)
         self.rest = rest[0] if rest else None
 
     def forward(self, x: Tensor) -> Tensor:
