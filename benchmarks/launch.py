@@ -24,6 +24,14 @@ ROUNDS, CALLS = 15, 200
 GPU = "sm_90"
 
 
+def _gpu(device: int | None) -> str:
+    return GPU
+
+
+def _no_reason(*args: object) -> None:
+    """In place of what says why a backend cannot run; a Mock would take longer than all the rest of a call."""
+
+
 @contextlib.contextmanager
 def stubbed() -> Iterator[list]:
     """In the block, calls with backend="triton" go as far as the launch, on CPU tensors; gives the list of what they launch."""
@@ -32,9 +40,9 @@ def stubbed() -> Iterator[list]:
     launched: list = []
     with (
         mock.patch.object(_triton, "launch", lambda kernel, programs, *args, **constants: launched.append(kernel)),
-        mock.patch.object(_triton, "gpu", return_value=GPU),
-        mock.patch.object(_triton, "reason", return_value=None),
-        mock.patch.object(_registry, "availability", return_value=None),
+        mock.patch.object(_triton, "gpu", _gpu),
+        mock.patch.object(_triton, "reason", _no_reason),
+        mock.patch.object(_registry, "availability", _no_reason),
     ):
         yield launched
 

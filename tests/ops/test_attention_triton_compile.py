@@ -2,11 +2,14 @@
 
 attention_triton_budget.json gives for each row what the compiler made of it: registers of a thread, bytes of shared memory,
 instructions of the innermost loop over whole tiles. No innermost loop may spill, those over the edges included.
-`python -m tests.ops.test_attention_triton_compile` writes the file anew.
+The numbers are upper limits for Triton 3.6 and 3.7; the version that is installed is tested, and another one, unpacked from its
+wheel, by PYTHONPATH=<folder>.
+`python -m tests.ops.test_attention_triton_compile [--widen]` writes the file anew.
 """
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,7 @@ BUDGET = Path(__file__).with_name("attention_triton_budget.json")
 SLACK = 1.15  # of what the budget gives, for versions of the compiler
 NAMES = {"forward_kernel": "forward", "query_kernel": "query", "key_kernel": "key", "mask_kernel": "mask"}
 # Dropout is compiled for one head dimension of every GPU, to save time.
-DROPOUT_DIMS = {"sm_80": (256,), "sm_86": (64,), "sm_90": (128,)}
+DROPOUT_DIMS = {"sm_80": (128,), "sm_86": (64,), "sm_90": (256,)}
 WGMMA_ROWS = 64  # of the left operand, below which the compiler takes the older instruction
 ROWS = [
     *((gpu, "bfloat16", head_dim) for gpu in ("sm_80", "sm_86", "sm_90") for head_dim in (64, 128, 256)),
@@ -122,5 +125,12 @@ def test_every_row_of_the_table_is_tested():
 
 
 if __name__ == "__main__":
-    budget = {row_id(*row): compile_row(*row, pytest.MonkeyPatch()) for row in ROWS}
+    budget = json.loads(BUDGET.read_text()) if sys.argv[1:] == ["--widen"] else {}  # --widen: for one more version
+    for row in ROWS:
+        old = budget.get(row_id(*row), {})
+        found = compile_row(*row, pytest.MonkeyPatch())
+        budget[row_id(*row)] = {
+            kernel: {key: max(n, old.get(kernel, {}).get(key, 0)) for key, n in numbers.items()}
+            for kernel, numbers in found.items()
+        }
     BUDGET.write_text(json.dumps(budget, indent=2) + "\n")

@@ -368,16 +368,16 @@ def test_refusals_name_the_reason():
         p.run("triton")
 
 
-# What the compiler may use, by arithmetic and hidden size: registers forward and backward, bytes of shared memory. From
-# Triton 3.7's own figures for sm_80 and sm_90, rounded up.
+# What the compiler may use, by arithmetic and hidden size: registers forward and backward, bytes of shared memory. From the
+# figures of Triton 3.6 and 3.7 for sm_80 and sm_90, rounded up.
 BUDGET = {
     ("ieee", 16): (96, 96, 8 << 10),
     ("ieee", 32): (96, 96, 20 << 10),
     ("ieee", 64): (96, 96, 72 << 10),
     ("tf32", 64): (192, 128, 88 << 10),
-    ("16-bit", 16): (240, 200, 8 << 10),
-    ("16-bit", 32): (240, 200, 16 << 10),
-    ("16-bit", 64): (240, 200, 48 << 10),
+    ("16-bit", 16): (250, 224, 8 << 10),
+    ("16-bit", 32): (250, 224, 16 << 10),
+    ("16-bit", 64): (250, 232, 48 << 10),
     ("16-bit", 128): (128, 128, 152 << 10),
 }
 
@@ -419,5 +419,5 @@ def test_step_kernels_compile_within_their_budget(gpu, dtype, monkeypatch):
         assert len(binaries) == 2
         for binary in binaries:
             assert binary.spills == 0, binary
-            assert binary.registers <= 64, binary
+            assert binary.registers <= 80, binary
             assert binary.shared <= 4 << 10, binary

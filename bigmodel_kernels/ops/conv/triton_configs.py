@@ -18,7 +18,7 @@ TABLE = {
         4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 32, 4, 2), 64: (64, 64, 16, 8, 2)},
     },
     "gather": {
-        2: {16: (128, 16, 32, 4, 2), 32: (128, 32, 32, 4, 2), 64: (128, 64, 32, 8, 2)},
+        2: {16: (64, 16, 32, 4, 2), 32: (64, 32, 32, 4, 2), 64: (64, 64, 32, 8, 2)},
         4: {16: (64, 16, 32, 4, 2), 32: (64, 32, 16, 4, 2), 64: (64, 64, 16, 8, 2)},
     },
     "weights": {
@@ -51,13 +51,16 @@ def config(gpu: str, kernel: str, element_size: int, columns: int) -> dict[str, 
     return sizes | {"BLOCK_K": k} if k else sizes
 
 
+@functools.cache
 def product_config(
-    gpu: str, element_size: int, columns: int, channels: int, taps: int, adjacent: bool
+    gpu: str, element_size: int, columns: int, channels: int, taps: int, adjacent: bool, gated: bool
 ) -> dict[str, int]:
     """The launch constants of the implicit GEMM, FLAT included; `adjacent` tells of the channels of input and output."""
     kernel = "product" if adjacent and step(64, channels, taps * channels, element_size)[1] == 0 else "gather"
     sizes = config(gpu, kernel, element_size, columns)
     sizes["BLOCK_K"], sizes["FLAT"] = step(sizes["BLOCK_K"], channels, taps * channels, element_size)
+    if gated:  # two products share the registers
+        sizes["BLOCK_N"] = max(16, sizes["BLOCK_N"] // 2)
     return sizes
 
 

@@ -6,6 +6,7 @@ Inputs are read through their strides, in whatever memory format they come. Only
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -16,6 +17,8 @@ from bigmodel_kernels.ops.conv import op, reference, triton_configs
 from bigmodel_kernels.ops.conv.triton_image import pool_kernel, spread_kernel
 from bigmodel_kernels.ops.conv.triton_product import direct_kernel, product_kernel
 from bigmodel_kernels.ops.conv.triton_weights import direct_weights_kernel, weights_kernel
+
+Pair = tuple[int, int]
 
 LARGEST_WINDOW = 254  # elements of a max-pool window that the saved byte can tell apart
 LARGEST_FUSED_WINDOW = 16
@@ -56,6 +59,24 @@ def _by_axis(**pairs) -> dict[str, int]:
 def _pixel_axis(t: Tensor) -> int:
     """The axis of the pixels in tiles of t."""
     return 0 if t.stride(1) == 1 else 1
+
+
+@functools.cache
+def _axes(kernel: Pair, stride: Pair, dilation: Pair, window: Pair, scatter: bool) -> dict[str, int]:
+    """The constants of triton_tile's rule, and the window of a fused pool."""
+    pairs = list(zip(stride, dilation))
+    common = [math.gcd(s, d) for s, d in pairs]
+    tap_step = [s // c if scatter else 1 for (s, _), c in zip(pairs, common)]
+    return _by_axis(
+        KERNEL=kernel,
+        DILATION=dilation,
+        STEP=(1, 1) if scatter else stride,
+        JUMP=[-d // c for (_, d), c in zip(pairs, common)] if scatter else dilation,
+        PHASES=stride if scatter else (1, 1),
+        TAP_STEP=tap_step,
+        INVERSE=[pow(d // c, -1, t) if t > 1 else 0 for (_, d), c, t in zip(pairs, common, tap_step)],
+        WINDOW=window,
+    )
 
 
 class _Call:
@@ -114,21 +135,6 @@ class _Call:
         """[narrow, taps, wide / groups], contiguous."""
         return weight.flatten(2).transpose(1, 2).contiguous()
 
-    def axes(self, scatter: bool) -> dict[str, int]:
-        """The constants of triton_tile's rule."""
-        pairs = list(zip(self.stride, self.dilation))
-        common = [math.gcd(s, d) for s, d in pairs]
-        tap_step = [s // c if scatter else 1 for (s, _), c in zip(pairs, common)]
-        return _by_axis(
-            KERNEL=self.kernel,
-            DILATION=self.dilation,
-            STEP=(1, 1) if scatter else self.stride,
-            JUMP=[-d // c for (_, d), c in zip(pairs, common)] if scatter else self.dilation,
-            PHASES=self.stride if scatter else (1, 1),
-            TAP_STEP=tap_step,
-            INVERSE=[pow(d // c, -1, t) if t > 1 else 0 for (_, d), c, t in zip(pairs, common, tap_step)],
-        )
-
     def correlate(
         self, scatter: bool, source: Tensor, weight: Tensor, out: Tensor, size, *, bias=None, scale=None, shift=None,
         residual=None, index=None, pre=None, activation="none", pool="none",
@@ -138,9 +144,9 @@ class _Call:
         channels, columns = (self.narrow, self.wide) if scatter else (self.wide, self.narrow)
         row = self.taps * self.wide
         of_channel, of_column = (row, 1) if scatter else (1, row)
-        constants = self.axes(scatter)
-        phases = (constants["PHASES_Y"], constants["PHASES_X"])
         window = self.window if pool != "none" else (1, 1)
+        constants = _axes(self.kernel, self.stride, self.dilation, window, scatter)
+        phases = self.stride if scatter else (1, 1)
         pixels = source.shape[0] * math.prod(
             -(-s // p) // w * w for s, p, w in zip(size, phases, window)
         )  # of the first phase, which has the most
@@ -152,11 +158,9 @@ class _Call:
             kernel, outputs = product_kernel, columns // 2 if gated else columns
             adjacent = _pixel_axis(source) == _pixel_axis(out) == 0
             sizes = triton_configs.product_config(
-                self.gpu, source.element_size(), columns, channels, self.taps, adjacent
+                self.gpu, source.element_size(), columns, channels, self.taps, adjacent, gated
             )
-            constants["PRECISION"] = self.precision
-            if gated:  # two products share the registers
-                sizes["BLOCK_N"] = max(16, sizes["BLOCK_N"] // 2)
+            sizes = sizes | {"PRECISION": self.precision}
         programs = -(-pixels // sizes["BLOCK_M"]) * math.prod(phases) * -(-outputs // sizes["BLOCK_N"])
         sign = 1 if scatter else -1
         _triton.launch(
@@ -166,7 +170,7 @@ class _Call:
             *(out.stride() if t is None else t.stride() for t in (residual, out, index, pre)),
             source.shape[0], source.shape[2], source.shape[3], *size, *(sign * p for p in self.pads), self.groups,
             channels, columns // (1 + gated), columns // 2,
-            ACTIVATION=activation, POOL=pool, PIXELS=_pixel_axis(source), **_by_axis(WINDOW=window), **constants, **sizes,
+            ACTIVATION=activation, POOL=pool, PIXELS=_pixel_axis(source), **constants, **sizes,
         )  # fmt: skip
 
     def image_constants(self, element_size: int, channels: int, pixels: int) -> tuple[int, int, dict]:
