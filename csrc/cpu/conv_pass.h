@@ -41,7 +41,9 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     return;
   }
   const int64_t per_pixel = (pass.channels + padded) * sizeof(T);
-  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
+  // Rows that the windows of two bands share are computed twice: then taller bands.
+  const int64_t budget = window.stride_h < window.h ? 2 * kCacheBudget : kCacheBudget;
+  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, budget);
   if (pass.is_pointwise() && pass.h.outputs() == 1 && pass.batch == 1) {
     // A product: bands of whole tiles, few enough for a panel of weights to serve several, enough to share the work out.
     constexpr int64_t kLeast = 32, kMost = 18 * ConvTile<T>::kRows, kTasks = 8;
