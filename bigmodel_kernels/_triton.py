@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
+from bigmodel_kernels import _gpu
+
 INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1 at import: kernels run in Python, on CPU tensors
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LOG2E = tl.constexpr(1.4426950408889634)
-
-
-@functools.cache
-def capability(device: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def gpu(device: int | None) -> str:
     """The name under which tables of configurations have a GPU; "sm_86" is also for any that they do not have."""
     if device is None:
         return "interpreter"
-    major, minor = capability(device)
+    major, minor = _gpu.properties(device).capability
     return "sm_90" if major in (9, 10) else "sm_80" if (major, minor) in ((8, 0), (8, 7)) else "sm_86"
 
 
 def reason(t: torch.Tensor) -> str | None:
     """Why Triton kernels cannot take tensors like t; None where they can."""
-    if t.dtype not in DTYPES:
+    if t.dtype not in _gpu.DTYPES:
         return f"the kernels take float32, float16 and bfloat16, got {t.dtype}"
     if INTERPRETED:
         # Triton's interpreter multiplies the bit patterns of bfloat16 numbers, silently.
         return "Triton's interpreter has no bfloat16 arithmetic" if t.dtype == torch.bfloat16 else None
     if not t.is_cuda:
         return f"the tensors are on {t.device}, not on a GPU (TRITON_INTERPRET=1 runs the kernels there, slowly)"
-    if capability(t.device.index) < (8, 0):
-        return f"the GPU has compute capability {capability(t.device.index)}, the kernels need 8.0"
-    return None
+    return _gpu.reason(t)
 
 
 def precision(dtype: torch.dtype, switch=torch.backends.cuda.matmul) -> str:
@@ -75,19 +67,6 @@ def split_rows(device: int | None, rows: int, block: int) -> tuple[int, int]:
     blocks = -(-rows // block)
     chunk = max(1, -(-blocks // PROGRAMS[gpu(device)])) * block
     return chunk, -(-rows // chunk)
-
-
-def product(
-    a: torch.Tensor,  # [M, K]
-    b: torch.Tensor,  # [K, N]
-    out: torch.Tensor,  # [M, N] float32
-) -> torch.Tensor:
-    """out = a b by PyTorch's own product, summed up and left in float32 for 16-bit numbers too."""
-    if a.dtype == torch.float32:
-        return torch.mm(a, b, out=out)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=torch.float32, out=out)
-    return torch.mm(a.float(), b.float(), out=out)  # PyTorch has no such product on the CPU
 
 
 @triton.jit
