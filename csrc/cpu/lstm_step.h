@@ -46,7 +46,7 @@ Plan make_plan(const LstmShape& shape) {
   Plan plan;
   plan.direct = shape.steps == 1 && shape.batch <= 16 && !shape.projected;
   plan.dot = dots<S>(shape) && (plan.direct || (shape.input % 2 == 0 && shape.state % 2 == 0));
-  plan.hoist_input = !plan.direct && (shape.batch < (plan.dot ? 8 : 24) || shape.input > 384);
+  plan.hoist_input = !plan.direct && shape.batch < (plan.dot ? 8 : 24);
   const int64_t wanted = threads % shape.directions == 0 ? threads / shape.directions : threads;
   // More than 64 sequences at a time would push the states out of the first-level cache.
   const int64_t balanced = (shape.batch + wanted * 64 - 1) / (wanted * 64) * wanted;

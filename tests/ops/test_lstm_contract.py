@@ -119,6 +119,8 @@ CELL_SIZES = [
     (7, 1, 33),
     (31, 28, 64),
     (65, 9, 70),
+    (1, 64, 32),  # whole vectors: the backward reads the weights as they lie
+    (7, 48, 80),
 ]
 
 
