@@ -48,7 +48,7 @@ def conv(
             "tanh_sigmoid", the gate of WaveNet: tanh(first half of the channels) * sigmoid(second half).
         pool: None, ("max" | "avg", size), (.., size, stride) or ("max", size, stride, padding); the stride is the size and the
             padding 0 by default.
-        backend: "auto", "cpu", "torch" or "triton".
+        backend: "auto", "cpu", "cuda", "torch" or "triton".
 
     Returns:
         The result, in the memory format that PyTorch's own convolution would give it.

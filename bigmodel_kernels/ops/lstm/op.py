@@ -36,7 +36,7 @@ def lstm(
         batch_first: whether dense x and output have the batch in front.
         dropout: probability of zeroing an output of every layer but the last, when `training`.
         batch_sizes: for packed sequences (PackedSequence.batch_sizes): how many go on at each step, longest first; on the CPU.
-        backend: "auto", "cpu", "torch" or "triton".
+        backend: "auto", "cpu", "cuda", "torch" or "triton".
 
     Returns:
         output [T, B, D P] (or [B, T, D P], [tokens, D P]), and the final states (h_n [L D, B, P], c_n [L D, B, H]).

@@ -27,7 +27,7 @@ def lstm_cell(
         x: input of the step.
         hx: hidden and cell state before it.
         w_ih, w_hh, b_ih, b_hh: parameters as torch.nn.LSTMCell keeps them; both biases or neither.
-        backend: "auto", "cpu", "torch" or "triton".
+        backend: "auto", "cpu", "cuda", "torch" or "triton".
 
     Returns:
         (h, c) after the step, [B, H] each.
