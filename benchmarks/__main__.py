@@ -77,7 +77,7 @@ def run(row: cases.Row, *, rounds: int, compile: bool) -> report.Result:
         case=row.case.name,
         pass_=row.pass_,
         dtype=row.dtype,
-        backend=problem.backend(),
+        backend=problem.backend(row.pass_),
         checks=[asdict(c) for c in checks],
         flops=row.flops(problem),
         traffic=row.traffic(problem),

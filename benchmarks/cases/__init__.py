@@ -29,9 +29,10 @@ class Problem:
     def contestants(self) -> list[Contestant]:
         return [self.ours, *self.stock]
 
-    def backend(self) -> str:
-        """The backend or backends that ours runs on."""
-        return bmk.explain(self.ours.forward, *self.ours.inputs).backend
+    def backend(self, pass_: str) -> str:
+        """The backend or backends that ours runs on: the choice may be another one where gradients follow."""
+        with torch.set_grad_enabled(pass_ == TRAIN):
+            return bmk.explain(self.ours.forward, *self.ours.inputs).backend
 
 
 @dataclass(frozen=True)
