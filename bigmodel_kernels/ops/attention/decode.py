@@ -53,7 +53,8 @@ def attention_decode(
     _check_indices("cache_seqlens", cache_seqlens, 1, batch)
     if block_table is not None:
         _check_indices("block_table", block_table, 2, batch)
-    if _registry.wanted(backend) == "cuda":
+    # A compiled graph follows the argument alone: use_backend is no part of it.
+    if (backend if torch.compiler.is_compiling() else _registry.wanted(backend)) == "cuda":
         why = cuda_decode.unavailable()
         if why is not None:
             raise NotImplementedError(f"attention_decode: backend 'cuda' has no kernel here: {why}")
