@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bigmodel_kernels import nn as bnn
-from bigmodel_kernels.ops.conv import conv
+from bigmodel_kernels.nn.fused import conv_block, linear_block
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, bnn.Conv1d, bnn.Conv2d)  # a subclass may compute anything
 _ACTIVATION_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -255,72 +255,13 @@ def _replace(graph: fx.Graph, chain: _Chain, backend: str) -> None:
     with graph.inserting_before(chain.last()):
         layer = graph.get_attr(convolution.target)
         if chain.names[0] == "Linear":
-            call = graph.call_function(_run_linear, (convolution.args[0], layer, chain.activation, backend))
+            call = graph.call_function(
+                linear_block, (layer, convolution.args[0], chain.activation), {"backend": backend}
+            )
         else:
             norm = graph.get_attr(chain.norm.target) if chain.norm is not None else None
-            call = graph.call_function(
-                _run_chain, (convolution.args[0], layer, norm, chain.activation, chain.pool, backend)
-            )
+            options = {"activation": chain.activation, "pool": chain.pool and ("max", *chain.pool), "backend": backend}
+            call = graph.call_function(conv_block, (layer, convolution.args[0], norm), options)
     chain.last().replace_all_uses_with(call)
     for node in reversed(chain.nodes):
         graph.erase_node(node)
-
-
-def _run_chain(
-    x: torch.Tensor,  # [N, C, L], [N, C, H, W], or without N
-    layer: nn.Module,
-    norm: nn.Module | None,
-    activation: str | tuple[str, float] | None,
-    pool: tuple | None,
-    backend: str,
-) -> torch.Tensor:
-    if norm is not None and norm.training:
-        return _tail(norm(layer(x)), activation, pool)
-    scale, shift = (None, None) if norm is None else folded_norm(norm)
-    batched = x.dim() == layer.weight.dim()
-    out = conv(
-        x if batched else x.unsqueeze(0),
-        layer.weight,
-        layer.bias,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
-        groups=layer.groups,
-        scale=scale,
-        shift=shift,
-        activation=activation,
-        pool=None if pool is None else ("max", *pool),
-        backend=backend,
-    )
-    return out if batched else out.squeeze(0)
-
-
-def _run_linear(
-    x: torch.Tensor,  # [.., in_features]
-    layer: nn.Linear,
-    activation: str | tuple[str, float] | None,
-    backend: str,
-) -> torch.Tensor:  # [.., out_features]
-    if x.dim() != 2 or x.is_cuda:
-        return _tail(layer(x), activation, None)
-    weight = layer.weight.unsqueeze(-1)
-    return conv(x.unsqueeze(-1), weight, layer.bias, activation=activation, backend=backend).squeeze(-1)
-
-
-def _tail(x: torch.Tensor, activation: str | tuple[str, float] | None, pool: tuple | None) -> torch.Tensor:
-    if isinstance(activation, tuple):
-        x = F.leaky_relu(x, activation[1])
-    elif activation is not None:
-        x = getattr(F, activation)(x)
-    if pool is not None:
-        x = (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, *pool)
-    return x
-
-
-def folded_norm(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scale and shift, [C] each, that a batch norm in eval mode applies."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias

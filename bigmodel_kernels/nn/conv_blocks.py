@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bigmodel_kernels._fusion import folded_norm
 from bigmodel_kernels.nn.conv import Conv1d, Conv2d
-from bigmodel_kernels.ops.conv.op import conv, parse_activation
-from bigmodel_kernels.ops.conv.reference import activate
+from bigmodel_kernels.nn.fused import conv_block
+from bigmodel_kernels.ops.conv.op import POOLS, conv, parse_activation
 
 
 class _ConvBlock(nn.Module):
@@ -27,7 +26,6 @@ class _ConvBlock(nn.Module):
 
     _conv_type: type
     _norm_type: type
-    _pools: dict
 
     def __init__(
         self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True, norm=None,
@@ -37,7 +35,7 @@ class _ConvBlock(nn.Module):
         if norm not in (None, "batch"):
             raise ValueError(f"norm must be None or 'batch', got {norm!r}")
         parse_activation(activation)
-        if pool is not None and (not isinstance(pool, (tuple, list)) or pool[0] not in self._pools):
+        if pool is not None and (not isinstance(pool, (tuple, list)) or pool[0] not in POOLS):
             raise ValueError(f"pool must be None or ('max' | 'avg', size[, stride]), got {pool!r}")
         options = {"device": device, "dtype": dtype}
         self.conv = self._conv_type(
@@ -50,16 +48,7 @@ class _ConvBlock(nn.Module):
         self,
         x: Tensor,  # [N, Cin, ..]
     ) -> Tensor:  # [N, Cout, ..], pooled
-        if self.norm is not None and self.norm.training:
-            y = activate(self.norm(self.conv(x)), *parse_activation(self.activation))
-            return y if self.pool is None else self._pools[self.pool[0]](y, *self.pool[1:])
-        scale, shift = (None, None) if self.norm is None else folded_norm(self.norm)
-        layer = self.conv
-        return conv(
-            x, layer.weight, layer.bias, stride=layer.stride, padding=layer.padding, dilation=layer.dilation,
-            groups=layer.groups, scale=scale, shift=shift, activation=self.activation, pool=self.pool,
-            backend=layer.backend,
-        )  # fmt: skip
+        return conv_block(self.conv, x, self.norm, activation=self.activation, pool=self.pool)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}, pool={self.pool!r}"
@@ -68,13 +57,11 @@ class _ConvBlock(nn.Module):
 class ConvBlock1d(_ConvBlock):
     __doc__ = _ConvBlock.__doc__
     _conv_type, _norm_type = Conv1d, nn.BatchNorm1d
-    _pools = {"max": nn.functional.max_pool1d, "avg": nn.functional.avg_pool1d}  # noqa: RUF012
 
 
 class ConvBlock2d(_ConvBlock):
     __doc__ = _ConvBlock.__doc__
     _conv_type, _norm_type = Conv2d, nn.BatchNorm2d
-    _pools = {"max": nn.functional.max_pool2d, "avg": nn.functional.avg_pool2d}  # noqa: RUF012
 
 
 class CausalConv1d(Conv1d):

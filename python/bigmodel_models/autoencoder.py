@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels import nn as bnn
-
-from ._fused import conv_act_pool
+from bigmodel_kernels.nn.fused import conv_block
 
 PIXELS = 28 * 28
 
@@ -67,8 +66,8 @@ class ConvAutoencoder(nn.Module):
         self,
         x: Tensor,  # [B, 1, 28, 28] in [0, 1]
     ) -> Tensor:  # [B, code_size]
-        x = conv_act_pool(self.conv1, x, activation="relu")  # [B, 16, 14, 14]
-        x = conv_act_pool(self.conv2, x, activation="relu")  # [B, 32, 7, 7]
+        x = conv_block(self.conv1, x, activation="relu")  # [B, 16, 14, 14]
+        x = conv_block(self.conv2, x, activation="relu")  # [B, 32, 7, 7]
         return self.fc_encode(x.flatten(1))
 
     def decode(
@@ -76,8 +75,8 @@ class ConvAutoencoder(nn.Module):
         code: Tensor,  # [B, code_size]
     ) -> Tensor:  # [B, 1, 28, 28] in (0, 1)
         x = torch.relu(self.fc_decode(code)).view(-1, 32, 7, 7)
-        x = conv_act_pool(self.deconv1, x, activation="relu")  # [B, 16, 14, 14]
-        return conv_act_pool(self.deconv2, x, activation="sigmoid")
+        x = conv_block(self.deconv1, x, activation="relu")  # [B, 16, 14, 14]
+        return conv_block(self.deconv2, x, activation="sigmoid")
 
     def forward(
         self,

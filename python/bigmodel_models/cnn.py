@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from bigmodel_kernels import nn as bnn
-
-from ._fused import conv_act_pool, linear_relu
+from bigmodel_kernels.nn.fused import conv_block, linear_block
 
 
 class CNN(nn.Module):
@@ -33,7 +32,7 @@ class CNN(nn.Module):
     ) -> Tensor:  # [B, num_classes], logits
         if x.dim() != 4 or x.shape[-2:] != (28, 28):
             raise ValueError(f"x: expected images of shape [B, C, 28, 28], got {list(x.shape)}")
-        x = conv_act_pool(self.conv1, x, activation="relu", pool=("max", 2))  # [B, 32, 14, 14]
-        x = conv_act_pool(self.conv2, x, activation="relu", pool=("max", 2))  # [B, 64, 7, 7]
+        x = conv_block(self.conv1, x, activation="relu", pool=("max", 2))  # [B, 32, 14, 14]
+        x = conv_block(self.conv2, x, activation="relu", pool=("max", 2))  # [B, 64, 7, 7]
         x = x.view(-1, 64 * 7 * 7)
-        return self.fc2(linear_relu(self.fc1, x))
+        return self.fc2(linear_block(self.fc1, x, "relu"))

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigmodel_kernels import nn as bnn
-
-from ._fused import conv_act_pool
+from bigmodel_kernels.nn.fused import conv_block
 
 PIXELS = 28 * 28
 LEAK = 0.2  # slope of the leaky ReLU in the discriminators, as in DCGAN
@@ -74,7 +73,7 @@ class ConvGenerator(nn.Module):
         x = self.fc(z).view(-1, 64, 7, 7)
         x = torch.relu(self.bn1(x))
         x = torch.relu(self.bn2(self.deconv1(x)))  # [B, 32, 14, 14]
-        return conv_act_pool(self.deconv2, x, activation="tanh")
+        return conv_block(self.deconv2, x, activation="tanh")
 
 
 class ConvDiscriminator(nn.Module):

@@ -1,0 +1,88 @@
+"""A layer of torch.nn and what follows it, in as few calls as the mode allows, with the layers' own parameters.
+
+The layers stay where they are, and so do their names in the state_dict: models, blocks and `optimize` share these functions.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bigmodel_kernels.ops.conv.op import conv, parse_activation
+from bigmodel_kernels.ops.conv.reference import activate
+
+_POOLS = {  # by the rank of what is pooled
+    3: {"max": F.max_pool1d, "avg": F.avg_pool1d},
+    4: {"max": F.max_pool2d, "avg": F.avg_pool2d},
+}
+
+
+def conv_block(
+    layer: nn.Module,  # Conv1d, Conv2d, ConvTranspose1d or ConvTranspose2d, torch's or ours
+    x: Tensor,  # [N, Cin, ..], or without N
+    norm: nn.Module | None = None,  # its BatchNorm
+    *,
+    residual: Tensor | None = None,  # [N, Cout, ..], added before the activation
+    activation: str | tuple[str, float] | None = None,
+    pool: tuple | None = None,
+    backend: str | None = None,
+) -> Tensor:  # [N, Cout, ..], pooled
+    """pool(activation(norm(layer(x)) + residual)).
+
+    One call where there is no norm or the norm is in eval mode, folded into a scale and a shift. A norm that is training needs
+    the statistics of the whole convolution first: then it is the convolution, torch's batch norm, and the tail.
+
+    Args:
+        activation, pool: as in `bigmodel_kernels.conv`.
+        backend: that of the layer if None.
+    """
+    transposed = bool(layer.transposed)
+    batched = x.dim() == layer.weight.dim()
+    training = norm is not None and norm.training
+    scale, shift = (None, None) if norm is None or training else folded_norm(norm)
+    out = conv(
+        x if batched else x.unsqueeze(0),
+        layer.weight,
+        layer.bias,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        transposed=transposed,
+        output_padding=layer.output_padding if transposed else 0,
+        scale=scale,
+        shift=shift,
+        residual=None if training else residual,
+        activation=None if training else activation,
+        pool=None if training else pool,
+        backend=backend or getattr(layer, "backend", "auto"),
+    )
+    if training:
+        out = norm(out)
+        out = activate(out if residual is None else out + residual, *parse_activation(activation))
+        out = out if pool is None else _POOLS[out.dim()][pool[0]](out, *pool[1:])
+    return out if batched else out.squeeze(0)
+
+
+def linear_block(
+    layer: nn.Linear,
+    x: Tensor,  # [.., in_features]
+    activation: str | tuple[str, float] | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [.., out_features]
+    """activation(layer(x)): on the CPU without gradients one call, a convolution of single pixels."""
+    if x.dim() != 2 or x.is_cuda or torch.is_grad_enabled():
+        return activate(layer(x), *parse_activation(activation))
+    weight = layer.weight.unsqueeze(-1)
+    return conv(x.unsqueeze(-1), weight, layer.bias, activation=activation, backend=backend).squeeze(-1)
+
+
+def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """The scale and shift, [C] each, that a batch norm in eval mode applies."""
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    shift = -norm.running_mean * scale
+    return scale, shift if norm.bias is None else shift + norm.bias
