@@ -1,21 +1,5 @@
 // The products of lstm_gradient_products.h of bfloat16 numbers, in pairs of steps. Included by it.
 
-// Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
-INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {
-  typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
-  typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
-  half_bits rows[2] = {};
-  if (columns >= kLanes<float>) {
-    if (first) std::memcpy(&rows[0], first, sizeof rows[0]);
-    if (second) std::memcpy(&rows[1], second, sizeof rows[1]);
-  } else {
-    if (first) std::memcpy(&rows[0], first, columns * sizeof(bfloat16));
-    if (second) std::memcpy(&rows[1], second, columns * sizeof(bfloat16));
-  }
-  const full_bits pairs = __builtin_convertvector(rows[0], full_bits) | (__builtin_convertvector(rows[1], full_bits) << 16);
-  std::memcpy(out, &pairs, sizeof pairs);
-}
-
 template <int R, int NV>
 __attribute__((target("avx512bf16"))) void gate_product_tile(const bfloat16* a, int64_t a_row, int64_t a_panel, const bfloat16* packed,
                                                              int64_t panels, float* out, int64_t out_row, int64_t columns, bool add) {

@@ -19,32 +19,6 @@ struct GradientTile {
   static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
 };
 
-// f(n as a constant), 1 <= n <= N.
-template <int N, class F>
-INLINE void with_constant(int64_t n, F f) {
-  if (n == N)
-    f(std::integral_constant<int, N>{});
-  else if constexpr (N > 1)
-    with_constant<N - 1>(n, f);
-}
-
-// c[r][v] (+)= acc[r][v], of which `columns` columns exist.
-template <int R, int NV, class T>
-INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t columns, bool add) {
-  constexpr int W = kLanes<T>;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      T* at = c + r * c_row + v * W;
-      const int64_t n = columns - v * W;
-      if (n >= W)
-        store(at, add ? load(at) + acc[r][v] : acc[r][v]);
-      else if (n > 0)
-        store_partial(at, add ? load_partial(at, n) + acc[r][v] : acc[r][v], n);
-    }
-}
-
 // Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
 inline constexpr int64_t kTokenChain = 48;
 

@@ -1,10 +1,6 @@
 // One step of an LSTM over some sequences and some hidden units, the packed weights it reads, and how the threads share a
 // layer. Included by lstm_kernel.h.
-
-template <class T>
-INLINE int64_t padded(int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
+#include "tiles.h"
 
 template <class T, class S>
 INLINE void load_row(T* out, const S* source, int64_t n, int64_t row) {
@@ -208,28 +204,6 @@ void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t d
 }
 
 #if ISA_VECTOR_BYTES == 64
-// As multiply_tile, of bfloat16 numbers in pairs of steps: pair k of row r of A is at a[r * row + k * step], B is packed as
-// [pair][NV vectors of columns][2].
-template <int R, int NV>
-__attribute__((target("avx512bf16"), always_inline)) inline void multiply_pairs(vec<float> (&c)[R][NV], const bfloat16* a, int64_t row,
-                                                                                int64_t step, const bfloat16* b, int64_t pairs) {
-  for (int64_t k = 0; k < pairs; ++k, b += NV * 32) {
-    __m512i bk[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bk[v] = _mm512_loadu_si512(b + v * 32);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * row + k * step, sizeof pair);
-      const __m512i both = _mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        c[r][v] = reinterpret_cast<vec<float>>(
-            _mm512_dpbf16_ps(reinterpret_cast<__m512>(c[r][v]), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(bk[v])));
-    }
-  }
-}
-
 // add_products of bfloat16 numbers packed in pairs.
 template <int R>
 __attribute__((target("avx512bf16"))) void add_products(float* gates, const bfloat16* a, int64_t a_row, const bfloat16* panel,

@@ -1,0 +1,75 @@
+// What register tiles of several ops share: padded sizes, the choice of a tile by a constant, stores of a tile, and products of
+// bfloat16 numbers in pairs. Included by the kernel headers that use it, inside the namespace of each instruction set.
+
+// n rounded up to whole vectors.
+template <class T>
+INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// f(n as a constant), 1 <= n <= N.
+template <int N, class F>
+INLINE void with_constant(int64_t n, F f) {
+  if (n == N)
+    f(std::integral_constant<int, N>{});
+  else if constexpr (N > 1)
+    with_constant<N - 1>(n, f);
+}
+
+// c[r][v] (+)= acc[r][v], of which `columns` columns exist.
+template <int R, int NV, class T>
+INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t columns, bool add) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) {
+      T* at = c + r * c_row + v * W;
+      const int64_t n = columns - v * W;
+      if (n >= W)
+        store(at, add ? load(at) + acc[r][v] : acc[r][v]);
+      else if (n > 0)
+        store_partial(at, add ? load_partial(at, n) + acc[r][v] : acc[r][v], n);
+    }
+}
+
+// Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
+INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {
+  typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
+  typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
+  half_bits rows[2] = {};
+  if (columns >= kLanes<float>) {
+    if (first) std::memcpy(&rows[0], first, sizeof rows[0]);
+    if (second) std::memcpy(&rows[1], second, sizeof rows[1]);
+  } else {
+    if (first) std::memcpy(&rows[0], first, columns * sizeof(bfloat16));
+    if (second) std::memcpy(&rows[1], second, columns * sizeof(bfloat16));
+  }
+  const full_bits pairs = __builtin_convertvector(rows[0], full_bits) | (__builtin_convertvector(rows[1], full_bits) << 16);
+  std::memcpy(out, &pairs, sizeof pairs);
+}
+
+#if ISA_VECTOR_BYTES == 64
+// As multiply_tile, of bfloat16 numbers in pairs of steps: pair k of row r of A is at a[r * row + k * step], B is packed as
+// [pair][NV vectors of columns][2], a pair every b_step elements.
+template <int R, int NV>
+__attribute__((target("avx512bf16"), always_inline)) inline void multiply_pairs(vec<float> (&c)[R][NV], const bfloat16* a, int64_t row,
+                                                                                int64_t step, const bfloat16* b, int64_t pairs,
+                                                                                int64_t b_step = NV * 32) {
+  for (int64_t k = 0; k < pairs; ++k, b += b_step) {
+    __m512i bk[NV];
+#pragma GCC unroll 4
+    for (int v = 0; v < NV; ++v) bk[v] = _mm512_loadu_si512(b + v * 32);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * row + k * step, sizeof pair);
+      const __m512i both = _mm512_set1_epi32(pair);
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        c[r][v] = reinterpret_cast<vec<float>>(
+            _mm512_dpbf16_ps(reinterpret_cast<__m512>(c[r][v]), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(bk[v])));
+    }
+  }
+}
+#endif
