@@ -7,10 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import bigmodel_kernels as bmk
 import bigmodel_models as models
-
-RTOL, ATOL = 1e-9, 1e-11  # of float64
+from tests.models.twins import check_twins, check_weights_move_back
 
 
 class TwinCNN(nn.Module):
@@ -177,30 +175,13 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_same_weights_same_outputs_and_gradients(case, training, backend):
     build, build_twin, make_inputs = CASES[case]
-    ours, twin = build().double(), build_twin().double()
-    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in twin.state_dict().items()}
-    twin.load_state_dict(ours.state_dict())
-    inputs = [x.double() if x.is_floating_point() else x for x in make_inputs()]
-    ours.train(training), twin.train(training)
-    with bmk.use_backend(backend):
-        out = ours(*inputs)
-        expected = twin(*inputs)
-        direction = torch.randn_like(expected)
-        (out * direction).sum().backward()
-    (expected * direction).sum().backward()
-    torch.testing.assert_close(out, expected, rtol=RTOL, atol=ATOL)
-    twin_gradients = {name: p.grad for name, p in twin.named_parameters()}
-    for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, twin_gradients[name], rtol=RTOL, atol=ATOL, msg=name)
+    check_twins(build(), build_twin(), make_inputs(), training=training, backend=backend)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_weights_move_back(case):
     build, build_twin, make_inputs = CASES[case]
-    ours, twin = build().double().eval(), build_twin().double().eval()
-    inputs = [x.double() if x.is_floating_point() else x for x in make_inputs()]
-    assert ours.load_state_dict(twin.state_dict()) == ours.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(ours(*inputs), twin(*inputs), rtol=RTOL, atol=ATOL)
+    check_weights_move_back(build(), build_twin(), make_inputs())
 
 
 @pytest.mark.parametrize("build", [models.Autoencoder, models.Generator, models.Discriminator])
