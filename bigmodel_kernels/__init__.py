@@ -1,6 +1,6 @@
 """Fused attention, convolution and LSTM kernels that slot into PyTorch models. README.md has the first five minutes."""
 
-from bigmodel_kernels import nn, ops, testing
+from bigmodel_kernels import integrations, nn, ops, testing
 from bigmodel_kernels._extension import build_info
 from bigmodel_kernels._registry import backends, explain, use_backend
 from bigmodel_kernels.ops import (
@@ -30,6 +30,7 @@ __all__ = [
     "conv",
     "cross_entropy",
     "explain",
+    "integrations",
     "layer_norm",
     "lstm",
     "lstm_cell",
