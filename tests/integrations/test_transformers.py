@@ -229,7 +229,9 @@ def test_weights_of_transformers_go_into_our_models():
     tokens = torch.randint(1, 31, (2, 9))
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     bert = transformers.BertConfig(vocab_size=31, max_position_embeddings=12, **sizes)
-    gpt = transformers.GPT2Config(31, 16, 32, 2, 4, bos_token_id=0, eos_token_id=0)
+    gpt = transformers.GPT2Config(
+        vocab_size=31, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
+    )
     for theirs, ours in (
         (transformers.BertForMaskedLM(bert), models.BERTForMaskedLM(31, 32, 2, 4, 64, max_length=12)),
         (
