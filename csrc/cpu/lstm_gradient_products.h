@@ -4,20 +4,8 @@
 // after line, and is never packed again. M is what is multiplied: T, or bfloat16 for dot products, where W and [x h] are
 // packed with two steps to a lane. Included by lstm_backward_kernel.h.
 
-// B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
 template <class T>
-struct GradientTile {
-#if ISA_VECTOR_BYTES == 64
-  static constexpr int kVectors = 4, kAccumulators = 24;  // of 32 registers, with 4 vectors of B and 1 broadcast
-#else
-  static constexpr int kVectors = 2, kAccumulators = 8;
-#endif
-  static constexpr int kColumns = kVectors * kLanes<T>;
-  static constexpr int rows(int vectors) { return std::min(12, kAccumulators / vectors); }
-  static int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
-  // Of the panel that starts with `column`.
-  static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
-};
+using GradientTile = PanelTile<T>;
 
 // Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
 inline constexpr int64_t kTokenChain = 48;

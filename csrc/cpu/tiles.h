@@ -7,6 +7,21 @@ INLINE int64_t padded(int64_t n) {
   return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
 }
 
+// B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
+template <class T>
+struct PanelTile {
+#if ISA_VECTOR_BYTES == 64
+  static constexpr int kVectors = 4, kAccumulators = 24;  // of 32 registers, with 4 vectors of B and 1 broadcast
+#else
+  static constexpr int kVectors = 2, kAccumulators = 8;
+#endif
+  static constexpr int kColumns = kVectors * kLanes<T>;
+  static constexpr int rows(int vectors) { return std::min(12, kAccumulators / vectors); }
+  static int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  // Of the panel that starts with `column`.
+  static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
+};
+
 // f(n as a constant), 1 <= n <= N.
 template <int N, class F>
 INLINE void with_constant(int64_t n, F f) {
