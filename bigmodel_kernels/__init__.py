@@ -4,11 +4,13 @@ from bigmodel_kernels import integrations, nn, ops, testing
 from bigmodel_kernels._extension import build_info
 from bigmodel_kernels._registry import backends, explain, use_backend
 from bigmodel_kernels.ops import (
+    ConvState,
     attention,
     attention_decode,
     attention_varlen,
     bias_act,
     conv,
+    conv_step,
     cross_entropy,
     gated_conv,
     layer_norm,
@@ -21,6 +23,7 @@ from bigmodel_kernels.optimize import PatchReport, optimize
 __version__ = "0.1.0"
 
 __all__ = [
+    "ConvState",
     "PatchReport",
     "attention",
     "attention_decode",
@@ -29,6 +32,7 @@ __all__ = [
     "bias_act",
     "build_info",
     "conv",
+    "conv_step",
     "cross_entropy",
     "explain",
     "gated_conv",

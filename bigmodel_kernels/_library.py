@@ -93,9 +93,6 @@ class Op:
         _ops[name] = self
 
     def _define(self, name: str, schema: str, fake: Callable, direction: str):
-        arguments, arrow, returns = schema.rpartition(") ->")
-        _definitions.define(f"{name}{arguments}, str backend{arrow}{returns}", tags=_TAGS)
-
         def implementation(*args: Any):
             *rest, backend = args
             forward_args = tuple(rest[-self.arity :])
@@ -106,9 +103,7 @@ class Op:
             with torch.no_grad():  # the gradient is _Pair's business, whoever calls the operator
                 return getattr(_registry.module(self.name, backend), direction)(*rest)
 
-        _definitions.impl(name, implementation, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"bigmodel_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_definitions)
-        return getattr(torch.ops.bigmodel_kernels, name).default
+        return _operator(name, schema, implementation, fake)
 
     def __call__(self, *args: Any, backend: str):
         """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
@@ -121,7 +116,7 @@ class Op:
         if not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
             return self.fwd(*args, backend)
         flat, lengths = _flatten(args, self._tensors["fwd"])
-        pair = _EagerPair if self._is_plain_eager("fwd", args) else _Pair
+        pair = _EagerPair if _is_plain_eager(self._tensors["fwd"], args) else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
 
     def fwd(self, *args: Any):
@@ -134,21 +129,56 @@ class Op:
 
     def _run(self, direction: str, args: tuple):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
-        if args[-1] != "auto" and self._is_plain_eager(direction, args):
+        if args[-1] != "auto" and _is_plain_eager(self._tensors[direction], args):
             return getattr(_registry.module(self.name, args[-1]), direction)(*args[:-1])
         return self._operators[direction](*args)
 
-    def _is_plain_eager(self, direction: str, args: Sequence) -> bool:
-        """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass."""
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+
+class InPlaceOp:
+    """An operation that writes into some of its arguments, without a gradient: one operator, `bigmodel_kernels::foo`.
+
+    Args:
+        name: the stem, `foo`; the backends are the modules of `bigmodel_kernels.ops.foo`, which have `supports` and `fwd`.
+        schema: as of `Op`, with what is written into marked "Tensor(a!) state"; no result is one of the arguments.
+        fake, prefer: as `fake_fwd` and `prefer` of `Op`.
+    """
+
+    def __init__(self, name: str, schema: str, *, fake: Callable, prefer: Callable[..., tuple[str, ...]]):
+        self.name, self.prefer = name, prefer
+        self._tensors = _tensor_arguments(schema)
+        self._operator = _operator(name, schema, self._run, fake)
+
+    def _run(self, *args: Any):
+        *rest, backend = args
+        backend = _registry.select(self.name, backend, self.prefer, tuple(rest))
+        with torch.no_grad():
+            return _registry.module(self.name, backend).fwd(*rest)
+
+    def __call__(self, *args: Any, backend: str):
+        return (self._run if _is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
+
+
+def _operator(name: str, schema: str, implementation: Callable, fake: Callable):
+    """`bigmodel_kernels::<name>`, whose last argument is the backend; the fake is called without it."""
+    arguments, arrow, returns = schema.rpartition(") ->")
+    _definitions.define(f"{name}{arguments}, str backend{arrow}{returns}", tags=_TAGS)
+    _definitions.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"bigmodel_kernels::{name}", lambda *args: fake(*args[:-1]), lib=_definitions)
+    return getattr(torch.ops.bigmodel_kernels, name).default
+
+
+def _is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
+    """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass among the
+    arguments at the positions `tensors`."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    if torch._C._are_functorch_transforms_active():
+        return False
+    for i in tensors:
+        a = args[i]
+        if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and all(type(t) in _PLAIN for t in a)):
             return False
-        if torch._C._are_functorch_transforms_active():
-            return False
-        for i in self._tensors[direction]:
-            a = args[i]
-            if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and all(type(t) in _PLAIN for t in a)):
-                return False
-        return True
+    return True
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))

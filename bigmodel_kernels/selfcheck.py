@@ -41,6 +41,23 @@ def _decode(q, k, v, backend):
     return bmk.attention_decode(q, k, v, torch.tensor([40, 97]), backend=backend)
 
 
+def _gated_conv(x, *tensors, backend):
+    *weights, skip = tensors
+    return bmk.gated_conv(x, *(0.3 * w for w in weights), skip=skip, dilation=3, backend=backend)
+
+
+@torch.no_grad()
+def _conv_step(x, weight, bias, out_weight, out_bias, backend):
+    """The columns of three steps."""
+    state, columns = bmk.ConvState.start(x.shape[0], x.shape[1], weight.shape[2], 1, x), []
+    for x_t in x.unbind(-1):
+        y, _, state = bmk.conv_step(
+            x_t, state, weight, bias, out_weight, out_bias, activation="tanh_sigmoid", backend=backend
+        )
+        columns.append(y)
+    return torch.stack(columns, -1)
+
+
 def _layer_norm(x, weight, bias, residual, backend):
     return bmk.layer_norm(x, weight, bias, residual=residual, backend=backend)
 
@@ -76,6 +93,9 @@ def _cases() -> Iterator[Case]:
     yield Case(
         "conv", "causal 1-d", conv(padding="causal", dilation=3, activation="tanh"), ((3, 5, 50), (7, 5, 2), (7,))
     )
+    gated = ((14, 5, 2), (14,), (5, 7, 1), (5,))
+    yield Case("gated_conv", "residual and skip", _gated_conv, ((3, 5, 120), *gated, (6, 7, 1), (6,), (3, 6, 120)))
+    yield Case("conv_step", "gated", _conv_step, ((3, 5, 3), *gated))
     layer = ((64, 12), (64, 16), (64,), (64,))
     yield Case("lstm", "one layer", _lstm, ((20, 5, 12), (1, 5, 16), (1, 5, 16), *layer))
     both = ((20, 5, 12), (2, 5, 16), (2, 5, 16), *layer, *layer)
@@ -89,12 +109,12 @@ def _cases() -> Iterator[Case]:
 
 
 def _evaluate(case: Case, dtype: torch.dtype, backend: str, values: list[Tensor]) -> dict[str, Tensor]:
-    """Results and the gradients of all inputs. `values` are exact in `dtype`."""
+    """Results and, of an op that has them, the gradients of all inputs. `values` are exact in `dtype`."""
     leaves = [v.to(dtype).requires_grad_() for v in values]
     results = case.run(*leaves, backend=backend)
     results = results if isinstance(results, tuple) else (results,)
     upstream = [testing.make(*r.shape, dtype=dtype, seed=90 + i) for i, r in enumerate(results)]
-    gradients = torch.autograd.grad(results, leaves, upstream)
+    gradients = torch.autograd.grad(results, leaves, upstream) if results[0].requires_grad else ()
     return {f"result {i}": r.detach() for i, r in enumerate(results)} | {
         f"gradient {i}": g for i, g in enumerate(gradients)
     }

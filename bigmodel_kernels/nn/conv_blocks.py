@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from bigmodel_kernels.nn.conv import Conv1d, Conv2d
 from bigmodel_kernels.nn.fused import conv_block
 from bigmodel_kernels.ops.conv.op import POOLS, conv, parse_activation
+from bigmodel_kernels.ops.conv_step.op import ConvState, conv_step
+from bigmodel_kernels.ops.gated_conv.op import gated_conv
 
 
 class _ConvBlock(nn.Module):
@@ -72,7 +73,7 @@ class CausalConv1d(Conv1d):
         activation: as in `bigmodel_kernels.conv`.
 
     `forward` maps [N, Cin, L] to [N, Cout, L]. `step` maps one time step and the state to the same output column and the
-    next state: the last dilation * (K - 1) inputs, oldest first, zeros at the start.
+    next state, see `bigmodel_kernels.ops.conv_step.ConvState`.
     """
 
     def __init__(
@@ -96,37 +97,26 @@ class CausalConv1d(Conv1d):
         self,
         x: Tensor,  # [N, Cin, L]
     ) -> Tensor:  # [N, Cout, L]
-        return self._causal(x, "causal")
-
-    def _causal(self, x: Tensor, padding: str | int) -> Tensor:
         return conv(
-            x, self.weight, self.bias, padding=padding, dilation=self.dilation, groups=self.groups,
+            x, self.weight, self.bias, padding="causal", dilation=self.dilation, groups=self.groups,
             activation=self.activation, backend=self.backend,
         )  # fmt: skip
 
-    def initial_state(self, batch_size: int) -> Tensor:  # [N, Cin, dilation * (K - 1)]
+    def initial_state(self, batch_size: int) -> ConvState:
         """The state before the first step: no input yet."""
-        return self.weight.new_zeros(batch_size, self.in_channels, self.dilation[0] * (self.kernel_size[0] - 1))
+        return ConvState.start(batch_size, self.in_channels, self.kernel_size[0], self.dilation[0], self.weight)
 
     def step(
         self,
         x_t: Tensor,  # [N, Cin]
-        state: Tensor | None = None,  # [N, Cin, dilation * (K - 1)]
-    ) -> tuple[Tensor, Tensor]:  # [N, Cout], next state
-        """One time step. ``state=None`` starts a sequence."""
-        if x_t.dim() != 2 or x_t.shape[1] != self.in_channels:
-            raise RuntimeError(f"x_t must have shape [N, {self.in_channels}], got {list(x_t.shape)}")
-        if state is None:
-            state = self.initial_state(x_t.shape[0]).to(x_t.dtype)
-        expected = (x_t.shape[0], self.in_channels, self.dilation[0] * (self.kernel_size[0] - 1))
-        if state.shape != expected:
-            raise RuntimeError(f"state must have shape {list(expected)}, got {list(state.shape)}")
-        window = torch.cat([state, x_t.unsqueeze(-1)], -1)
-        taps = window[..., :: self.dilation[0]]  # [N, Cin, K]: the inputs that this output sees
-        y = conv(
-            taps, self.weight, self.bias, groups=self.groups, activation=self.activation, backend=self.backend
+        state: ConvState | None = None,
+    ) -> tuple[Tensor, ConvState]:  # [N, Cout], next state
+        """One time step. ``state=None`` starts a sequence; without gradients, the state given is written into and returned."""
+        y, _, state = conv_step(
+            x_t, self.initial_state(len(x_t)) if state is None else state, self.weight, self.bias,
+            dilation=self.dilation[0], groups=self.groups, activation=self.activation, backend=self.backend,
         )  # fmt: skip
-        return y.squeeze(-1), window[..., 1:]
+        return y, state
 
 
 class GatedCausalConv1d(CausalConv1d):
@@ -142,3 +132,60 @@ class GatedCausalConv1d(CausalConv1d):
             in_channels, 2 * out_channels, kernel_size, dilation=dilation, bias=bias, activation="tanh_sigmoid",
             device=device, dtype=dtype,
         )  # fmt: skip
+
+
+class WaveNetLayer(nn.Module):
+    """One layer of WaveNet (van den Oord et al., 2016): the gated causal convolution, then a 1x1 convolution back onto its
+    input and another onto the sum that all layers share, in one call.
+
+    Args:
+        channels: of the input and of the residual output.
+        gate_channels: of the gate; `channels` by default.
+        skip_channels: of the sum; `channels` by default.
+        kernel_size, dilation, bias: of the gated convolution; the 1x1 convolutions have a bias too or not.
+        residual: False leaves out the residual output, which a network's last layer has no use for; it is then None.
+
+    The parameters are those of `conv` (the rows of tanh first), `out` and `skip`, three convolutions of torch.nn. Fastest with
+    the channels innermost in memory: see `bigmodel_kernels.gated_conv`.
+    """
+
+    backend = "auto"
+
+    def __init__(
+        self, channels, gate_channels=None, skip_channels=None, kernel_size=2, dilation=1, bias=True, residual=True,
+        device=None, dtype=None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        gates = channels if gate_channels is None else gate_channels
+        options = {"bias": bias, "device": device, "dtype": dtype}
+        self.conv = GatedCausalConv1d(channels, gates, kernel_size, dilation, **options)
+        self.out = nn.Conv1d(gates, channels, 1, **options) if residual else None
+        self.skip = nn.Conv1d(gates, channels if skip_channels is None else skip_channels, 1, **options)
+
+    def _weights(self) -> tuple[Tensor | None, ...]:
+        out = (None, None) if self.out is None else (self.out.weight, self.out.bias)
+        return self.conv.weight, self.conv.bias, *out, self.skip.weight, self.skip.bias
+
+    def forward(
+        self,
+        x: Tensor,  # [N, C, T]
+        skip: Tensor | None = None,  # [N, S, T], the sum of the layers before
+    ) -> tuple[Tensor | None, Tensor]:  # [N, C, T], [N, S, T]
+        return gated_conv(x, *self._weights(), skip=skip, dilation=self.conv.dilation[0], backend=self.backend)
+
+    def initial_state(self, batch_size: int) -> ConvState:
+        """The state before the first step."""
+        return self.conv.initial_state(batch_size)
+
+    def step(
+        self,
+        x_t: Tensor,  # [N, C]
+        state: ConvState | None = None,
+        skip: Tensor | None = None,  # [N, S]
+    ) -> tuple[Tensor | None, Tensor, ConvState]:  # [N, C], [N, S], next state
+        """One time step; the state as in `CausalConv1d.step`."""
+        y, total, state = conv_step(
+            x_t, self.initial_state(len(x_t)) if state is None else state, *self._weights(), skip=skip,
+            dilation=self.conv.dilation[0], activation="tanh_sigmoid", backend=self.backend,
+        )  # fmt: skip
+        return None if self.out is None else y, total, state

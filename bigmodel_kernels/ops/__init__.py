@@ -5,6 +5,8 @@ from bigmodel_kernels.ops.attention import attention_decode as attention_decode
 from bigmodel_kernels.ops.attention import attention_varlen as attention_varlen
 from bigmodel_kernels.ops.bias_act import bias_act as bias_act
 from bigmodel_kernels.ops.conv import conv as conv
+from bigmodel_kernels.ops.conv_step import ConvState as ConvState
+from bigmodel_kernels.ops.conv_step import conv_step as conv_step
 from bigmodel_kernels.ops.cross_entropy import cross_entropy as cross_entropy
 from bigmodel_kernels.ops.gated_conv import gated_conv as gated_conv
 from bigmodel_kernels.ops.lstm import lstm as lstm

@@ -20,7 +20,8 @@ std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor po
   CHECK_DIM(weight, 3);
   const int64_t batch = x.size(0), channels = x.size(1), rows = weight.size(0), kernel = weight.size(2);
   STD_TORCH_CHECK(groups > 0 && dilation > 0 && kernel > 0 && channels % groups == 0 && rows % groups == 0,
-                  "groups, dilation and the kernel must be positive and groups divide the channels, got ", groups, ", ", dilation, ", ", kernel);
+                  "groups, dilation and the kernel must be positive and groups divide the channels, got ", groups, ", ", dilation, ", ",
+                  kernel);
   CHECK_SHAPE(weight, rows, channels / groups, kernel);
   const int64_t delay = dilation * (kernel - 1);
   CHECK_SHAPE(ring, batch, delay, channels);

@@ -15,11 +15,11 @@ struct ConvStep {
   int64_t out, skips;  // C, or 0 without out_weight; S, or 0
   Activation activation;
   double slope;
-  const S* x;         // [N, C]
-  S* ring;            // [N, L, C], L = dilation * (K - 1): the inputs so far, that of step t at t mod L
-  int64_t position;   // t
-  const S* weight;    // [rows, C / groups, K]
-  const S* bias;      // [rows]
+  const S* x;           // [N, C]
+  S* ring;              // [N, L, C], L = dilation * (K - 1): the inputs so far, that of step t at t mod L
+  int64_t position;     // t
+  const S* weight;      // [rows, C / groups, K]
+  const S* bias;        // [rows]
   const S* out_weight;  // [C, D], D being the channels after the activation
   const S* out_bias;
   const S* skip_weight;  // [S, D]

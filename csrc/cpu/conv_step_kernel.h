@@ -7,8 +7,8 @@
 // Weights are read as they lie, [rows][C / groups][K], a vector of rows at a time: each row's products stay in a vector of their
 // own, and the vectors are transposed and added at the end. The ring is read at K places and written at one, whatever its length.
 // Floor: the weights read once, from the cache that holds them.
-#include "tiles.h"
 #include "conv_activation.h"
+#include "tiles.h"
 
 // out[i] = (row first + i of w) . v for i < W, rows past `rows` 0.
 template <class T, class S>
@@ -38,8 +38,8 @@ INLINE vec<T> dot_rows(const S* w, int64_t first, int64_t rows, int64_t depth, c
 
 // out[n][i] = w[i] . v[n] + bias[i] (+ added[n][i]) for all rows i of w.
 template <class T, class S, class O>
-void matrix_vectors(const S* w, int64_t rows, int64_t depth, const T* v, int64_t v_row, int64_t batch, const S* bias, const S* added, O* out,
-                    int64_t out_row) {
+void matrix_vectors(const S* w, int64_t rows, int64_t depth, const T* v, int64_t v_row, int64_t batch, const S* bias, const S* added,
+                    O* out, int64_t out_row) {
   constexpr int W = kLanes<T>;
   // A region of threads costs as much as so many multiplications.
   const int64_t grain = std::max<int64_t>(1, (1 << 17) / std::max<int64_t>(1, depth * W * batch));

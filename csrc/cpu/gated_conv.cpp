@@ -84,14 +84,13 @@ std::tuple<Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor& weight,
   Tensor skip = skip_weight ? new_signal(x, s.batch, s.skips, s.length, innermost) : torch::stable::new_empty(x, {0});
   DISPATCH_FLOATING(x.scalar_type(), "gated_conv", [&] {
     using S = scalar_t;
-    GatedConvForward<S> call{
-        s,
-        {data<const S>(weight), data<const S>(bias), data<const S>(out_weight), data<const S>(out_bias), data<const S>(skip_weight),
-         data<const S>(skip_bias)},
-        signal<const S>(x, x, s.batch, s.channels, s.length),
-        signal<const S>(skip_sum, x, s.batch, s.skips, s.length),
-        {},
-        {}};
+    GatedConvForward<S> call{s,
+                             {data<const S>(weight), data<const S>(bias), data<const S>(out_weight), data<const S>(out_bias),
+                              data<const S>(skip_weight), data<const S>(skip_bias)},
+                             signal<const S>(x, x, s.batch, s.channels, s.length),
+                             signal<const S>(skip_sum, x, s.batch, s.skips, s.length),
+                             {},
+                             {}};
     if (out_weight) call.out = signal<S>(out, x, s.batch, s.out, s.length);
     if (skip_weight) call.skip = signal<S>(skip, x, s.batch, s.skips, s.length);
     ISA_CALL(gated_conv_forward<S>, call);
@@ -100,10 +99,12 @@ std::tuple<Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor& weight,
 }
 
 // Returns (d_x, d_weight, d_bias, d_out_weight, d_out_bias, d_skip_weight, d_skip_bias); empty where not wanted or left out.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bwd(
-    const Optional& d_out, const Optional& d_skip, bool need_x, bool need_weights, const Tensor& x, const Tensor& weight,
-    const Optional& bias, const Optional& out_weight, const Optional& out_bias, const Optional& skip_weight, const Optional& skip_bias,
-    int64_t dilation, bool innermost) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bwd(const Optional& d_out, const Optional& d_skip,
+                                                                                  bool need_x, bool need_weights, const Tensor& x,
+                                                                                  const Tensor& weight, const Optional& bias,
+                                                                                  const Optional& out_weight, const Optional& out_bias,
+                                                                                  const Optional& skip_weight, const Optional& skip_bias,
+                                                                                  int64_t dilation, bool innermost) {
   const GatedConvShape s = describe(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, dilation);
   const Tensor none = torch::stable::new_empty(x, {0});
   Tensor d_x = need_x ? new_signal(x, s.batch, s.channels, s.length, innermost) : none;
@@ -113,17 +114,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bw
   DISPATCH_FLOATING(x.scalar_type(), "gated_conv", [&] {
     using S = scalar_t;
     auto gradient = [&](int i, const Optional& t) { return need_weights && t ? data<S>(gradients[i]) : nullptr; };
-    GatedConvBackward<S> call{
-        s,
-        {data<const S>(weight), data<const S>(bias), data<const S>(out_weight), data<const S>(out_bias), data<const S>(skip_weight),
-         data<const S>(skip_bias)},
-        signal<const S>(x, x, s.batch, s.channels, s.length),
-        signal<const S>(d_out, x, s.batch, s.out, s.length),
-        signal<const S>(d_skip, x, s.batch, s.skips, s.length),
-        {},
-        {gradient(0, weight), gradient(1, bias), gradient(2, out_weight), gradient(3, out_bias), gradient(4, skip_weight),
-         gradient(5, skip_bias)},
-        need_weights};
+    GatedConvBackward<S> call{s,
+                              {data<const S>(weight), data<const S>(bias), data<const S>(out_weight), data<const S>(out_bias),
+                               data<const S>(skip_weight), data<const S>(skip_bias)},
+                              signal<const S>(x, x, s.batch, s.channels, s.length),
+                              signal<const S>(d_out, x, s.batch, s.out, s.length),
+                              signal<const S>(d_skip, x, s.batch, s.skips, s.length),
+                              {},
+                              {gradient(0, weight), gradient(1, bias), gradient(2, out_weight), gradient(3, out_bias),
+                               gradient(4, skip_weight), gradient(5, skip_bias)},
+                              need_weights};
     if (need_x) call.d_x = signal<S>(d_x, x, s.batch, s.channels, s.length);
     ISA_CALL(gated_conv_backward<S>, call);
   });

@@ -47,7 +47,8 @@ class GatedBackward {
 
   void run() {
     // Some zeros follow the last step of each sequence: a block whose taps look past it reads them.
-    const int64_t length = s.length + kBlock, group = std::clamp<int64_t>(kSteps / std::max<int64_t>(s.length, 1), 1, std::max<int64_t>(s.batch, 1));
+    const int64_t length = s.length + kBlock,
+                  group = std::clamp<int64_t>(kSteps / std::max<int64_t>(s.length, 1), 1, std::max<int64_t>(s.batch, 1));
     Scratch<M> d_z(group * length * z_row);
     const InputWeights input(*this);
     for (int64_t first = 0; first < s.batch; first += group) {
@@ -77,9 +78,7 @@ class GatedBackward {
   }
 
  private:
-  int64_t sums_size() const {
-    return s.kernel * s.channels * z_row + layout.output_row() * layout.gate_row + z_row + layout.output_row();
-  }
+  int64_t sums_size() const { return s.kernel * s.channels * z_row + layout.output_row() * layout.gate_row + z_row + layout.output_row(); }
   GatedSums<T> sums_of(int64_t part) {
     if (!b.need_weights) return {};
     T* weight = sums.get() + part * sums_size();
@@ -95,7 +94,8 @@ class GatedBackward {
       const int64_t n = std::min<int64_t>(W, s.gates - first);
       M* out = mix.get() + panel * layout.kGateVectors * W * depth + (vector - panel * layout.kGateVectors) * W * kPack<T, M>;
       if (s.out) pack_vector<T>(out, vectors, b.weights.out + first, s.gates, 1, s.out, layout.out_row, n);
-      if (s.skips) pack_vector<T>(out + layout.out_row * vectors * W, vectors, b.weights.skip + first, s.gates, 1, s.skips, layout.skip_row, n);
+      if (s.skips)
+        pack_vector<T>(out + layout.out_row * vectors * W, vectors, b.weights.skip + first, s.gates, 1, s.skips, layout.skip_row, n);
     }
   }
 
@@ -209,8 +209,8 @@ class GatedBackward {
           for (int64_t tap = 0; tap < s.kernel; ++tap)
             for (int64_t half = 0; half < 2; ++half) {
               M* out = packed.get() + panel * depth + (tap * of.z_row + half * D) * vectors * W + (first - panel) * kPack<T, M>;
-              pack_vector<T>(out, vectors, of.b.weights.weight + (half * s.gates * s.channels + first) * s.kernel + tap, s.channels * s.kernel,
-                             s.kernel, s.gates, D, n);
+              pack_vector<T>(out, vectors, of.b.weights.weight + (half * s.gates * s.channels + first) * s.kernel + tap,
+                             s.channels * s.kernel, s.kernel, s.gates, D, n);
             }
         }
       });
@@ -254,7 +254,8 @@ class GatedBackward {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i < D ? i : layout.gate_row + i - D;
         for (int64_t c = 0; c < C; ++c)
-          for (int64_t tap = 0; tap < K; ++tap) d.weight[(i * C + c) * K + tap] = from_compute<S>(total.weight[(tap * C + c) * z_row + column]);
+          for (int64_t tap = 0; tap < K; ++tap)
+            d.weight[(i * C + c) * K + tap] = from_compute<S>(total.weight[(tap * C + c) * z_row + column]);
         if (d.bias) d.bias[i] = from_compute<S>(total.bias[column]);
       }
     });

@@ -12,8 +12,8 @@
 // Refused: more than one group, a stride.
 // Floor: 2 T (2 D C K + D (C + S)) operations at the multiply-add peak (bfloat16: of the dot products), x and skip_sum read, out
 // and skip written.
-#include "tiles.h"
 #include "gated_conv_product.h"
+#include "tiles.h"
 
 // How the channels of each side of a product are laid out.
 template <class T, class M>
@@ -70,12 +70,15 @@ struct GateWeights {
         for (int64_t tap = 0; tap < K; ++tap)
           pack_vector<T>(out + tap * tap_depth * 2 * in_panel * W, 2 * in_panel, w.weight + (half * D + first) * C * K + tap, K, C * K, C,
                          tap_depth, n);
-        for (int64_t j = 0; j < W; ++j) bias[half * layout.gate_row + first + j] = w.bias && j < n ? to_compute(w.bias[half * D + first + j]) : T(0);
+        for (int64_t j = 0; j < W; ++j)
+          bias[half * layout.gate_row + first + j] = w.bias && j < n ? to_compute(w.bias[half * D + first + j]) : T(0);
       }
     });
   }
 
-  const M* panel(const GatedLayout<T, M>& layout, int64_t p) const { return packed.get() + p * layout.kGateVectors * 2 * kLanes<T> * depth; }
+  const M* panel(const GatedLayout<T, M>& layout, int64_t p) const {
+    return packed.get() + p * layout.kGateVectors * 2 * kLanes<T> * depth;
+  }
 };
 
 // Rows of x for one block of one sequence: the parts of the products with the weights of z, tap by tap. Taps that see only what is
@@ -90,7 +93,8 @@ struct InputRows {
   };
   std::vector<Tap> taps;  // null where left out
 
-  explicit InputRows(const GatedLayout<T, M>& layout) : staged(layout.shape.kernel * kBlock * layout.channel_row), taps(layout.shape.kernel) {}
+  explicit InputRows(const GatedLayout<T, M>& layout)
+      : staged(layout.shape.kernel * kBlock * layout.channel_row), taps(layout.shape.kernel) {}
 
   // stage_all: rows are read whole, past the last channel too.
   template <class S>
@@ -157,11 +161,11 @@ void gated_conv_forward_with(const GatedConvForward<S>& f) {
         const int64_t vectors = layout.gate_vectors(p), y_row = 2 * vectors * W, first = p * layout.kGateVectors * W;
         product<T>(rows, input.chunks, gate.panel(layout, p), 2 * vectors, y.get(), y_row);
         for (int64_t v = 0; v < vectors; ++v) {
-          const vec<T> filter_bias = load(gate.bias.get() + first + v * W), gate_bias = load(gate.bias.get() + layout.gate_row + first + v * W);
+          const vec<T> filter_bias = load(gate.bias.get() + first + v * W),
+                       gate_bias = load(gate.bias.get() + layout.gate_row + first + v * W);
           for (int64_t r = 0; r < rows; ++r) {
             const T* z = y.get() + r * y_row + v * W;
-            store(a.get() + r * layout.gate_row + first + v * W,
-                  tanh(load(z) + filter_bias) * sigmoid(load(z + vectors * W) + gate_bias));
+            store(a.get() + r * layout.gate_row + first + v * W, tanh(load(z) + filter_bias) * sigmoid(load(z + vectors * W) + gate_bias));
           }
         }
       }
@@ -172,7 +176,8 @@ void gated_conv_forward_with(const GatedConvForward<S>& f) {
           const int64_t at = column + v * W;
           const bool is_out = at < layout.out_columns;
           const int64_t first = is_out ? at : at - layout.out_columns, n = std::min<int64_t>(W, (is_out ? s.out : s.skips) - first);
-          finish_rows(y.get() + v * W, vectors * W, rows, n, mix_bias.get() + at, (is_out ? f.x : f.skip_sum).at(sample, step).channel(first),
+          finish_rows(y.get() + v * W, vectors * W, rows, n, mix_bias.get() + at,
+                      (is_out ? f.x : f.skip_sum).at(sample, step).channel(first),
                       (is_out ? f.out : f.skip).at(sample, step).channel(first));
         }
       }

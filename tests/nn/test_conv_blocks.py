@@ -88,7 +88,8 @@ def test_streaming_equals_the_whole_sequence(gated, kernel_size, dilation):
         y, state = layer.step(x[..., t], state)
         columns.append(y)
     torch.testing.assert_close(torch.stack(columns, -1), whole, rtol=1e-5, atol=1e-6)
-    assert state.shape == (2, 3, dilation * (kernel_size - 1))
+    assert state.ring.shape == (2, dilation * (kernel_size - 1), 3)
+    assert int(state.position) == 17
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -109,8 +110,36 @@ def test_step_errors():
         layer.step(make(2, 4))
     with pytest.raises(RuntimeError, match="x_t must have shape"):
         layer.step(make(2, 3, 1))
-    with pytest.raises(RuntimeError, match="state must have shape"):
-        layer.step(make(2, 3), make(2, 3, 5))
+    with pytest.raises(RuntimeError, match="state must have a ring of shape"):
+        layer.step(make(2, 3), bnn.CausalConv1d(3, 4, 2).initial_state(2))
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("innermost", [True, False])
+def test_wavenet_layer(innermost, residual):
+    layer = bnn.WaveNetLayer(5, 6, 7, kernel_size=3, dilation=2, residual=residual)
+    parts = {"conv": nn.Conv1d(5, 12, 3, dilation=2), "skip": nn.Conv1d(6, 7, 1)}
+    twin = nn.ModuleDict(parts | ({"out": nn.Conv1d(6, 5, 1)} if residual else {}))
+    twin.load_state_dict(layer.state_dict())
+    x, total = make(2, 5, 21), make(2, 7, 21, seed=1)
+    if innermost:
+        x, total = (t.mT.contiguous().mT for t in (x, total))
+    first, second = twin["conv"](F.pad(x, (4, 0))).chunk(2, 1)
+    a = first.tanh() * second.sigmoid()
+    out, skip = layer(x, total)
+    torch.testing.assert_close(skip, total + twin["skip"](a), rtol=1e-5, atol=1e-5)
+    if residual:
+        torch.testing.assert_close(out, x + twin["out"](a), rtol=1e-5, atol=1e-5)
+    else:
+        assert out is None
+    state = None
+    with torch.no_grad():
+        for t in range(21):
+            y, column, state = layer.step(x[..., t], state, total[..., t])
+            torch.testing.assert_close(column, skip[..., t], rtol=1e-5, atol=1e-5)
+            assert (y is None) is not residual
+            if residual:
+                torch.testing.assert_close(y, out[..., t], rtol=1e-5, atol=1e-5)
 
 
 def test_block_compiles_in_training_and_in_eval():

@@ -83,7 +83,6 @@ def bwd(
 ) -> tuple[Tensor, ...]:
     """Gradients of x, weight, bias, out_weight, out_bias, skip_weight, skip_bias; empty where not wanted or left out."""
     dtype, wide = x.dtype, arithmetic_dtype(x)
-    none = x.new_empty(0)
     d_out, d_skip, x, weight, bias = (None if p is None else p.to(wide) for p in (d_out, d_skip, x, weight, bias))
     t, s = _gate(x, weight, bias, dilation)
     d_a = torch.zeros_like(t)
@@ -95,10 +94,10 @@ def bwd(
         d_a = d_a + w.to(wide).squeeze(-1).mT @ d
         mixed += [(d @ (t * s).mT).sum(0).unsqueeze(-1), None if b is None else d.sum((0, 2))]
     d_z = torch.cat([d_a * s * (1 - t * t), d_a * t * s * (1 - s)], 1)
-    d_x = none
+    d_x = x.new_empty(0)
     if need_x:
         d_x = sum(w.mT @ _delayed(d_z, -shift) for shift, w in _taps(weight, dilation))
         d_x = d_x if d_out is None else d_x + d_out
     d_weight = torch.stack([(d_z @ _delayed(x, shift).mT).sum(0) for shift, _ in _taps(weight, dilation)], -1)
     weights = [d_weight, None if bias is None else d_z.sum((0, 2)), *mixed]
-    return d_x.to(dtype), *(none if g is None or not need_weights else g.to(dtype) for g in weights)
+    return d_x.to(dtype), *(x.new_empty(0) if g is None or not need_weights else g.to(dtype) for g in weights)

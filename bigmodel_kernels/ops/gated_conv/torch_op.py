@@ -35,14 +35,13 @@ def fwd(x, *rest):
 def bwd(
     d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation,
 ):  # fmt: skip
-    none = x.new_empty(0)
     source = _padded(x, weight, dilation)
     first, second = F.conv1d(source, weight, bias, dilation=dilation).chunk(2, 1)
     t, s = first.tanh(), second.sigmoid()
     d_a, mixed = torch.zeros_like(t), []
     for d, w, b in ((d_out, out_weight, out_bias), (d_skip, skip_weight, skip_bias)):
         if d is None or w is None:
-            mixed += [none if p is None or not need_weights else torch.zeros_like(p) for p in (w, b)]
+            mixed += [x.new_empty(0) if p is None or not need_weights else torch.zeros_like(p) for p in (w, b)]
             continue
         part, *gradients = _convolution_backward(d, t * s, w, b, 1, True, need_weights)
         d_a = d_a + part

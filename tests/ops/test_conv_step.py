@@ -1,0 +1,160 @@
+"""bmk.conv_step: step by step it gives the columns of the whole sequence; the ring, gradients, contract."""
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.testing import assert_matches, make
+
+STEPS = 23
+# batch, channels, rows, kernel, dilation, groups, activation
+CASES = {
+    "wavenet": (1, 64, 128, 2, 4, 1, "tanh_sigmoid"),
+    "odd gate": (3, 5, 14, 3, 2, 1, "tanh_sigmoid"),
+    "relu": (2, 6, 9, 5, 3, 3, "relu"),
+    "depthwise": (2, 19, 19, 4, 1, 19, "silu"),
+    "slope": (1, 7, 3, 2, 30, 1, ("leaky_relu", 0.3)),
+    "no memory": (2, 20, 40, 1, 7, 1, None),
+}
+
+
+def problem(name, dtype, seed=0):
+    batch, channels, rows, kernel, dilation, groups, activation = CASES[name]
+    x = make(batch, channels, STEPS, dtype=torch.float64, seed=seed + 1).to(dtype)
+    weight = make(rows, channels // groups, kernel, dtype=torch.float64, seed=seed + 2) / (channels / groups) ** 0.5
+    bias = make(rows, dtype=torch.float64, seed=seed + 3)
+    return x, weight.to(dtype), bias.to(dtype), {"dilation": dilation, "groups": groups, "activation": activation}
+
+
+def start(x, weight, dilation):
+    return bmk.ConvState.start(x.shape[0], x.shape[1], weight.shape[2], dilation, x)
+
+
+def stream(x, weight, bias, options, mix=(None,) * 4, skip=None, **more):
+    """All columns, [N, D or C, T] and [N, S, T] or None."""
+    state, ys, sums = start(x, weight, options["dilation"]), [], []
+    for t in range(x.shape[2]):
+        column = None if skip is None else skip[..., t]
+        y, total, state = bmk.conv_step(x[..., t], state, weight, bias, *mix, skip=column, **options, **more)
+        ys.append(y)
+        sums.append(total)
+    return torch.stack(ys, -1), None if sums[0] is None else torch.stack(sums, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("name", CASES)
+def test_gives_the_columns_of_the_whole_sequence(name, backend, dtype):
+    for seed in (0, 10, 20):
+        x, weight, bias, options = problem(name, dtype, seed)
+        exact, theirs = (
+            bmk.conv(*(t.to(kind) for t in (x, weight, bias)), padding="causal", **options, backend="torch")
+            for kind in (torch.float64, dtype)
+        )
+        y, total = stream(x, weight, bias, options, backend=backend)
+        assert total is None
+        assert_matches(y, exact, theirs, dtype=dtype, magnitude=0.1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("name", ["wavenet", "odd gate"])
+def test_gives_the_columns_of_the_gated_layer(name, backend):
+    x, weight, bias, options = problem(name, torch.float64)
+    channels, gates = x.shape[1], weight.shape[0] // 2
+    mix = [make(*s, dtype=torch.float64, seed=30 + i) for i, s in enumerate([(channels, gates, 1), (channels,)])]
+    mix += [make(*s, dtype=torch.float64, seed=40 + i) for i, s in enumerate([(9, gates, 1), (9,)])]
+    skip = make(x.shape[0], 9, STEPS, dtype=torch.float64, seed=50)
+    whole = bmk.gated_conv(x, weight, bias, *mix, skip=skip, dilation=options["dilation"])
+    for kind, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        cast = [t.to(kind) for t in (x, weight, bias)]
+        streamed = stream(*cast, options, [t.to(kind) for t in mix], skip.to(kind), backend=backend)
+        for a, e in zip(streamed, whole):
+            torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_state_is_written_into(backend):
+    x, weight, bias, options = problem("relu", torch.float32)
+    state = start(x, weight, options["dilation"])
+    for t in range(5):
+        before = state.clone()
+        y, _, after = bmk.conv_step(x[..., t], state, weight, bias, **options, backend=backend)
+        assert after.ring is state.ring
+        assert after.position is state.position
+        assert int(after.position) == t + 1
+        assert torch.equal(state.ring[:, t], x[..., t])
+        again, _, _ = bmk.conv_step(x[..., t], before, weight, bias, **options, backend=backend)
+        assert torch.equal(again, y)
+
+
+def test_gradients_flow_through_steps():
+    x, weight, bias, options = problem("odd gate", torch.float64)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    whole = bmk.conv(*leaves, padding="causal", **options, backend="torch")
+    streamed, _ = stream(*leaves, options)
+    with pytest.raises(RuntimeError, match="backend 'cpu' has no gradient"):
+        stream(*leaves, options, backend="cpu")
+    upstream = make(*whole.shape, dtype=torch.float64, seed=7)
+    for a, e in zip(torch.autograd.grad(streamed, leaves, upstream), torch.autograd.grad(whole, leaves, upstream)):
+        torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_opcheck(backend):
+    x, weight, bias, options = problem("odd gate", torch.float32)
+    mix = [make(5, 7, 1), make(5), make(4, 7, 1), None, make(3, 4)]
+    args = bmk.conv_step.prepare(
+        x[..., 0], start(x, weight, 2), weight, bias, *mix[:4], skip=mix[4], **options
+    )  # fmt: skip
+    for call in (args, (*args[:5], None, None, None, None, None, *args[10:])):
+        torch.library.opcheck(
+            torch.ops.bigmodel_kernels.conv_step.default,
+            (*call, backend),
+            test_utils=("test_schema", "test_faketensor"),
+        )
+
+
+def test_compile():
+    x, weight, bias, options = problem("relu", torch.float32)
+    expected, _ = stream(x, weight, bias, options)
+    torch.compiler.reset()
+
+    @torch.compile(fullgraph=True)
+    def step(x_t, state):
+        y, _, state = bmk.conv_step(x_t, state, weight, bias, **options)
+        return 2 * y, state
+
+    state = start(x, weight, options["dilation"])
+    for t in range(STEPS):
+        y, state = step(x[..., t], state)
+        torch.testing.assert_close(y, 2 * expected[..., t])
+
+
+X, W = torch.zeros(2, 4), torch.zeros(6, 4, 3)
+STATE = bmk.ConvState.start(2, 4, 3, 2, X)
+MIX = torch.zeros(4, 3, 1)
+ERRORS = [
+    (TypeError, "x_t and weight must be tensors", dict(x_t=[1.0])),
+    (TypeError, "state must be a ConvState", dict(state=torch.zeros(2, 4, 4))),
+    (RuntimeError, r"x_t must have shape \[N, 4\], got \[2, 5\]", dict(x_t=torch.zeros(2, 5))),
+    (RuntimeError, r"x_t must have shape \[N, 4\], got \[2, 4, 1\]", dict(x_t=X.unsqueeze(-1))),
+    (RuntimeError, r"state must have a ring of shape \[2, 6, 4\], got \[2, 4, 4\]", dict(dilation=3)),
+    (RuntimeError, "weight must have a multiple of 2 rows, got 5", dict(weight=torch.zeros(5, 4, 3))),
+    (RuntimeError, r"out_weight must have shape \[4, 3, 1\], got \[4, 6, 1\]", dict(out_weight=torch.zeros(4, 6, 1))),
+    (RuntimeError, r"skip must have shape \[2, 0\]", dict(skip=X)),
+    (
+        RuntimeError,
+        "bias must be torch.float32 on cpu as x_t is, got torch.float64",
+        dict(bias=torch.zeros(6).double()),
+    ),
+    (ValueError, "activation must be", dict(activation="swish")),
+    (ValueError, "backend must be one of", dict(backend="fast")),
+    (NotImplementedError, "this version has no triton kernel", dict(backend="triton")),
+]
+
+
+@pytest.mark.parametrize(("kind", "message", "arguments"), ERRORS)
+def test_errors(kind, message, arguments):
+    call = {"x_t": X, "state": STATE, "weight": W, "dilation": 2, "activation": "tanh_sigmoid"} | arguments
+    with pytest.raises(kind, match=message):
+        bmk.conv_step(**call)
