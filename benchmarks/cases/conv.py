@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import bigmodel_kernels as bmk
 from benchmarks.baselines import channels_last
-from benchmarks.cases import Case, Problem, on_grid
+from benchmarks.cases import Case, Problem, gated, on_grid
 from benchmarks.contestant import FWD, PASSES, TRAIN, Contestant
 
 GRID = 1 / 256  # of weights; inputs lie on multiples of 1/8
@@ -167,4 +167,5 @@ CASES = [
         lambda: [nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1), nn.ReLU()],
         last=True,
     ),
+    *gated.CASES,
 ]

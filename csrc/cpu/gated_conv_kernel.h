@@ -13,7 +13,6 @@
 // Floor: 2 T (2 D C K + D (C + S)) operations at the multiply-add peak (bfloat16: of the dot products), x and skip_sum read, out
 // and skip written.
 #include "gated_conv_product.h"
-#include "tiles.h"
 
 // How the channels of each side of a product are laid out.
 template <class T, class M>

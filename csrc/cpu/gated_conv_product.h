@@ -1,6 +1,7 @@
 // Rows of time as A, packed weights as B: the products of gated_conv, and how signals of either layout become rows and rows
 // become signals again. T is the arithmetic type; M is what is multiplied: T, or bfloat16 for dot products, where B lies with
 // two steps of the depth to a lane. Included by gated_conv_kernel.h.
+#include "tiles.h"
 
 inline constexpr int64_t kBlock = 96;      // time steps that stay in the first- and second-level cache from input to output
 inline constexpr int64_t kSumSteps = 192;  // terms that are summed up before they are added to the others; see gemm.h

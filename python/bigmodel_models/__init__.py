@@ -16,6 +16,7 @@ from .resnet import ResNet, resnet18, resnet20, resnet34, resnet50
 from .rnn import RNN
 from .transformer import LearnedPositions, Seq2SeqTransformer, SinusoidalPositions, Transformer
 from .vgg import VGG, vgg11, vgg16, vgg_small
+from .wavenet import WaveNet, mu_law_decode, mu_law_encode
 
 __all__ = [
     "BERT",
@@ -42,6 +43,9 @@ __all__ = [
     "SinusoidalPositions",
     "SmallInception",
     "Transformer",
+    "WaveNet",
+    "mu_law_decode",
+    "mu_law_encode",
     "resnet18",
     "resnet20",
     "resnet34",

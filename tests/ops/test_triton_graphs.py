@@ -22,6 +22,10 @@ CALLS = {  # name of the operator -> (function, its inputs), made where tensors 
         lambda x, w: bmk.conv(x, w, padding=1, activation="relu"),
         [_tensor(2, 8, 9, 9), _tensor(4, 8, 3, 3)],
     ),
+    "gated_conv": lambda: (
+        lambda x, w, mix: bmk.gated_conv(x, w, None, mix)[0],
+        [_tensor(2, 8, 9), _tensor(8, 8, 2), _tensor(8, 4, 1)],
+    ),
     "lstm": _lstm,
     "lstm_cell": lambda: (
         lambda x, h, c: bmk.lstm_cell(x, (h, c), _tensor(64, 8), _tensor(64, 16))[0],

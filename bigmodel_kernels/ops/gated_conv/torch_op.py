@@ -3,11 +3,13 @@ graphs, whose backend is chosen only when they run."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigmodel_kernels.ops.gated_conv import layout
+from bigmodel_kernels.ops.gated_conv import composed, layout
 
 
 def supports(*args) -> str | None:
@@ -18,8 +20,12 @@ def _padded(x: Tensor, weight: Tensor, dilation: int) -> Tensor:
     return F.pad(x, (dilation * (weight.shape[2] - 1), 0))
 
 
+def _causal(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Tensor:
+    return F.conv1d(_padded(x, weight, dilation), weight, bias, dilation=dilation)
+
+
 def call(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
-    first, second = F.conv1d(_padded(x, weight, dilation), weight, bias, dilation=dilation).chunk(2, 1)
+    first, second = _causal(x, weight, bias, dilation).chunk(2, 1)
     a = first.tanh() * second.sigmoid()
     out = x.new_empty(0) if out_weight is None else x + F.conv1d(a, out_weight, out_bias)
     if skip_weight is None:
@@ -32,32 +38,14 @@ def fwd(x, *rest):
     return tuple(t if t.dim() == 1 else layout.like(t, x) for t in call(x, *rest))
 
 
-def bwd(
-    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation,
-):  # fmt: skip
+def _gradients(d, x, weight, bias, dilation, need_x, need_weights):
     source = _padded(x, weight, dilation)
-    first, second = F.conv1d(source, weight, bias, dilation=dilation).chunk(2, 1)
-    t, s = first.tanh(), second.sigmoid()
-    d_a, mixed = torch.zeros_like(t), []
-    for d, w, b in ((d_out, out_weight, out_bias), (d_skip, skip_weight, skip_bias)):
-        if d is None or w is None:
-            mixed += [x.new_empty(0) if p is None or not need_weights else torch.zeros_like(p) for p in (w, b)]
-            continue
-        part, *gradients = _convolution_backward(d, t * s, w, b, 1, True, need_weights)
-        d_a = d_a + part
-        mixed += gradients
-    d_z = torch.cat([d_a * s * (1 - t * t), d_a * t * s * (1 - s)], 1)
-    d_x, *gradients = _convolution_backward(d_z, source, weight, bias, dilation, need_x, need_weights)
-    if need_x:
-        d_x = d_x[..., source.shape[2] - x.shape[2] :]
-        d_x = layout.like(d_x if d_out is None else d_x + d_out, x)
-    return d_x, *gradients, *mixed
-
-
-def _convolution_backward(d, x, weight, bias, dilation, need_x, need_weights):
-    """Gradients of x, weight and bias, empty where they are not wanted."""
     wanted = [need_x, need_weights, need_weights and bias is not None]
     found = torch.ops.aten.convolution_backward(
-        d, x, weight, [weight.shape[0]], [1], [0], [dilation], False, [0], 1, wanted
+        d, source, weight, [weight.shape[0]], [1], [0], [dilation], False, [0], 1, wanted
     )
-    return [g if want else x.new_empty(0) for g, want in zip(found, wanted)]
+    d_x, *of_weights = (g if want else x.new_empty(0) for g, want in zip(found, wanted))
+    return d_x[..., source.shape[2] - x.shape[2] :] if need_x else d_x, *of_weights
+
+
+bwd = functools.partial(composed.bwd, _causal, _gradients)
