@@ -4,84 +4,72 @@
 //
 // Block: a tile of the pooled output of one image, kChannels output channels. It keeps the part of x that its tile needs and its
 // weights in shared memory; the window's elements (c, i, j) are the depth of a product, 16 to an instruction. Warp: every kWarps-th row
-// of 16 convolution outputs, times all channels of the block. The outputs before pooling stay in shared memory.
-// Saved for backward: nothing.
-// Refuses: groups, residuals, gates; dtypes other than float16 and bfloat16; windows and tiles that shared memory cannot hold.
+// of 16 convolution outputs, times all channels of the block; in float32 of 32 outputs, by IEEE multiply-adds. The outputs before
+// pooling stay in shared memory: activated and rounded, or, for training (kSave), z in float32, since rounding makes ties, which
+// would send gradients to other elements than the largest.
+// Saved for backward: which element a max-pool took, a byte; z where the activation's derivative needs it.
+// Refuses: groups, residuals, gates; windows and tiles that shared memory cannot hold.
 // Floor: memory: x and out once, as long as there are few channels: 2 K FMA for each output, K elements to a window.
 #pragma once
 
-#include "conv_epilogue.cuh"
+#include <type_traits>
+
+#include "conv_stem_tile.cuh"
 
 namespace bmk {
 
-enum class Pool { max, avg };
-
 template <class T>
 struct StemForward {
-  const T* x;       // [N, C, H, W]
+  StemInput<T> input;
+  ConvWindow window;
+  PoolWindow pool;
   const T* weight;  // [O, C, KH, KW]
   T* out;           // [N, O, PH, PW]
+  uint8_t* index;   // likewise; null: not wanted, as the next one
+  T* pre;           // z: after a max-pool of the elements it took, likewise, else [N, O, H, W]
   ConvEpilogue<T> epilogue;
-  ImageStrides x_strides, out_strides;
-  int in_channels, in_h, in_w, out_channels, full_h, full_w, out_h, out_w;  // full: before pooling
-  int kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
-  Pool pool;
-  int pool_h, pool_w, pool_stride_h, pool_stride_w, pool_pad_h, pool_pad_w;  // 1, 1, 1, 1, 0, 0: no pooling
-  int tile_h, tile_w;                                                        // of the pooled output
+  ImageStrides out_strides, index_strides, pre_strides;
+  int out_channels, full_h, full_w, out_h, out_w;  // full: before pooling
+  int tile_h, tile_w;                              // of the pooled output
 };
 
-constexpr int kStemWarps = 8, kStemThreads = kStemWarps * kWarpSize;
-constexpr int kStemPad = 8;  // elements between rows of shared memory, so that lanes find theirs in different banks
+// What stays in shared memory before pooling.
+template <class T, bool kSave>
+using StemFull = std::conditional_t<kSave, float, T>;
 
 // Extents of a block's work, all in elements.
-struct StemTile {
+struct StemTile : StemExtent {
   int full_h, full_w;  // convolution outputs
-  int in_h, in_w;      // input
-  int depth, padded_depth;
+  int padded_depth;
 
   template <class T>
   __host__ __device__ explicit StemTile(const StemForward<T>& p)
-      : full_h((p.tile_h - 1) * p.pool_stride_h + p.pool_h),
-        full_w((p.tile_w - 1) * p.pool_stride_w + p.pool_w),
-        in_h((full_h - 1) * p.stride_h + (p.kernel_h - 1) * p.dilation_h + 1),
-        in_w((full_w - 1) * p.stride_w + (p.kernel_w - 1) * p.dilation_w + 1),
-        depth(p.in_channels * p.kernel_h * p.kernel_w),
+      : StemExtent(p.input.channels, p.window, (p.tile_h - 1) * p.pool.stride_h + p.pool.h, (p.tile_w - 1) * p.pool.stride_w + p.pool.w),
+        full_h((p.tile_h - 1) * p.pool.stride_h + p.pool.h),
+        full_w((p.tile_w - 1) * p.pool.stride_w + p.pool.w),
         padded_depth(round_up(depth, 16)) {}
 
   // In the order of shared memory: offsets of the window's elements, weights, outputs before pooling, input.
   __host__ __device__ int offsets_bytes() const { return padded_depth * 4; }
   __host__ __device__ int weight_elements(int channels) const { return channels * (padded_depth + kStemPad); }
   __host__ __device__ int full_elements(int channels) const { return full_h * full_w * (channels + kStemPad); }
-  __host__ __device__ int shared_bytes(int in_channels, int channels) const {
-    return offsets_bytes() + 2 * (weight_elements(channels) + full_elements(channels) + in_channels * in_h * in_w);
+  __host__ __device__ int shared_bytes(int channels, int element_size, int full_size) const {
+    return offsets_bytes() + element_size * (weight_elements(channels) + elements) + full_size * full_elements(channels);
   }
 };
 
-// The input that a tile needs; zeros outside the image.
-template <class T>
-__device__ __forceinline__ void stem_load_input(const StemForward<T>& p, const StemTile& tile, int n, int first_h, int first_w, T* to) {
-  const int plane = tile.in_h * tile.in_w;
-  for (int i = threadIdx.x; i < p.in_channels * plane; i += kStemThreads) {
-    const int c = i / plane, h = first_h + i % plane / tile.in_w, w = first_w + i % tile.in_w;
-    const bool inside = h >= 0 && h < p.in_h && w >= 0 && w < p.in_w;
-    to[i] = inside ? p.x[n * p.x_strides.n + c * p.x_strides.c + h * p.x_strides.h + w * p.x_strides.w] : from_float<T>(0.0f);
-  }
-}
-
-// The block's weights by output channel, zeros past the last channel and the window; and where the window's elements lie in the input.
+// The block's weights, zeros past the last channel and the window: by output channel, or in float32 by element of the window; and where
+// the window's elements lie in the input.
 template <class T, int kChannels>
 __device__ __forceinline__ void stem_load_weights(const StemForward<T>& p, const StemTile& tile, int first_channel, T* weights,
                                                   int* offsets) {
   for (int i = threadIdx.x; i < kChannels * tile.padded_depth; i += kStemThreads) {
     const int o = i / tile.padded_depth, k = i % tile.padded_depth;
     const bool inside = first_channel + o < p.out_channels && k < tile.depth;
-    weights[o * (tile.padded_depth + kStemPad) + k] = inside ? p.weight[int64_t{first_channel + o} * tile.depth + k] : from_float<T>(0.0f);
+    const int place = sizeof(T) == 4 ? k * kChannels + o : o * (tile.padded_depth + kStemPad) + k;
+    weights[place] = inside ? p.weight[int64_t{first_channel + o} * tile.depth + k] : from_float<T>(0.0f);
   }
-  const int window = p.kernel_h * p.kernel_w;
-  for (int k = threadIdx.x; k < tile.padded_depth; k += kStemThreads) {
-    const int c = k / window, i = k % window / p.kernel_w, j = k % p.kernel_w;
-    offsets[k] = k < tile.depth ? (c * tile.in_h + i * p.dilation_h) * tile.in_w + j * p.dilation_w : -1;
-  }
+  for (int k = threadIdx.x; k < tile.padded_depth; k += kStemThreads) offsets[k] = k < tile.depth ? tile.offset(p.window, k) : -1;
 }
 
 // Two neighbours along the depth, of the window that begins at `window`; zero past its end, whatever the input holds.
@@ -93,69 +81,114 @@ __device__ __forceinline__ unsigned stem_pair(const T* window, const int* offset
   return element(0) | element(1) << 16;
 }
 
-template <class T, int kChannels>
+// The sums of two neighbouring channels of a convolution output, into shared memory.
+template <class T, int kChannels, class Full>
+__device__ __forceinline__ void stem_keep(const StemForward<T>& p, int first_channel, Full* full, int output, int column, float low,
+                                          float high) {
+  const int first = first_channel + column;
+  if (first >= p.out_channels) return;
+  low = p.epilogue.linear(low, first);
+  high = p.epilogue.linear(high, min(first + 1, p.out_channels - 1));  // of an odd number of channels there is no second
+  Full* const to = full + output * (kChannels + kStemPad) + column;
+  if constexpr (sizeof(Full) == 4)
+    *reinterpret_cast<float2*>(to) = make_float2(low, high);
+  else
+    *reinterpret_cast<unsigned*>(to) = pack2<T>(p.epilogue.activated(low), p.epilogue.activated(high));
+}
+
+// kRows windows of a thread, from `first` on, eight apart. Past the last output: the last one again, and dropped.
+template <int kRows, class T>
+__device__ __forceinline__ void stem_windows(const T* (&windows)[kRows], const ConvWindow& window, const StemTile& tile, const T* input,
+                                             int first) {
+#pragma unroll
+  for (int r = 0; r < kRows; ++r) {
+    const int output = min(first + 8 * r, tile.full_h * tile.full_w - 1);
+    windows[r] = input + output / tile.full_w * window.stride_h * tile.in_w + output % tile.full_w * window.stride_w;
+  }
+}
+
+template <class T, int kChannels, class Full>
 __device__ __forceinline__ void stem_multiply(const StemForward<T>& p, const StemTile& tile, int first_channel, const T* input,
-                                              const T* weights, const int* offsets, T* full) {
+                                              const T* weights, const int* offsets, Full* full) {
+  constexpr int kRows = sizeof(T) == 4 ? 4 : 2;  // of a thread
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   const int outputs = tile.full_h * tile.full_w;
-  for (int first = threadIdx.x / kWarpSize * 16; first < outputs; first += kStemWarps * 16) {
-    const T* windows[2];
+  for (int first = threadIdx.x / kWarpSize * 8 * kRows + g; first - g < outputs; first += kStemWarps * 8 * kRows) {
+    const T* windows[kRows];
+    stem_windows(windows, p.window, tile, input, first);
+    float sums[kChannels / 8][kRows * 2] = {};
+    if constexpr (sizeof(T) == 4) {
+      for (int k = 0; k < tile.depth; ++k) {
+        const int offset = offsets[k];
+        float x[kRows];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int output = min(first + g + 8 * half, outputs - 1);  // past the last one: the last one again, and dropped
-      windows[half] = input + output / tile.full_w * p.stride_h * tile.in_w + output % tile.full_w * p.stride_w;
-    }
-    float sums[kChannels / 8][4] = {};
-    for (int k = 2 * t; k < tile.padded_depth; k += 16) {
-      const unsigned a[4] = {stem_pair(windows[0], offsets + k), stem_pair(windows[1], offsets + k), stem_pair(windows[0], offsets + k + 8),
-                             stem_pair(windows[1], offsets + k + 8)};
+        for (int r = 0; r < kRows; ++r) x[r] = windows[r][offset];
 #pragma unroll
-      for (int c = 0; c < kChannels / 8; ++c) {
-        const T* b = weights + (c * 8 + g) * (tile.padded_depth + kStemPad) + k;
-        mma_m16n8k16<T>(sums[c], a, *reinterpret_cast<const unsigned*>(b), *reinterpret_cast<const unsigned*>(b + 8));
+        for (int c = 0; c < kChannels / 8; ++c) {
+          const auto w = load_vector<float, 2>(weights + k * kChannels + c * 8 + 2 * t);
+#pragma unroll
+          for (int i = 0; i < kRows * 2; ++i) sums[c][i] += x[i / 2] * w[i % 2];
+        }
+      }
+    } else {
+      for (int k = 2 * t; k < tile.padded_depth; k += 16) {
+        const unsigned a[4] = {stem_pair(windows[0], offsets + k), stem_pair(windows[1], offsets + k),
+                               stem_pair(windows[0], offsets + k + 8), stem_pair(windows[1], offsets + k + 8)};
+#pragma unroll
+        for (int c = 0; c < kChannels / 8; ++c) {
+          const T* b = weights + (c * 8 + g) * (tile.padded_depth + kStemPad) + k;
+          mma_m16n8k16<T>(sums[c], a, *reinterpret_cast<const unsigned*>(b), *reinterpret_cast<const unsigned*>(b + 8));
+        }
       }
     }
 #pragma unroll
     for (int c = 0; c < kChannels / 8; ++c)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int output = first + g + 8 * half, column = c * 8 + 2 * t;
-        if (output >= outputs || first_channel + column >= p.out_channels) continue;
-        const int second = min(first_channel + column + 1, p.out_channels - 1);  // of an odd number of channels there is no second
-        *reinterpret_cast<unsigned*>(full + output * (kChannels + kStemPad) + column) =
-            pack2<T>(p.epilogue(sums[c][2 * half], first_channel + column), p.epilogue(sums[c][2 * half + 1], second));
-      }
+      for (int r = 0; r < kRows; ++r)
+        if (first + 8 * r < outputs)
+          stem_keep<T, kChannels>(p, first_channel, full, first + 8 * r, c * 8 + 2 * t, sums[c][2 * r], sums[c][2 * r + 1]);
   }
 }
 
-// One output: the window of the pool at (row, column) of the tile, as far as it lies inside the convolution's output.
-template <class T>
-__device__ __forceinline__ float stem_pool(const StemForward<T>& p, const StemTile& tile, const T* channel, int stride, int first_h,
-                                           int first_w, int row, int column) {
-  float most = -INFINITY, sum = 0;
-  for (int i = 0; i < p.pool_h; ++i)
-    for (int j = 0; j < p.pool_w; ++j) {
-      const int h = row * p.pool_stride_h + i, w = column * p.pool_stride_w + j;
+// What a window of the pool comes to, and, of a maximum, which element it is and its z.
+struct StemPooled {
+  float value, z;
+  int element;
+};
+
+// The window of the pool at (row, column) of the tile, as far as it lies inside the convolution's output.
+template <class T, class Full>
+__device__ __forceinline__ StemPooled stem_pool(const StemForward<T>& p, const StemTile& tile, const Full* channel, int stride, int first_h,
+                                                int first_w, int row, int column) {
+  StemPooled most{-INFINITY, -INFINITY, 0};
+  float sum = 0;
+  for (int i = 0; i < p.pool.h; ++i)
+    for (int j = 0; j < p.pool.w; ++j) {
+      const int h = row * p.pool.stride_h + i, w = column * p.pool.stride_w + j;
       if (first_h + h < 0 || first_h + h >= p.full_h || first_w + w < 0 || first_w + w >= p.full_w) continue;
-      const float value = to_float(channel[(h * tile.full_w + w) * stride]);
-      most = value > most || value != value ? value : most;  // NaN wins
+      const float z = to_float(channel[(h * tile.full_w + w) * stride]), value = sizeof(Full) == 4 ? p.epilogue.activated(z) : z;
+      if (value > most.value || value != value) most = {value, z, i * p.pool.w + j};  // NaN wins
       sum += value;
     }
-  return p.pool == Pool::max ? most : sum / static_cast<float>(p.pool_h * p.pool_w);
+  if (p.pool.kind == Pool::avg) most.value = sum / static_cast<float>(p.pool.h * p.pool.w);
+  return most;
 }
 
-template <class T, int kChannels>
-__global__ void __launch_bounds__(kStemThreads) conv_stem(const __grid_constant__ StemForward<T> p) {
+constexpr int kNoGradient = 255;  // in the index of a max-pool: the ReLU of this window is off
+
+template <class T, int kChannels, bool kSave>
+__global__ void __launch_bounds__(kStemThreads, 2) conv_stem(const __grid_constant__ StemForward<T> p) {
+  using Full = StemFull<T, kSave>;
   const StemTile tile(p);
   const int tiles_w = ceil_div(p.out_w, p.tile_w), n = blockIdx.z, first_channel = blockIdx.y * kChannels;
   const int out_h = blockIdx.x / tiles_w * p.tile_h, out_w = blockIdx.x % tiles_w * p.tile_w;
-  const int full_h = out_h * p.pool_stride_h - p.pool_pad_h, full_w = out_w * p.pool_stride_w - p.pool_pad_w;
+  const int full_h = out_h * p.pool.stride_h - p.pool.pad_h, full_w = out_w * p.pool.stride_w - p.pool.pad_w;
 
   int* const offsets = reinterpret_cast<int*>(dynamic_shared());
   T* const weights = reinterpret_cast<T*>(dynamic_shared() + tile.offsets_bytes());
-  T* const full = weights + tile.weight_elements(kChannels);
-  T* const input = full + tile.full_elements(kChannels);
-  stem_load_input(p, tile, n, full_h * p.stride_h - p.pad_h, full_w * p.stride_w - p.pad_w, input);
+  Full* const full = reinterpret_cast<Full*>(weights + tile.weight_elements(kChannels));
+  T* const input = reinterpret_cast<T*>(full + tile.full_elements(kChannels));
+  stem_load_input(p.input, tile, n, full_h * p.window.stride_h - p.window.pad_h, full_w * p.window.stride_w - p.window.pad_w, input);
   stem_load_weights<T, kChannels>(p, tile, first_channel, weights, offsets);
   __syncthreads();  // input and weights have come
   stem_multiply<T, kChannels>(p, tile, first_channel, input, weights, offsets, full);
@@ -165,10 +198,28 @@ __global__ void __launch_bounds__(kStemThreads) conv_stem(const __grid_constant_
   const bool channels_last = p.out_strides.c == 1;  // neighbouring threads write neighbours
   for (int i = threadIdx.x; i < channels * outputs; i += kStemThreads) {
     const int o = channels_last ? i % channels : i / outputs, at = channels_last ? i / channels : i % outputs;
-    const int row = at / p.tile_w, column = at % p.tile_w, h = out_h + row, w = out_w + column;
+    const int row = at / p.tile_w, column = at % p.tile_w, h = out_h + row, w = out_w + column, c = first_channel + o;
     if (h >= p.out_h || w >= p.out_w) continue;
-    p.out[n * p.out_strides.n + (first_channel + o) * p.out_strides.c + h * p.out_strides.h + w * p.out_strides.w] =
-        from_float<T>(stem_pool(p, tile, full + o, kChannels + kStemPad, full_h, full_w, row, column));
+    const StemPooled found = stem_pool(p, tile, full + o, kChannels + kStemPad, full_h, full_w, row, column);
+    const T rounded = from_float<T>(found.value);
+    p.out[p.out_strides.at(n, c, h, w)] = rounded;
+    if constexpr (kSave) {
+      const bool is_off = p.epilogue.activation == Activation::relu && to_float(rounded) <= 0;
+      if (p.index) p.index[p.index_strides.at(n, c, h, w)] = static_cast<uint8_t>(is_off ? kNoGradient : found.element);
+      if (p.pre && p.pool.kind != Pool::avg) p.pre[p.pre_strides.at(n, c, h, w)] = from_float<T>(found.z);
+    }
+  }
+  if constexpr (kSave) {
+    if (!p.pre || p.pool.kind != Pool::avg) return;
+    // z of every convolution output that a window holds, each from one tile where windows overlap.
+    const int own_h = out_h + p.tile_h < p.out_h ? p.tile_h * p.pool.stride_h : tile.full_h;
+    const int own_w = out_w + p.tile_w < p.out_w ? p.tile_w * p.pool.stride_w : tile.full_w;
+    for (int i = threadIdx.x; i < channels * tile.full_h * tile.full_w; i += kStemThreads) {
+      const int o = i % channels, at = i / channels, row = at / tile.full_w, column = at % tile.full_w;
+      if (row >= own_h || column >= own_w || full_h + row >= p.full_h || full_w + column >= p.full_w) continue;
+      p.pre[p.pre_strides.at(n, first_channel + o, full_h + row, full_w + column)] =
+          from_float<T>(full[at * (kChannels + kStemPad) + o]);
+    }
   }
 }
 

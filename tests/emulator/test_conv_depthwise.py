@@ -4,93 +4,19 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.ops.conv.op import ACTIVATIONS
 from bigmodel_kernels.testing import assert_matches, make
 from tests.emulator.backend import SUFFIX, emulated
-from tests.emulator.emulator import Program, needs_compiler
+from tests.emulator.conv_native import ACTIVATIONS as NAMES
+from tests.emulator.conv_native import Native, depthwise_name
+from tests.emulator.emulator import needs_compiler
 
 pytestmark = needs_compiler
-THREADS, RUN = 128, 4
-HEIGHTS = (3, 5, 7)
-NAMES = ["none", *(name for name in ACTIVATIONS if name != "tanh_sigmoid")]
-ORDER = ["none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]  # of Activation
-
-
-def kernel_name(dtype: torch.dtype, vector: int, channels_last: bool, height: int) -> str:
-    return f"bmk::depthwise_forward<{SUFFIX[dtype]}, {vector}, {str(channels_last).lower()}, {height}>"
-
-
-VARIANTS = [
-    (dtype, *variant)
-    for dtype in SUFFIX
-    for variant in [
-        (16 // dtype.itemsize, True, 0),
-        (16 // dtype.itemsize, True, 3),
-        (1, True, 0),
-        (1, False, 0),
-        (1, False, 3),
-    ]
-]
-VARIANTS += [
-    (torch.float16, 8, True, 7),
-    (torch.float32, 1, False, 5),
-    (torch.float16, 8, True, 5),
-    (torch.float32, 1, False, 7),
-]
-DEPTHWISE = Program("conv_depthwise.cuh", *(kernel_name(*variant) for variant in VARIANTS))
-
-
-def _strides(t: torch.Tensor | None) -> tuple[int, ...]:
-    if t is None:
-        return (0, 0, 0, 0)
-    return t.stride() if t.dim() == 4 else (t.stride(0), t.stride(1), 0, t.stride(2))
-
-
-def _has_vectors(t: torch.Tensor, elements: int) -> bool:
-    steps = [t.shape[1], *(t.stride(i) for i in (0, 2, 3))]
-    return t.stride(1) == 1 and t.data_ptr() % 16 == 0 and all(step % elements == 0 for step in steps)
-
-
-class Native:
-    """The native op of csrc/cuda/conv_depthwise.cu, with its launch run by the emulator."""
-
-    def __init__(self):
-        self.used = []
-
-    def conv_depthwise_fwd(
-        self, x, weight, bias, scale, shift, residual, stride, padding, dilation, activation, slope, out
-    ):
-        def both(values, otherwise):
-            return [otherwise, *values] if len(values) == 1 else list(values)
-
-        batch, channels = x.shape[:2]
-        (in_h, in_w), (out_h, out_w) = both(x.shape[2:], 1), both(out.shape[2:], 1)
-        kernel = both(weight.shape[:-1], 1)
-        strides, dilations = both(stride, 1), both(dilation, 1)
-        vector = 16 // x.element_size()
-        channels_last = out.dim() == 4 and channels > 1 and out.stride(1) == 1
-        vectors = channels_last and all(_has_vectors(t, vector) for t in (x, residual, out) if t is not None)
-        slides = (vectors or not channels_last) and strides[0] == dilations[0] == 1 and out_h > 1
-        height = kernel[0] if slides and kernel[0] in HEIGHTS else 0
-        runs = -(-out_h // (RUN if height else 1)) * out_w
-        per_image = runs * (channels // vector if vectors else channels) if channels_last else runs
-        blocks = -(-per_image // THREADS)
-        variant = (x.dtype, vector if vectors else 1, channels_last, height)
-        self.used.append(variant)
-        arguments = (
-            x, weight, (bias, scale, shift, ORDER.index(activation), slope), residual, out,
-            _strides(x), _strides(residual), _strides(out),
-            channels, in_h, in_w, out_h, out_w, *kernel, *strides, *both(padding, 0), *dilations,
-            per_image, blocks,
-        )  # fmt: skip
-        images = batch if channels_last else batch * channels
-        DEPTHWISE.run(kernel_name(*variant), images * blocks, THREADS, arguments)
 
 
 @pytest.fixture
 def native(monkeypatch):
     native = Native()
-    with emulated(monkeypatch, "conv", conv_depthwise_fwd=native.conv_depthwise_fwd):
+    with emulated(monkeypatch, "conv", **native.ops()):
         yield native
 
 
@@ -144,7 +70,7 @@ IMAGES = [
 def test_images(shape, kernel, options, channels_last, dtype, native):
     x, weight, extra = problem(shape, kernel, dtype, channels_last, **options)
     check(x, weight, extra, activation="silu", **options)
-    assert native.used[-1][2] == channels_last
+    assert (", true, " in native.used[-1]) == channels_last
 
 
 @pytest.mark.parametrize("kernel", [5, 7])
@@ -152,7 +78,7 @@ def test_taller_kernels(kernel, native):
     for dtype, channels_last in ((torch.float16, True), (torch.float32, False)):
         x, weight, extra = problem((2, 8, 10, 6), (kernel, kernel), dtype, channels_last, padding=kernel // 2)
         check(x, weight, extra, padding=kernel // 2)
-        assert native.used[-1][3] == kernel
+        assert native.used[-1] == depthwise_name(dtype, 8 if channels_last else 1, channels_last, kernel)
 
 
 @pytest.mark.parametrize("dtype", SUFFIX, ids=str)
@@ -188,7 +114,7 @@ def test_refuses(native):
     for wrong, options, message in (
         (weight, {"groups": 8, "pool": ("max", 2)}, "pools only"),
         (weight.expand(8, 2, 3), {"groups": 4}, "depthwise"),
-        (weight.clone().requires_grad_(), {"groups": 8}, "no backward"),
+        (weight, {"groups": 8, "activation": "tanh_sigmoid"}, "no gate"),
     ):
         with pytest.raises(RuntimeError, match=message):
             bmk.conv(x, wrong, backend="cuda", **options)

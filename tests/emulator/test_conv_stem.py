@@ -8,45 +8,10 @@ from bigmodel_kernels.ops.conv import cuda
 from bigmodel_kernels.ops.conv.op import ACTIVATIONS
 from bigmodel_kernels.testing import assert_matches, make
 from tests.emulator.backend import SUFFIX, emulated
-from tests.emulator.emulator import EmulatorError, Program, needs_compiler
+from tests.emulator.conv_native import Native
+from tests.emulator.emulator import EmulatorError, needs_compiler
 
 pytestmark = needs_compiler
-THREADS = 256
-ORDER = ["none", "relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"]  # of Activation
-CHANNELS = (16, 32, 64)
-
-
-def kernel_name(dtype: torch.dtype, channels: int) -> str:
-    return f"bmk::conv_stem<{SUFFIX[dtype]}, {channels}>"
-
-
-STEM = Program("conv_stem.cuh", *(kernel_name(dtype, c) for dtype in cuda.STEM_DTYPES for c in CHANNELS))
-SMALL = Program("conv_stem.cuh", kernel_name(torch.float16, 16))
-
-
-class Native:
-    """The native op of csrc/cuda/conv_stem.cu, with its launch run by the emulator."""
-
-    def __init__(self):
-        self.program, self.how = STEM, {}
-
-    def conv_stem_fwd(
-        self, x, weight, bias, scale, shift, stride, padding, dilation, activation, slope, pool,
-        pool_size, pool_stride, pool_padding, full, tile, out,
-    ):  # fmt: skip
-        batch, in_channels, in_h, in_w = x.shape
-        out_channels, out_h, out_w = out.shape[1:]
-        channels = cuda.stem_channels(out_channels)
-        arguments = (
-            x, weight, out, (bias, scale, shift, ORDER.index(activation), slope), x.stride(), out.stride(),
-            in_channels, in_h, in_w, out_channels, *full, out_h, out_w,
-            *weight.shape[2:], *stride, *padding, *dilation, ["max", "avg"].index(pool),
-            *pool_size, *pool_stride, *pool_padding, *tile,
-        )  # fmt: skip
-        shared = cuda.stem_shared_bytes(weight.shape, stride, dilation, pool_size, pool_stride, tile)
-        grid = (-(-out_h // tile[0]) * -(-out_w // tile[1]), -(-out_channels // channels), batch)
-        name = kernel_name(x.dtype, channels)
-        self.program.run(name, grid, THREADS, arguments, shared_bytes=shared, **self.how)
 
 
 @pytest.fixture
@@ -54,7 +19,7 @@ def native(monkeypatch):
     native = Native()
     # Small tiles, so that small images have several.
     monkeypatch.setattr(cuda, "TILES", {1: [(1, 16), (1, 1)], 2: [(4, 4), (1, 1)]})
-    with emulated(monkeypatch, "conv", conv_stem_fwd=native.conv_stem_fwd):
+    with emulated(monkeypatch, "conv", **native.ops()):
         yield native
 
 
@@ -91,7 +56,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", cuda.STEM_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", SUFFIX, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("shape", "channels", "kernel", "options"), CASES, ids=str)
 def test_matches_float64(shape, channels, kernel, options, channels_last, dtype, native):
@@ -127,10 +92,12 @@ def test_strides_and_what_is_not_finite(native):
 
 
 def test_tiles_of_real_networks_fit():
-    pool = ([3, 3], [2, 2])
-    assert cuda.stem_tile((64, 3, 7, 7), [2, 2], [1, 1], *pool, 227 << 10) == [8, 8]
-    assert cuda.stem_tile((16, 3, 5, 5), [1, 1], [1, 1], [2, 2], [2, 2], 99 << 10) == [8, 16]
-    assert cuda.stem_tile((64, 8, 7, 7), [50, 50], [40, 40], *pool, 99 << 10) is None
+    pool = [3, 3, 2, 2, 1, 1]
+    assert cuda.stem_tile((64, 3, 7, 7), [2, 2], [1, 1], pool, 2, False, 227 << 10) == [8, 8]
+    assert cuda.stem_tile((64, 3, 7, 7), [2, 2], [1, 1], pool, 4, True, 227 << 10) == [4, 4]
+    assert cuda.stem_tile((16, 3, 5, 5), [1, 1], [1, 1], [2, 2, 2, 2, 0, 0], 2, False, 99 << 10) == [8, 16]
+    assert cuda.stem_tile((64, 8, 7, 7), [50, 50], [40, 40], pool, 2, False, 99 << 10) is None
+    assert cuda.stem_gradient_tile((64, 3, 7, 7), [2, 2], [1, 1], 2, 227 << 10) == [16, 16]
 
 
 def test_refuses(native):
@@ -139,26 +106,23 @@ def test_refuses(native):
         (weight[:, :2], {"groups": 2}, "of one group"),
         (weight, {"activation": "tanh_sigmoid"}, "no gate"),
         (weight, {"residual": torch.zeros(2, 8, 7, 7).half()}, "residual"),
-        (weight.clone().requires_grad_(), {}, "no backward"),
+        (weight.clone().requires_grad_(), {"pool": ("max", 16), "padding": 6}, "pool has a window of 256"),
         (make(8, 4, 12, 12).half(), {"padding": 6}, "window has 576 elements"),
     ):
         with pytest.raises(RuntimeError, match=message):
             bmk.conv(x, wrong, backend="cuda", **options)
     with pytest.raises(RuntimeError, match="float16 and bfloat16, got"):
-        bmk.conv(x.float(), weight.float(), backend="cuda")
+        bmk.conv(x.double(), weight.double(), backend="cuda")
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_no_races(seed, native):
-    native.program, native.how = SMALL, {"detect": "races", "seed": seed}
+    native.how = {"detect": "races", "seed": seed}
     check(*problem((1, 3, 12, 12), 16, (5, 5)), padding=2, pool=("max", 3, 2, 1))
 
 
 @pytest.mark.parametrize("barrier", ["input and weights have come", "all outputs before pooling are there"])
 def test_every_barrier_is_needed(barrier, native):
-    native.program, native.how = (
-        SMALL.with_edit("conv_stem.cuh", f"__syncthreads();  // {barrier}", ""),
-        {"detect": "races"},
-    )
+    native.edit, native.how = ("conv_stem.cuh", f"__syncthreads();  // {barrier}", ""), {"detect": "races"}
     with pytest.raises(EmulatorError, match=r"race in|never written"):
         run("cuda", torch.float16, *problem((1, 3, 12, 12), 16, (5, 5)), pool=("max", 2))

@@ -203,6 +203,19 @@ def finish(d, dx, dw, weight, bias, scale, transposed, groups, needs):
     return dx, dw, dbias, dscale, dshift, d
 
 
+def promised(d, sums, dx, dw, x, weight, bias, scale, transposed, groups, needs) -> tuple:
+    """The six gradients as the operator promises them, from d, its sums [Cout], dx and the unscaled dw, the last two in float32:
+    each in memory of its own, those that are not wanted empty."""
+    if sums is None:
+        sums = x.new_zeros(weight.shape[1] * groups if transposed else weight.shape[0], dtype=torch.float32)
+    parameters = finish(sums[None], dx, dw, weight, bias, scale, transposed, groups, needs)[1:5]
+    found = [dx, *parameters, d]
+    for i, g in enumerate(parameters, 1):
+        if needs[i]:  # dbias may be dshift
+            found[i] = g.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
+    return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs))
+
+
 def channels_innermost(t: Tensor) -> Tensor:
     """The same tensor [N, C, ..] with its channels adjacent in memory."""
     return t.movedim(1, -1).contiguous().movedim(-1, 1)

@@ -288,14 +288,7 @@ def bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *
         call.correlate(not call.transposed, d, call.packed(folded), dx, size)
     if needs[1] or needs[3]:
         dw = call.weights(*((d, x) if call.transposed else (x, d))).reshape(weight.shape)
-    if sums is None:
-        sums = grad.new_zeros(call.full[1], dtype=torch.float32)
-    parameters = reference.finish(sums[None], dx, dw, weight, bias, scale, call.transposed, call.groups, needs)[1:5]
-    found = [dx, *parameters, d]
-    for i, g in enumerate(parameters, 1):
-        if needs[i]:  # memory of its own: dbias may be dshift
-            found[i] = g.to(x.dtype, memory_format=torch.contiguous_format, copy=True)
-    return tuple(g if need else x.new_empty(0) for g, need in zip(found, needs))
+    return reference.promised(d, sums, dx, dw, x, weight, bias, scale, call.transposed, call.groups, needs)
 
 
 __all__ = ["bwd", "fwd", "supports"]
