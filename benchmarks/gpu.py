@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from torch.utils.cpp_extension import CUDA_HOME
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 520  # of a call
@@ -61,6 +62,7 @@ STEPS = (
     Step("check", 60, python("-m", "bigmodel_kernels", "check")),
     Step("decode", 90, python("-m", "benchmarks.gpu_measure", "decode")),
     Step("lstm", 120, python("-m", "benchmarks.gpu_measure", "lstm")),
+    Step("conv", 150, python("-m", "benchmarks.gpu_measure", "conv")),
     Step("memcheck", 120, sanitizer("memcheck"), tool="compute-sanitizer"),
     Step("synccheck", 120, sanitizer("synccheck"), tool="compute-sanitizer"),
     Step("racecheck", 120, sanitizer("racecheck"), tool="compute-sanitizer"),
@@ -77,10 +79,15 @@ class Outcome:
     figures: list[dict] = field(default_factory=list)  # the lines of the log that are JSON objects
 
 
+def path() -> str:
+    """Where programs are looked for: the toolkit's own folder too, which need not be on the PATH."""
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), str(Path(CUDA_HOME or "/usr/local/cuda", "bin"))])
+
+
 def why_not(step: Step) -> str | None:
     if not torch.cuda.is_available():
         return "no GPU was found"
-    if step.tool and shutil.which(step.tool) is None:
+    if step.tool and shutil.which(step.tool, path=path()) is None:
         return f"{step.tool} is not installed"
     return None
 
@@ -92,7 +99,7 @@ def run(step: Step, seconds: float, folder: Path) -> Outcome:
     with open(log, "w") as out:
         process = subprocess.Popen(
             step.command, cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env=os.environ | step.environment,
+            env=os.environ | {"PATH": path()} | step.environment,
         )  # fmt: skip
         try:
             code = process.wait(min(step.seconds, seconds))

@@ -36,6 +36,7 @@ class Kernel:
     spilled: int  # instructions that go to local memory
     spilled_in_loops: int
     instructions: frozenset[str] = field(repr=False)  # the first words: "HMMA", "LDG"
+    shared: int = 0  # static bytes, those that every block has on sm_90 not counted
 
 
 def cubin(source: Path, architecture: str) -> Path:
@@ -59,9 +60,9 @@ def cubin(source: Path, architecture: str) -> Path:
 
 def kernels(path: Path, tool) -> list[Kernel]:
     """The kernels of a cubin; `tool(name, *args)` runs cuobjdump or nvdisasm."""
-    registers = dict(
-        re.findall(r"Function (\w+):\s*\n\s*REG:(\d+)", tool("cuobjdump", "--dump-resource-usage", str(path)))
-    )
+    usage = tool("cuobjdump", "--dump-resource-usage", str(path))
+    used = {m[1]: m for m in re.finditer(r"Function (\w+):\s*\n\s*REG:(\d+).* SHARED:(\d+)", usage)}
+    reserved = 1024 if "sm_9" in path.suffix else 0
     found = []
     for part in tool("nvdisasm", "-c", str(path)).split("\n.text.")[1:]:
         mangled, _, code = part.partition(":")
@@ -72,10 +73,11 @@ def kernels(path: Path, tool) -> list[Kernel]:
         found.append(
             Kernel(
                 readable(mangled),
-                int(registers[mangled]),
+                int(used[mangled][2]),
                 len(spilled),
                 sum(i in looped for i in spilled),
                 frozenset(word.split(".")[0] for word in words),
+                int(used[mangled][3]) - reserved,
             )
         )
     return found

@@ -14,8 +14,8 @@ void launch_depthwise(DepthwiseForward<T> p, int64_t batch, cudaStream_t stream)
   const int64_t runs = ceil_div<int64_t>(p.out_h, depthwise_run(kHeight)) * p.out_w;
   const int64_t threads = kChannelsLast ? runs * (p.channels / kVector) : runs, images = kChannelsLast ? batch : batch * p.channels;
   const int64_t blocks = ceil_div<int64_t>(threads, kDepthwiseThreads);
-  STD_TORCH_CHECK(threads <= kMostBlocks - kDepthwiseThreads && images * blocks <= kMostBlocks, "conv_depthwise_fwd: too many outputs: ",
-                  images, " times ", threads);
+  STD_TORCH_CHECK(threads <= kMostBlocks - kDepthwiseThreads && images * blocks <= kMostBlocks,
+                  "conv_depthwise_fwd: too many outputs: ", images, " times ", threads);
   p.per_image = static_cast<int>(threads);
   p.blocks_per_image = static_cast<int>(blocks);
   depthwise_forward<T, kVector, kChannelsLast, kHeight><<<static_cast<unsigned>(images * blocks), kDepthwiseThreads, 0, stream>>>(p);
@@ -57,9 +57,9 @@ void conv_depthwise_fwd(const Tensor& x, const Tensor& weight, const std::option
   const ScalarType dtype = x.scalar_type();
   check_image(x, dtype, {-1, -1, -1, -1}, "x");
   const int64_t channels = x.size(1);
-  STD_TORCH_CHECK(weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == dtype && weight.dim() == 3 &&
-                      weight.size(2) == channels,
-                  "weight must be contiguous, of the dtype of x, with a last dimension of ", channels, ", got ", shape_string(weight));
+  STD_TORCH_CHECK(
+      weight.is_cuda() && weight.is_contiguous() && weight.scalar_type() == dtype && weight.dim() == 3 && weight.size(2) == channels,
+      "weight must be contiguous, of the dtype of x, with a last dimension of ", channels, ", got ", shape_string(weight));
   check_image(out, dtype, {x.size(0), channels, -1, -1}, "out");
   if (residual) check_image(*residual, dtype, {x.size(0), channels, out.size(2), out.size(3)}, "residual");
   if (pre) check_image(*pre, dtype, {x.size(0), channels, out.size(2), out.size(3)}, "pre");
@@ -141,8 +141,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "conv_depthwise_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, "
       "int[] padding, int[] dilation, int[] spread, str activation, float slope, Tensor(a!) out, Tensor(b!)? pre) -> ()");
-  m.def(
-      "conv_depthwise_weights(Tensor x, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, Tensor(a!) partial) -> ()");
+  m.def("conv_depthwise_weights(Tensor x, Tensor d, int[] kernel, int[] stride, int[] padding, int[] dilation, Tensor(a!) partial) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CUDA, m) {

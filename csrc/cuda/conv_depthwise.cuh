@@ -28,7 +28,7 @@ struct DepthwiseForward {
   int channels, in_h, in_w, out_h, out_w;
   ConvWindow window;
   int spread_h, spread_w;  // how far the pixels of x lie apart, in steps of the kernel; 1 but for a gradient
-  int per_image;  // threads of an image (channels_last) or of a plane, and the blocks they take
+  int per_image;           // threads of an image (channels_last) or of a plane, and the blocks they take
   int blocks_per_image;
 };
 
@@ -80,9 +80,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kHeight > 3 ? 3 : 4) depthw
   const T* const channel = p.x + n * p.x_strides.n + c * p.x_strides.c;
 
   DepthwiseSums<T, kVector, kRun> sums;
-  const auto read = [&](int row, int column) {
-    return depthwise_read<T, kVector>(channel, p.x_strides, p.in_h, p.in_w, row, column);
-  };
+  const auto read = [&](int row, int column) { return depthwise_read<T, kVector>(channel, p.x_strides, p.in_h, p.in_w, row, column); };
   for (int j = 0; j < p.window.kernel_w; ++j) {
     const int in_w = spread_pixel(w * p.window.stride_w - p.window.pad_w + j * p.window.dilation_w, p.spread_w);
     const auto weight = [&](int i) { return load_vector<T, kVector>(p.weight + int64_t{i * p.window.kernel_w + j} * p.channels + c); };

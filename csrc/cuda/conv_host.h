@@ -59,15 +59,7 @@ inline PoolWindow pool_of(const std::string& kind, const std::vector<int64_t>& s
   STD_TORCH_CHECK(sizes.size() == 6, "pool must have 6 sizes, got ", sizes.size());
   const Pair window = pair_of({sizes[0], sizes[1]}, "pool size", 1), steps = pair_of({sizes[2], sizes[3]}, "pool stride", 1);
   const Pair rim = pair_of({sizes[4], sizes[5]}, "pool padding", 0);
-  return {kind == "none"  ? Pool::none
-          : kind == "max" ? Pool::max
-                          : Pool::avg,
-          window.h,
-          window.w,
-          steps.h,
-          steps.w,
-          rim.h,
-          rim.w};
+  return {kind == "none" ? Pool::none : kind == "max" ? Pool::max : Pool::avg, window.h, window.w, steps.h, steps.w, rim.h, rim.w};
 }
 
 inline Activation parse_activation(const std::string& name) {

@@ -217,8 +217,7 @@ __global__ void __launch_bounds__(kStemThreads, 2) conv_stem(const __grid_consta
     for (int i = threadIdx.x; i < channels * tile.full_h * tile.full_w; i += kStemThreads) {
       const int o = i % channels, at = i / channels, row = at / tile.full_w, column = at % tile.full_w;
       if (row >= own_h || column >= own_w || full_h + row >= p.full_h || full_w + column >= p.full_w) continue;
-      p.pre[p.pre_strides.at(n, first_channel + o, full_h + row, full_w + column)] =
-          from_float<T>(full[at * (kChannels + kStemPad) + o]);
+      p.pre[p.pre_strides.at(n, first_channel + o, full_h + row, full_w + column)] = from_float<T>(full[at * (kChannels + kStemPad) + o]);
     }
   }
 }

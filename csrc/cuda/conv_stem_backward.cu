@@ -25,8 +25,7 @@ void launch_input(const StemInputGradient<T>& p, cudaStream_t stream) {
   const int64_t blocks = ceil_div<int64_t>(p.pixels, kStemThreads), parts = ceil_div(p.channels, kStemInputChannels);
   STD_TORCH_CHECK(blocks <= kMostBlocks && parts <= kMostBlocksYZ, "conv_stem_input: x is too large: ", p.pixels, " pixels of ", p.channels,
                   " channels");
-  conv_stem_input<T, kVector>
-      <<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)), kStemThreads, 0, stream>>>(p);
+  conv_stem_input<T, kVector><<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(parts)), kStemThreads, 0, stream>>>(p);
   check_cuda(cudaGetLastError(), "conv_stem_input");
 }
 
@@ -40,9 +39,9 @@ void conv_spread_native(const Tensor& grad, const std::optional<Tensor>& out, co
   if (d.numel() == 0) return;
   const OnDeviceOf device(grad);
   DISPATCH_CUDA(grad.scalar_type(), "conv_spread", [&] {
-    const ConvSpread<scalar_t> p{tail_of<scalar_t>(grad, out, index, pre, activation, slope, pool_of(pool, pool_sizes),
-                                                   {size_of(d, 2), size_of(d, 3)}),
-                                 mutable_data<scalar_t>(d), strides_of_image(d), d.numel()};
+    const ConvSpread<scalar_t> p{
+        tail_of<scalar_t>(grad, out, index, pre, activation, slope, pool_of(pool, pool_sizes), {size_of(d, 2), size_of(d, 3)}),
+        mutable_data<scalar_t>(d), strides_of_image(d), d.numel()};
     const int64_t blocks = std::min(ceil_div<int64_t>(d.numel(), kSpreadThreads), kMostBlocks);
     conv_spread<<<static_cast<unsigned>(blocks), kSpreadThreads, 0, device.stream()>>>(p);
     check_cuda(cudaGetLastError(), "conv_spread");

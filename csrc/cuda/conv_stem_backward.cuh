@@ -74,8 +74,7 @@ __device__ __forceinline__ void stem_multiply_pixels(float (&sums)[kChannels / 1
 #pragma unroll
         for (int j = 0; j < 2; ++j)
 #pragma unroll
-          for (int k = 0; k < 4; ++k)
-            x[i][j][k] = stem_element(input, window[k], offsets[(i * kStemWarps + warp) * 8 + 2 * t + j]);
+          for (int k = 0; k < 4; ++k) x[i][j][k] = stem_element(input, window[k], offsets[(i * kStemWarps + warp) * 8 + 2 * t + j]);
 #pragma unroll
       for (int m = 0; m < kChannels / 16; ++m)
 #pragma unroll
@@ -96,8 +95,7 @@ __device__ __forceinline__ void stem_multiply_pixels(float (&sums)[kChannels / 1
 #pragma unroll
       for (int m = 0; m < kChannels / 16; ++m)
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          a[m][i] = *reinterpret_cast<const unsigned*>(d + (m * 16 + i % 2 * 8 + g) * stride + first + i / 2 * 8);
+        for (int i = 0; i < 4; ++i) a[m][i] = *reinterpret_cast<const unsigned*>(d + (m * 16 + i % 2 * 8 + g) * stride + first + i / 2 * 8);
 #pragma unroll
       for (int i = 0; i < kStemColumnTiles; ++i) {
         const int offset = offsets[(i * kStemWarps + warp) * 8 + g];
@@ -196,6 +194,7 @@ __global__ void __launch_bounds__(kStemThreads) conv_stem_input(const __grid_con
       if (w < 0) continue;
       const T* const d = p.d + ((int64_t{n} * p.full_h + h) * p.full_w + w) * p.out_channels;
       const T* const weight = p.weight + (int64_t{i * p.window.kernel_w + j} * p.channels + first_channel) * p.out_channels;
+      float sums_of_tap[kStemInputChannels] = {};  // sums of sums round less
       for (int o = 0; o < p.out_channels; o += kVector) {
         const auto gradient = load_vector<T, kVector>(d + o);
 #pragma unroll
@@ -203,9 +202,11 @@ __global__ void __launch_bounds__(kStemThreads) conv_stem_input(const __grid_con
           if (first_channel + c >= p.channels) break;
           const auto weights = load_vector<T, kVector>(weight + int64_t{c} * p.out_channels + o);
 #pragma unroll
-          for (int v = 0; v < kVector; ++v) sums[c] += to_float(gradient[v]) * to_float(weights[v]);
+          for (int v = 0; v < kVector; ++v) sums_of_tap[c] += to_float(gradient[v]) * to_float(weights[v]);
         }
       }
+#pragma unroll
+      for (int c = 0; c < kStemInputChannels; ++c) sums[c] += sums_of_tap[c];
     }
   }
 #pragma unroll

@@ -11,14 +11,10 @@ namespace {
 // What a launch needs to know about the plan.
 struct Plan {
   Scope scope;
-  int warps, tiles, units, registers, depth_tiles;  // tiles and units of a warp
+  int registers;
+  LstmPlan sizes;
 
-  int threads() const { return warps * kWarpSize; }
-  int blocks(int64_t hidden) const { return static_cast<int>(ceil_div<int64_t>(hidden, units * warps)); }
-  template <class T>
-  int fragments_end() const {
-    return lstm_shared_bytes<T>(tiles, registers, depth_tiles, threads());
-  }
+  int blocks(int64_t hidden) const { return static_cast<int>(ceil_div<int64_t>(hidden, sizes.units)); }
 };
 
 Scope parse_scope(const std::string& name) {
@@ -28,12 +24,13 @@ Scope parse_scope(const std::string& name) {
 
 // Launches `kernel` for all groups of rows; in scope grid as many at once as are sure to run at the same time.
 template <class Parameters>
-void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int directions, int shared_bytes, cudaStream_t stream) {
+void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int directions, cudaStream_t stream) {
+  const int shared_bytes = plan.sizes.shared_bytes, threads = plan.sizes.threads;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "lstm: shared memory");
   const int blocks = plan.blocks(p.shape.hidden);
   int together = p.shape.groups;
   cudaLaunchConfig_t config{};
-  config.blockDim = dim3(plan.threads());
+  config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   cudaLaunchAttribute attribute{};
@@ -53,7 +50,7 @@ void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int dire
     int device = 0, multiprocessors = 0, per_multiprocessor = 0;
     check_cuda(cudaGetDevice(&device), "lstm");
     check_cuda(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device), "lstm");
-    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, plan.threads(), shared_bytes), "lstm: occupancy");
+    check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_multiprocessor, kernel, threads, shared_bytes), "lstm: occupancy");
     together = std::min(together, multiprocessors * per_multiprocessor / (blocks * directions));
     STD_TORCH_CHECK(together > 0, "lstm: ", blocks * directions, " blocks must run at the same time, the GPU has room for ",
                     multiprocessors * per_multiprocessor);
@@ -65,6 +62,11 @@ void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int dire
     config.gridDim = dim3(blocks, std::min(together, p.shape.groups - first), directions);
     check_cuda(cudaLaunchKernelEx(&config, kernel, p), "lstm");
   }
+}
+
+void check_block(const Plan& plan, int64_t hidden) {
+  STD_TORCH_CHECK(plan.scope != Scope::block || plan.blocks(hidden) == 1, "lstm: ", plan.sizes.threads, " threads do not fit ", hidden,
+                  " units");
 }
 
 void check_tensor(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
@@ -101,7 +103,7 @@ LstmSteps steps_of(const Tensor& h, int64_t tokens, int64_t steps, const std::op
 template <class T>
 std::optional<Tensor> words_for(const Plan& plan, const LstmSteps& shape, int64_t directions, const Tensor& like) {
   if (plan.scope != Scope::grid) return std::nullopt;
-  return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.depth_tiles * Words<T>::kPerTile}, ScalarType::Long);
+  return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.sizes.depth_tiles * Words<T>::kPerTile}, ScalarType::Long);
 }
 
 template <class T, template <class> class Parameters>
@@ -169,18 +171,19 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
     check_tensor(*cells, {directions, tokens, hidden}, ScalarType::Float, "cells");
   }
   LstmSteps shape = steps_of(h0, tokens, steps, firsts, lengths);
-  const int depth = static_cast<int>(std::max<int64_t>(registers, round_up(ceil_div<int64_t>(hidden, 16), int64_t{2})));
-  const Plan plan{parse_scope(scope), static_cast<int>(warps), kForwardTiles, kForwardUnits, static_cast<int>(registers), depth};
   const bool is_small = registers <= 8 && dtype != ScalarType::Float;
-  STD_TORCH_CHECK(warps > 0 && warps <= (is_small ? 16 : 8) && (plan.scope != Scope::block || plan.blocks(hidden) == 1),
-                  "lstm_sequence_fwd: ", warps, " warps do not fit ", hidden, " units");
+  STD_TORCH_CHECK(registers > 0 && registers <= 64 && warps > 0 && warps <= (is_small ? 16 : 8), "lstm_sequence_fwd: no kernel has ", warps,
+                  " warps and ", registers, " tiles in registers");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(h0);
   DISPATCH_CUDA(dtype, "lstm", [&] {
     using T = scalar_t;
+    const Plan plan{parse_scope(scope), static_cast<int>(registers),
+                    lstm_forward_plan<T>(shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
+    check_block(plan, hidden);
     const auto words = words_for<T>(plan, shape, directions, h0);
     shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
-    shape.bias_at = plan.fragments_end<T>();
+    shape.bias_at = plan.sizes.bias_at;
     const LstmForward<T> p{shape,
                            data<float>(from_input),
                            data<T>(w_hh),
@@ -191,8 +194,7 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
                            mutable_data<float>(c),
                            gates ? mutable_data<float>(*gates) : nullptr,
                            cells ? mutable_data<float>(*cells) : nullptr};
-    const int shared_bytes = shape.bias_at + plan.units * plan.warps * static_cast<int>(sizeof(float4));
-    launch(forward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), shared_bytes, device.stream());
+    launch(forward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), device.stream());
   });
 }
 
@@ -213,19 +215,20 @@ void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor
   check_tensor(d_c, {directions, batch, hidden}, ScalarType::Float, "d_c");
   check_tensor(d_gates, {tokens, directions, 4 * hidden}, dtype, "d_gates");
   LstmSteps shape = steps_of(c0, tokens, steps, firsts, lengths);
-  const int depth = static_cast<int>(std::max<int64_t>(registers, round_up(hidden, int64_t{16}) / 4));
-  const Plan plan{parse_scope(scope), static_cast<int>(warps), kBackwardTiles, kBackwardUnits, static_cast<int>(registers), depth};
-  STD_TORCH_CHECK(warps > 0 && warps <= 8 && (plan.scope != Scope::block || plan.blocks(hidden) == 1), "lstm_sequence_bwd: ", warps,
-                  " warps do not fit ", hidden, " units");
+  STD_TORCH_CHECK(registers > 0 && registers <= 64 && warps > 0 && warps <= 8, "lstm_sequence_bwd: no kernel has ", warps, " warps and ",
+                  registers, " tiles in registers");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(c0);
   DISPATCH_CUDA(dtype, "lstm", [&] {
     using T = scalar_t;
+    const Plan plan{parse_scope(scope), static_cast<int>(registers),
+                    lstm_backward_plan<T>(shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
+    check_block(plan, hidden);
     const auto words = words_for<T>(plan, shape, directions, c0);
     shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
     const LstmBackward<T> p{shape,         data<T>(d_output),        data<float>(gates),       data<float>(cells),      data<T>(c0),
                             data<T>(w_hh), mutable_data<float>(d_h), mutable_data<float>(d_c), mutable_data<T>(d_gates)};
-    launch(backward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), plan.fragments_end<T>(), device.stream());
+    launch(backward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), device.stream());
   });
 }
 

@@ -28,6 +28,11 @@ struct LstmBackward {
 
 constexpr int kBackwardTiles = 1, kBackwardUnits = 16;  // of a warp
 
+template <class T>
+__host__ __device__ LstmPlan lstm_backward_plan(int hidden, int registers, int warps) {
+  return LstmPlan::of<T>(kBackwardTiles, kBackwardUnits, max(registers, round_up(hidden, 16) / 4), registers, warps, false);
+}
+
 template <class T, Scope scope, int Registers>
 __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
   const int hidden = p.shape.hidden, padded = round_up(hidden, 16);

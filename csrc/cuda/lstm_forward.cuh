@@ -32,6 +32,12 @@ struct LstmForward {
 
 constexpr int kForwardTiles = 2, kForwardUnits = 8;  // of a warp
 
+template <class T>
+__host__ __device__ LstmPlan lstm_forward_plan(int hidden, int registers, int warps) {
+  const int depth_tiles = max(registers, round_up(ceil_div(hidden, 16), 2));
+  return LstmPlan::of<T>(kForwardTiles, kForwardUnits, depth_tiles, registers, warps, true);
+}
+
 // The most threads of a block: those of 128 units where 128 registers do for each.
 template <class T, int Registers>
 constexpr int kForwardThreads = sizeof(T) == 2 && Registers <= 8 ? 512 : 256;

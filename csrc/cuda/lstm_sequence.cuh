@@ -22,6 +22,17 @@ struct LstmSteps {
   __device__ __forceinline__ int group() const { return first_group + blockIdx.y; }
 };
 
+// What a plan of ops/lstm/cuda_plan.py comes to: units of a block, tiles of the depth, and bytes of dynamic shared memory.
+struct LstmPlan {
+  int units, threads, depth_tiles, bias_at, shared_bytes;
+
+  template <class T>
+  __host__ __device__ static LstmPlan of(int tiles, int units_of_warp, int depth_tiles, int registers, int warps, bool biased) {
+    const int units = units_of_warp * warps, bytes = lstm_shared_bytes<T>(tiles, registers, depth_tiles, warps * kWarpSize);
+    return {units, warps * kWarpSize, depth_tiles, bytes, bytes + (biased ? units * static_cast<int>(sizeof(float4)) : 0)};
+  }
+};
+
 // The words of this group of blocks.
 template <class T, Scope scope>
 __device__ __forceinline__ Exchange exchange_of(const LstmSteps& p, int depth_tiles) {

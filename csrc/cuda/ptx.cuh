@@ -26,6 +26,11 @@
 #else
 #define ON_SM90(...) __trap()
 #endif
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 890
+#define ON_SM89(with, without) with
+#else
+#define ON_SM89(with, without) without
+#endif
 // Static shared memory: SHARED(float, partial, [32]). Emulated, the name stands for memory of the block.
 #define SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #else
@@ -33,6 +38,7 @@
 #define ON_DEVICE(...)
 #define ON_EMULATOR(...) __VA_ARGS__
 #define ON_SM90(...)
+#define ON_SM89(with, without) without
 #define SHARED(type, name, ...) auto& name = ::emulator::static_shared<type __VA_ARGS__>(__FILE__ ":" #name, __LINE__)
 #endif
 #define PTX __device__ __forceinline__
@@ -183,6 +189,20 @@ PTX unsigned cvt_rn_f16x2(float low, float high) {
 PTX unsigned cvt_rn_bf16x2(float low, float high) {
   ON_DEVICE(unsigned y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low)); return y);
   ON_EMULATOR(return emulator::bfloat16_bits(low) | unsigned{emulator::bfloat16_bits(high)} << 16);
+}
+// What cvt_f16x2_e4m3x2 gives, where there is no such instruction. The bits of an e4m3 number are those of a half 2^8 times smaller.
+PTX unsigned f16x2_of_e4m3x2(unsigned pair) {
+  const unsigned both = (pair & 0xff) | (pair & 0xff00) << 8, magnitude = (both & 0x007f007f) << 7;
+  const unsigned times256 = 0x5c005c00;
+  const __half2 scaled = __hmul2(reinterpret_cast<const __half2&>(magnitude), reinterpret_cast<const __half2&>(times256));
+  unsigned found = reinterpret_cast<const unsigned&>(scaled);
+  if ((both & 0x7f) == 0x7f) found = (found & 0xffff0000) | 0x7fff;  // NaN, the one number with no place among a half's
+  if ((both & 0x7f0000) == 0x7f0000) found = (found & 0xffff) | 0x7fff0000;
+  return found | (both & 0x00800080) << 8;
+}
+PTX unsigned cvt_f16x2_e4m3x2(unsigned pair) {  // sm_89; the lower byte first; exact
+  ON_SM89(unsigned y; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(static_cast<unsigned short>(pair)));
+          return y, return f16x2_of_e4m3x2(pair));
 }
 
 // ---- time and failure ----

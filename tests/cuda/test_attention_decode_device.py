@@ -6,7 +6,7 @@ import torch
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.attention.cuda_decode import DTYPES
 from bigmodel_kernels.testing import assert_matches, make
-from tests.emulator.test_attention_decode import paged
+from tests.emulator.test_attention_decode import paged, quantised, scales_like
 
 CASES = {  # batch, heads, key heads, queries, head dim, capacity, lengths
     "tiny": (2, 4, 2, 1, 64, 40, [40, 17]),
@@ -41,6 +41,27 @@ def test_matches_float64(case, page_size, dtype):
         )
         for i, (actual, truth) in enumerate(zip(found, exact)):
             assert_matches(actual.cpu(), truth, None, dtype=torch.float32 if i else dtype, magnitude=0.1)
+
+
+@pytest.mark.parametrize("cache", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("kind", ["number", "head", "key"])
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("case", ["tiny", "one sequence", "no groups"])
+def test_caches_of_8_bits(case, page_size, kind, cache):
+    q, k, v, lengths = inputs(case, torch.bfloat16)
+    scales = scales_like(kind, k.shape[1], k.shape[:3])
+    k, v = (quantised(t, s, cache) for t, s in zip((k, v), scales))
+    exact = bmk.attention_decode(q.double(), k, v, lengths, k_scale=scales[0], v_scale=scales[1], backend="torch")
+    table = None
+    if page_size:
+        per_key = scales if kind == "key" else ()
+        (k, v, *per_key), table = paged((k, v, *per_key), page_size, lengths)
+        scales, table = tuple(per_key) or scales, table.cuda()
+    k_scale, v_scale = (s.cuda() if isinstance(s, torch.Tensor) else s for s in scales)
+    found = bmk.attention_decode(
+        q.cuda(), k.cuda(), v.cuda(), lengths.cuda(), block_table=table, k_scale=k_scale, v_scale=v_scale, backend="cuda"
+    )
+    assert_matches(found.cpu(), exact, None, dtype=torch.bfloat16, magnitude=0.1)
 
 
 def test_in_a_cuda_graph_with_lengths_that_change():

@@ -42,9 +42,11 @@ def supports(q, k_cache, v_cache, is_causal: bool, window, alibi_slopes) -> str 
     if q.shape[3] % 8 or not 0 < q.shape[3] <= LARGEST_HEAD_DIM or v_cache.shape[3] != q.shape[3]:
         return f"it takes multiples of 8 up to {LARGEST_HEAD_DIM} as head dimensions, got {q.shape[3]} and {v_cache.shape[3]}"
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if t.dtype != q.dtype:
+        chunk = 16 // t.element_size()
+        if t.element_size() == 2 and t.dtype != q.dtype:
             return f"{name} is {t.dtype}, q is {q.dtype}"
-        if t.stride(3) != 1 or any(s % 8 for s in t.stride()[:3]) or t.storage_offset() % 8:
+        steps = [t.shape[3], t.storage_offset(), *(s for s, n in zip(t.stride(), t.shape[:3]) if n != 1)]
+        if t.stride(3) != 1 or any(step % chunk for step in steps):
             return f"{name} has rows that are not aligned to 16 bytes"
     return None
 
@@ -71,6 +73,8 @@ def run(
     q: Tensor,  # [B, Hq, Sq, D]
     k_cache: Tensor,  # [B, Hkv, S, D]; [pages, Hkv, page_size, D] with block_table
     v_cache: Tensor,
+    k_scale: Tensor | None,  # float32, the first three dimensions of k_cache
+    v_scale: Tensor | None,
     cache_seqlens: Tensor,  # [B]
     block_table: Tensor | None,
     scale: float | None,
@@ -88,7 +92,8 @@ def run(
     count = batch * tiles * splits * ROWS * (padded + 2) if splits > 1 else 0
     partial = torch.empty(count, dtype=torch.float32, device=q.device)
     native.attention_decode(
-        q if q.stride(3) == 1 else q.contiguous(), k_cache, v_cache, cache_seqlens.to(torch.int32).contiguous(),
+        q if q.stride(3) == 1 else q.contiguous(), k_cache, v_cache, k_scale, v_scale,
+        cache_seqlens.to(torch.int32).contiguous(),
         None if block_table is None else block_table.to(torch.int32).contiguous(),
         head_dim**-0.5 if scale is None else scale, softcap, splits, out, lse, partial,
         _tickets(q, batch * tiles),

@@ -11,6 +11,8 @@ from bigmodel_kernels.ops.attention import cuda_decode
 from bigmodel_kernels.ops.attention.op import attention, slopes_2d
 from bigmodel_kernels.ops.attention.varlen import position_mask
 
+QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
+
 
 def attention_decode(
     q: Tensor,  # [B, Hq, Sq, D]
@@ -19,6 +21,8 @@ def attention_decode(
     cache_seqlens: Tensor,  # [B]
     *,
     block_table: Tensor | None = None,  # [B, most blocks]
+    k_scale: Tensor | float | None = None,  # of an 8-bit cache: one number, [Hkv], or as k_cache without its last dimension
+    v_scale: Tensor | float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     window: int | tuple[int | None, int | None] | None = None,
@@ -36,6 +40,10 @@ def attention_decode(
         cache_seqlens: int32 or int64; how many keys of each cache are valid, those of the new queries included.
         block_table: int32 or int64; key j of sequence b is in block block_table[b, j // block_size]. Entries past the
             sequence may be anything.
+        k_cache, v_cache: of q's dtype; or both int8 or both float8_e4m3fn, and then k_cache * k_scale and v_cache * v_scale
+            are the keys and values.
+        k_scale, v_scale: for the whole cache, for every key head, or for every key of every head. 1 by default for
+            float8_e4m3fn; int8 needs them. They go with the pages where the cache has pages. No gradient reaches them.
         The others: as bmk.attention.
 
     Returns:
@@ -53,6 +61,10 @@ def attention_decode(
     _check_indices("cache_seqlens", cache_seqlens, 1, batch)
     if block_table is not None:
         _check_indices("block_table", block_table, 2, batch)
+    k_scale = _scale_of("k_scale", k_scale, "k_cache", k_cache)
+    v_scale = _scale_of("v_scale", v_scale, "v_cache", v_cache)
+    if k_cache.dtype != v_cache.dtype and (k_scale is not None or v_scale is not None):
+        raise RuntimeError(f"v_cache must be {k_cache.dtype} as k_cache is, got {v_cache.dtype}")
     # A compiled graph follows the argument alone: use_backend is no part of it.
     if (backend if torch.compiler.is_compiling() else _registry.wanted(backend)) == "cuda":
         why = cuda_decode.unavailable()
@@ -61,10 +73,16 @@ def attention_decode(
         why = cuda_decode.supports(q, k_cache, v_cache, is_causal, window, alibi_slopes)
         if why is not None:
             raise RuntimeError(f"attention_decode: backend 'cuda' cannot run this call: {why}")
-        return cuda_decode.run(q, k_cache, v_cache, cache_seqlens, block_table, scale, softcap, return_lse)
+        return cuda_decode.run(
+            q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, scale, softcap, return_lse
+        )
     if block_table is not None:
         used = block_table.clamp(0, max(k_cache.shape[0] - 1, 0))
-        k_cache, v_cache = (t[used].transpose(1, 2).flatten(2, 3) for t in (k_cache, v_cache))
+        k_cache, v_cache, k_scale, v_scale = (
+            t if t is None else t[used].transpose(1, 2).flatten(2, 3) for t in (k_cache, v_cache, k_scale, v_scale)
+        )
+    if k_scale is not None and v_scale is not None:
+        k_cache, v_cache = (_multiplied(*pair, q.dtype) for pair in ((k_cache, k_scale), (v_cache, v_scale)))
     length = k_cache.shape[2]
     slopes = None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, q.shape[1], q.device).expand(batch, -1)
     options = {"scale": scale, "softcap": softcap, "enable_gqa": True, "return_lse": return_lse, "backend": backend}
@@ -84,6 +102,35 @@ def attention_decode(
     offset = (cache_seqlens - q.shape[2])[:, None, None]
     mask = position_mask(q, in_q, in_k, offset, is_causal, window, slopes)
     return attention(q, k_cache, v_cache, attn_mask=mask, **options)
+
+
+def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -> Tensor | None:
+    """The scales of a cache as float32, with the cache's first three dimensions; None where it has none."""
+    if cache.dtype not in QUANTISED:
+        if scale is not None:
+            raise RuntimeError(f"{name} is for caches of int8 or float8_e4m3fn, {of} is {cache.dtype}")
+        return None
+    if scale is None:
+        if cache.dtype == torch.int8:
+            raise RuntimeError(f"{name} must be given for {of} of int8")
+        scale = 1.0
+    if not isinstance(scale, Tensor):
+        if not isinstance(scale, (int, float)):
+            raise TypeError(f"{name} must be a tensor or a number, got {type(scale).__name__}")
+        scale = torch.full((), scale, dtype=torch.float32, device=cache.device)
+    if not scale.dtype.is_floating_point or scale.device != cache.device:
+        raise RuntimeError(f"{name} must hold real numbers on {cache.device}, got {scale.dtype} on {scale.device}")
+    shape, heads = cache.shape[:3], cache.shape[1]
+    if scale.dim() == 1 and scale.shape[0] == heads:
+        scale = scale.view(1, -1, 1)
+    elif scale.dim() != 0 and scale.shape != shape:
+        raise RuntimeError(f"{name} must be one number or have shape {[heads]} or {list(shape)}, got {list(scale.shape)}")
+    return scale.detach().float().expand(shape)
+
+
+def _multiplied(cache: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    exact = torch.promote_types(dtype, torch.float32)
+    return (cache.to(exact) * scale.to(exact)[..., None]).to(dtype)
 
 
 def _check_indices(name: str, t: Tensor, dims: int, batch: int) -> None:

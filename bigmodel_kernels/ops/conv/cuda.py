@@ -17,6 +17,7 @@ from bigmodel_kernels.ops.conv import op, reference
 NATIVE_OP = "conv_depthwise_fwd"
 LARGEST_WINDOW = 512  # elements of a stem's window: past it, a product over im2col is the better kernel
 LARGEST_POOL = 254  # elements of a max-pool's window that the saved byte can tell apart
+RESERVED = 1024  # bytes of shared memory that every block has besides its own
 MOST_OUTPUTS = 512  # of a stem's block, before pooling
 MOST_GRADIENTS = 256  # of a tile of the stem's backward
 TILES = {  # of a stem's output, by the number of axes
@@ -121,7 +122,7 @@ def _largest(axes: int, shared_bytes: int, outputs, most: int, bytes_of) -> list
     """The largest tile of so many outputs that leaves room for a second block; None if not even the smallest fits."""
     for tile in TILES[axes]:
         last = tile == (1, 1)
-        if (last or outputs(tile) <= most) and bytes_of(tile) <= (shared_bytes if last else shared_bytes // 2):
+        if (last or outputs(tile) <= most) and bytes_of(tile) <= (shared_bytes if last else (shared_bytes - RESERVED) // 2):
             return list(tile)
     return None
 

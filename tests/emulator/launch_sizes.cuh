@@ -1,0 +1,32 @@
+// Bytes of dynamic shared memory that the launchers in csrc/cuda/*.cu ask for, by the same functions, for tests of the plans in Python.
+#pragma once
+
+#include "attention_decode.cuh"
+#include "conv_stem.cuh"
+#include "conv_stem_backward.cuh"
+#include "lstm_backward.cuh"
+#include "lstm_forward.cuh"
+
+namespace bmk {
+
+template <class T, int kChannels, bool kSave>
+__global__ void stem_bytes(StemForward<T> p, int* bytes) {
+  *bytes = StemTile(p).shared_bytes(kChannels, sizeof(T), sizeof(StemFull<T, kSave>));
+}
+
+template <class T, int kChannels>
+__global__ void stem_weights_bytes(StemWeights<T> p, int* bytes) {
+  *bytes = StemWeightsTile(p).shared_bytes(kChannels, sizeof(T));
+}
+
+template <class T>
+__global__ void lstm_bytes(bool forward, int hidden, int registers, int warps, int* bytes) {
+  *bytes = (forward ? lstm_forward_plan<T>(hidden, registers, warps) : lstm_backward_plan<T>(hidden, registers, warps)).shared_bytes;
+}
+
+template <Cache cache, int kHeadDim>
+__global__ void decode_bytes(int* bytes) {
+  *bytes = DecodeStage<cache, kHeadDim>::kShared;
+}
+
+}  // namespace bmk
