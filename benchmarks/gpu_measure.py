@@ -69,9 +69,12 @@ def compare(
     case: str, contestants: dict[str, Callable[[], torch.Tensor]], exact: torch.Tensor, steps: int = 0,
     gradient: bool = False, traffic: int = 0,
 ) -> None:  # fmt: skip
-    """Checks every contestant against `exact`, then times them; the first is ours. Where that is wrong no time is shown; a rival that
-    is wrong (rounding before a max-pool sends gradients elsewhere) is a yardstick only where all are. `traffic`: bytes that must be
-    moved."""
+    """Checks every contestant against `exact`, then times them; the first is ours. Where that is wrong no time is shown; a rival
+    that is wrong (rounding before a max-pool sends gradients elsewhere) is a yardstick only where all are.
+
+    Args:
+        traffic: bytes that must be moved.
+    """
     wrong = {}
     for name, function in contestants.items():
         result = function()
@@ -235,7 +238,7 @@ def measure_conv() -> None:
         double = functools.partial(conv, "torch", x.double(), weight.detach().double().requires_grad_(), bias.double())
         with torch.no_grad():
             exact = double()
-            contestants = {"cuda": lambda: conv("cuda"), "eager": lambda: conv("torch"), "compile": compiled}  # noqa: B023
+            contestants = {"cuda": lambda: conv("cuda"), "eager": lambda: conv("torch"), "compile": compiled}
             traffic = x.nbytes + exact.numel() * x.element_size()
             compare(f"conv bf16 {name} fwd", contestants, exact, traffic=traffic)
         upstream = torch.randn_like(exact).bfloat16()
@@ -244,8 +247,8 @@ def measure_conv() -> None:
             return torch.autograd.grad(output, weight, upstream.to(output.dtype))[0]
 
         contestants = {
-            "cuda": lambda: gradient(conv("cuda")),  # noqa: B023
-            "eager": lambda: gradient(conv("torch")),  # noqa: B023
+            "cuda": lambda: gradient(conv("cuda")),
+            "eager": lambda: gradient(conv("torch")),
             "compile": lambda: gradient(compiled()),  # noqa: B023
         }
         exact = gradient(double(), double.args[2])

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from torch.utils import cpp_extension
 
+from tests.emulator.emulator import included
+
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "csrc" / "cuda"
 
@@ -44,9 +46,10 @@ def cubin(source: Path, architecture: str) -> Path:
     home = build_script().cuda_home()
     flags = [*build_script().NVCC_FLAGS, *cpp_extension.COMMON_NVCC_FLAGS, f"-arch={architecture}"]
     flags += [f"-DTORCH_TARGET_VERSION={build_script().TARGET}", *(f"-I{p}" for p in cpp_extension.include_paths())]
-    headers = [*sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h")), SOURCES.parent / "check.h"]
     parts = [torch.__version__, build_script().cuda_version(home), *flags]
-    digest = hashlib.sha256("\0".join([*parts, *(p.read_text() for p in [source, *headers])]).encode()).hexdigest()
+    digest = hashlib.sha256(
+        "\0".join([*parts, *(p.read_text() for p in sorted(included(source, set())))]).encode()
+    ).hexdigest()
     out = Path(tempfile.gettempdir(), f"bigmodel-cubins-{digest[:20]}-{source.stem}.{architecture}")
     if not out.exists():
         with tempfile.TemporaryDirectory() as folder:

@@ -105,11 +105,7 @@ void conv_depthwise_weights(const Tensor& x, const Tensor& d, const std::vector<
   check_image(x, dtype, {-1, -1, -1, -1}, "x");
   check_image(d, dtype, {x.size(0), x.size(1), -1, -1}, "d");
   const Pair window = pair_of(kernel, "kernel", 1);
-  CHECK_DIM(partial, 3);
-  CHECK_CUDA(partial);
-  CHECK_CONTIGUOUS(partial);
-  CHECK_DTYPE_IS(partial, ScalarType::Float);
-  CHECK_SHAPE(partial, partial.size(0), int64_t{window.h} * window.w + 1, x.size(1));
+  check_partial(partial, int64_t{window.h} * window.w + 1, x.size(1));
   const int64_t pixels = d.size(0) * d.size(2) * d.size(3);
   STD_TORCH_CHECK(pixels < (int64_t{1} << 30), "conv_depthwise_weights: d has ", pixels, " pixels; the kernel counts up to 2^30");
   if (partial.numel() == 0) return;

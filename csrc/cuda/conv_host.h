@@ -25,6 +25,15 @@ inline void check_image(const Tensor& t, ScalarType dtype, std::initializer_list
   }
 }
 
+// Sums that several blocks leave: [splits, rows, columns].
+inline void check_partial(const Tensor& t, int64_t rows, int64_t columns) {
+  CHECK_CUDA(t);
+  CHECK_CONTIGUOUS(t);
+  CHECK_DTYPE_IS(t, ScalarType::Float);
+  STD_TORCH_CHECK(t.dim() == 3 && t.size(1) == rows && t.size(2) == columns && t.size(0) <= kMostBlocks,
+                  "partial must have shape [splits, ", rows, ", ", columns, "], got ", shape_string(t));
+}
+
 inline ImageStrides strides_of_image(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
 inline ImageStrides strides_of_image(const std::optional<Tensor>& t) { return t ? strides_of_image(*t) : ImageStrides{}; }
 

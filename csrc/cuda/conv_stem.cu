@@ -10,14 +10,13 @@ namespace {
 template <class T, int kChannels, bool kSave>
 void launch_stem(const StemForward<T>& p, int64_t batch, cudaStream_t stream) {
   const int bytes = StemTile(p).shared_bytes(kChannels, sizeof(T), sizeof(StemFull<T, kSave>));
-  const int64_t tiles = ceil_div<int64_t>(p.out_h, p.tile_h) * ceil_div(p.out_w, p.tile_w);
+  const int64_t tiles = ceil_div<int64_t>(p.out_h, p.tile_h) * ceil_div(p.out_w, p.tile_w) * batch;
   const int64_t parts = ceil_div(p.out_channels, kChannels);
-  STD_TORCH_CHECK(tiles <= kMostBlocks && parts <= kMostBlocksYZ && batch <= kMostBlocksYZ, "conv_stem_fwd: too many outputs: ", batch,
-                  " times ", parts, " times ", tiles, " tiles");
+  STD_TORCH_CHECK(tiles <= kMostBlocks && parts <= kMostBlocksYZ, "conv_stem_fwd: too many outputs: ", tiles, " tiles of ", parts,
+                  " runs of channels");
   const auto kernel = conv_stem<T, kChannels, kSave>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "conv_stem_fwd: shared memory");
-  const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(parts), static_cast<unsigned>(batch));
-  kernel<<<grid, kStemThreads, bytes, stream>>>(p);
+  kernel<<<dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(parts)), kStemThreads, bytes, stream>>>(p);
   check_cuda(cudaGetLastError(), "conv_stem_fwd");
 }
 

@@ -180,8 +180,9 @@ template <class T, int kChannels, bool kSave>
 __global__ void __launch_bounds__(kStemThreads, 2) conv_stem(const __grid_constant__ StemForward<T> p) {
   using Full = StemFull<T, kSave>;
   const StemTile tile(p);
-  const int tiles_w = ceil_div(p.out_w, p.tile_w), n = blockIdx.z, first_channel = blockIdx.y * kChannels;
-  const int out_h = blockIdx.x / tiles_w * p.tile_h, out_w = blockIdx.x % tiles_w * p.tile_w;
+  const int tiles_w = ceil_div(p.out_w, p.tile_w), tiles = ceil_div(p.out_h, p.tile_h) * tiles_w;
+  const int n = blockIdx.x / tiles, in_image = blockIdx.x % tiles, first_channel = blockIdx.y * kChannels;
+  const int out_h = in_image / tiles_w * p.tile_h, out_w = in_image % tiles_w * p.tile_w;
   const int full_h = out_h * p.pool.stride_h - p.pool.pad_h, full_w = out_w * p.pool.stride_w - p.pool.pad_w;
 
   int* const offsets = reinterpret_cast<int*>(dynamic_shared());

@@ -59,12 +59,7 @@ void conv_stem_weights_native(const Tensor& x, const Tensor& grad, const std::op
   check_image(x, dtype, {-1, -1, -1, -1}, "x");
   check_image(grad, dtype, {x.size(0), -1, -1, -1}, "grad");
   const Pair window = pair_of(kernel, "kernel", 1), full = pair_of(full_size, "full_size", 1), part = pair_of(tile, "tile", 1);
-  CHECK_DIM(partial, 3);
-  CHECK_CUDA(partial);
-  CHECK_CONTIGUOUS(partial);
-  CHECK_DTYPE_IS(partial, ScalarType::Float);
-  CHECK_SHAPE(partial, partial.size(0), grad.size(1), x.size(1) * window.h * window.w + 1);
-  STD_TORCH_CHECK(partial.size(0) <= kMostBlocks, "partial must have fewer than 2^31 splits");
+  check_partial(partial, grad.size(1), x.size(1) * window.h * window.w + 1);
   if (partial.numel() == 0) return;
   const OnDeviceOf device(x);
   DISPATCH_CUDA(dtype, "conv_stem_weights", [&] {

@@ -18,11 +18,13 @@ struct Plan {
 };
 
 Scope parse_scope(const std::string& name) {
-  STD_TORCH_CHECK(name == "block" || name == "cluster" || name == "grid", "scope: unknown name ", name);
-  return name == "block" ? Scope::block : name == "cluster" ? Scope::cluster : Scope::grid;
+  static const char* const kNames[] = {"block", "cluster", "grid", "streamed"};
+  for (int i = 0; i < 4; ++i)
+    if (name == kNames[i]) return static_cast<Scope>(i);
+  STD_TORCH_CHECK(false, "scope: unknown name ", name);
 }
 
-// Launches `kernel` for all groups of rows; in scope grid as many at once as are sure to run at the same time.
+// Launches `kernel` for all groups of rows; in scopes grid and streamed as many at once as are sure to run at the same time.
 template <class Parameters>
 void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int directions, cudaStream_t stream) {
   const int shared_bytes = plan.sizes.shared_bytes, threads = plan.sizes.threads;
@@ -43,7 +45,7 @@ void launch(void (*kernel)(Parameters), Parameters p, const Plan& plan, int dire
     int clusters = 0;
     check_cuda(cudaOccupancyMaxActiveClusters(&clusters, kernel, &config), "lstm: clusters");
     STD_TORCH_CHECK(clusters > 0, "lstm: the GPU has no room for a cluster of ", blocks, " blocks");
-  } else if (plan.scope == Scope::grid) {
+  } else if (goes_through_l2(plan.scope)) {
     attribute.id = cudaLaunchAttributeCooperative;  // all blocks run at the same time, or the launch fails
     attribute.val.cooperative = 1;
     config.numAttrs = 1;
@@ -94,16 +96,34 @@ LstmSteps steps_of(const Tensor& h, int64_t tokens, int64_t steps, const std::op
           data<int64_t>(firsts),
           data<int64_t>(lengths),
           nullptr,
+          nullptr,
           0,
           groups,
           0};
 }
 
-// The words of scope grid: [directions, groups, 2, words], zero.
+// The words of scopes grid and streamed: [directions, groups, 2, words], zero.
 template <class T>
 std::optional<Tensor> words_for(const Plan& plan, const LstmSteps& shape, int64_t directions, const Tensor& like) {
-  if (plan.scope != Scope::grid) return std::nullopt;
+  if (!goes_through_l2(plan.scope)) return std::nullopt;
   return torch::stable::new_zeros(like, {directions, shape.groups, 2, plan.sizes.depth_tiles * Words<T>::kPerTile}, ScalarType::Long);
+}
+
+// The weights of scope streamed, laid out by `kernel`, on the stream of what follows.
+template <class T>
+std::optional<Tensor> streamed_for(void (*kernel)(LstmStream<T>), const Plan& plan, LstmSteps& shape, const Tensor& w_hh,
+                                   cudaStream_t stream) {
+  if (plan.scope != Scope::streamed) return std::nullopt;
+  const int64_t directions = w_hh.size(0), blocks = plan.blocks(shape.hidden), rest = plan.sizes.depth_tiles - plan.registers;
+  Tensor tiles = torch::stable::new_empty(w_hh, {directions * blocks * plan.sizes.streamed_bytes}, ScalarType::Byte);
+  shape.streamed = reinterpret_cast<const uint4*>(tiles.mutable_data_ptr());
+  if (rest > 0) {
+    const LstmStream<T> p{data<T>(w_hh), reinterpret_cast<uint4*>(tiles.mutable_data_ptr()), shape.hidden, plan.registers};
+    kernel<<<dim3(static_cast<unsigned>(blocks), static_cast<unsigned>(rest), static_cast<unsigned>(directions)), plan.sizes.threads, 0,
+             stream>>>(p);
+    check_cuda(cudaGetLastError(), "lstm: streamed weights");
+  }
+  return tiles;
 }
 
 template <class T, template <class> class Parameters>
@@ -117,6 +137,7 @@ Kernel<T, LstmForward> forward_kernel(const Plan& plan) {
   if (plan.scope == Scope::block) ((plan.registers == Registers ? void(found = lstm_forward<T, Scope::block, Registers>) : void()), ...);
   if (plan.scope == Scope::cluster && plan.registers == kShared) found = lstm_forward<T, Scope::cluster, kShared>;
   if (plan.scope == Scope::grid && plan.registers == kShared) found = lstm_forward<T, Scope::grid, kShared>;
+  if (plan.scope == Scope::streamed && plan.registers == 8) found = lstm_forward<T, Scope::streamed, 8>;
   STD_TORCH_CHECK(found, "lstm_sequence_fwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
   return found;
 }
@@ -128,6 +149,7 @@ Kernel<T, LstmBackward> backward_kernel(const Plan& plan) {
   if (plan.scope == Scope::block) ((plan.registers == Registers ? void(found = lstm_backward<T, Scope::block, Registers>) : void()), ...);
   if (plan.scope == Scope::cluster && plan.registers == kShared) found = lstm_backward<T, Scope::cluster, kShared>;
   if (plan.scope == Scope::grid && plan.registers == kShared) found = lstm_backward<T, Scope::grid, kShared>;
+  if (plan.scope == Scope::streamed && plan.registers == 8) found = lstm_backward<T, Scope::streamed, 8>;
   STD_TORCH_CHECK(found, "lstm_sequence_bwd: no kernel keeps ", plan.registers, " tiles in registers in this scope");
   return found;
 }
@@ -178,12 +200,14 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
   const OnDeviceOf device(h0);
   DISPATCH_CUDA(dtype, "lstm", [&] {
     using T = scalar_t;
-    const Plan plan{parse_scope(scope), static_cast<int>(registers),
-                    lstm_forward_plan<T>(shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
+    const Scope where = parse_scope(scope);
+    const Plan plan{where, static_cast<int>(registers),
+                    lstm_forward_plan<T>(where, shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
     check_block(plan, hidden);
     const auto words = words_for<T>(plan, shape, directions, h0);
     shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
     shape.bias_at = plan.sizes.bias_at;
+    const auto tiles = streamed_for<T>(lstm_forward_stream<T>, plan, shape, w_hh, device.stream());
     const LstmForward<T> p{shape,
                            data<float>(from_input),
                            data<T>(w_hh),
@@ -221,11 +245,13 @@ void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor
   const OnDeviceOf device(c0);
   DISPATCH_CUDA(dtype, "lstm", [&] {
     using T = scalar_t;
-    const Plan plan{parse_scope(scope), static_cast<int>(registers),
-                    lstm_backward_plan<T>(shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
+    const Scope where = parse_scope(scope);
+    const Plan plan{where, static_cast<int>(registers),
+                    lstm_backward_plan<T>(where, shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
     check_block(plan, hidden);
     const auto words = words_for<T>(plan, shape, directions, c0);
     shape.words = words ? mutable_data<unsigned long long>(*words) : nullptr;
+    const auto tiles = streamed_for<T>(lstm_backward_stream<T>, plan, shape, w_hh, device.stream());
     const LstmBackward<T> p{shape,         data<T>(d_output),        data<float>(gates),       data<float>(cells),      data<T>(c0),
                             data<T>(w_hh), mutable_data<float>(d_h), mutable_data<float>(d_c), mutable_data<T>(d_gates)};
     launch(backward_kernel_of<T>(plan), p, plan, static_cast<int>(directions), device.stream());

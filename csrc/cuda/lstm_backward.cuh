@@ -1,4 +1,5 @@
-// A whole LSTM layer, backward through time: all steps in one launch, the recurrent weights transposed on chip throughout.
+// A whole LSTM layer, backward through time: all steps in one launch, the recurrent weights transposed on chip throughout, or, where
+// there is no room for them (scope streamed), read from L2 in every step.
 //
 //     dh_t = dy_t + U^T dgates_(t+1);  dgates_t and dc from it: lstm_gates.cuh
 //
@@ -29,15 +30,33 @@ struct LstmBackward {
 constexpr int kBackwardTiles = 1, kBackwardUnits = 16;  // of a warp
 
 template <class T>
-__host__ __device__ LstmPlan lstm_backward_plan(int hidden, int registers, int warps) {
-  return LstmPlan::of<T>(kBackwardTiles, kBackwardUnits, max(registers, round_up(hidden, 16) / 4), registers, warps, false);
+__host__ __device__ LstmPlan lstm_backward_plan(Scope scope, int hidden, int registers, int warps) {
+  return LstmPlan::of<T>(scope, kBackwardTiles, kBackwardUnits, max(registers, round_up(hidden, 16) / 4), registers, warps, false);
+}
+
+// The transposed weights of a tile for a warp's units: the depth is all four gates, each padded to a multiple of 16 units.
+template <class T>
+__device__ __forceinline__ auto backward_weights(const T* w, int hidden, int first_unit) {
+  return [=](int, int depth_tile) {
+    const int padded = round_up(hidden, 16), gate = 16 * depth_tile / padded, first_row = 16 * depth_tile % padded;
+    return [=](int m, int k) -> unsigned {
+      const int row = first_row + k, column = first_unit + m;
+      return gate < 4 && row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
+    };
+  };
+}
+
+template <class T>
+__global__ void lstm_backward_stream(LstmStream<T> p) {
+  const T* w = p.w_hh + int64_t{blockIdx.z} * 4 * p.hidden * p.hidden;
+  stream_weights<T, kBackwardTiles>(p, backward_weights(w, p.hidden, first_unit_of(kBackwardUnits)));
 }
 
 template <class T, Scope scope, int Registers>
 __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
   const int hidden = p.shape.hidden, padded = round_up(hidden, 16);
   const LstmRows rows(p.shape);
-  const int first_unit = (blockIdx.x * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize) * kBackwardUnits;
+  const int first_unit = first_unit_of(kBackwardUnits);
   const int unit[2] = {first_unit + static_cast<int>(threadIdx.x) / 4 % 8, first_unit + static_cast<int>(threadIdx.x) / 4 % 8 + 8};
   const int depth_tiles = max(Registers, padded / 4);
 
@@ -50,13 +69,9 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
 
   unsigned weights[kBackwardTiles][Registers][kFragment<T>];
   const T* w = p.w_hh + int64_t{rows.direction} * 4 * hidden * hidden;
-  load_weights<T, kBackwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int, int depth_tile) {
-    const int gate = 16 * depth_tile / padded, first_row = 16 * depth_tile % padded;
-    return [=](int m, int k) -> unsigned {
-      const int row = first_row + k, column = first_unit + m;
-      return gate < 4 && row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
-    };
-  });
+  load_weights<T, kBackwardTiles, Registers>(weights, in_shared, scope == Scope::streamed ? Registers : depth_tiles,
+                                             backward_weights(w, hidden, first_unit));
+  const uint4* const others = scope == Scope::streamed ? streamed_tiles<T>(p.shape, (depth_tiles - Registers) * kBackwardTiles) : in_shared;
   for (int word = threadIdx.x; word < exchange.words; word += blockDim.x)
     if (!sent(word)) exchange.shared[word] = exchange.shared[exchange.words + word] = 0;
 
@@ -114,7 +129,7 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
     load(k + 1);
     const unsigned* words = exchange_receive<scope>(exchange, k, sent);
     float sums[kBackwardTiles][4] = {};
-    multiply<T, true>(sums, weights, in_shared, depth_tiles, words);
+    multiply<T, scope>(sums, weights, others, depth_tiles, words);
     for (int u = 0; u < 2; ++u)
       for (int j = 0; j < 2; ++j)
         if (active(k, j)) d_h[u][j] = sums[0][u * 2 + j];

@@ -11,6 +11,7 @@
 //   grid     blocks anywhere: every word travels through L2 as 8 bytes that hold it and the number of its step, so that what is
 //            read is known to be new without a flag beside it; no barrier between blocks. They must all be running: the
 //            launcher asks the occupancy calculator, and a wait that outlasts kPatience ends the launch with a message.
+//   streamed as grid; the weights past the registers do not stay on chip, but are read from L2 in every step
 #pragma once
 
 #include "common.cuh"
@@ -37,11 +38,13 @@ struct Words<float> {
   __host__ __device__ static constexpr int column(int word) { return word % kColumns; }
 };
 
-enum class Scope { block, cluster, grid };
+enum class Scope { block, cluster, grid, streamed };
+
+constexpr bool goes_through_l2(Scope scope) { return scope == Scope::grid || scope == Scope::streamed; }
 
 struct Exchange {
   unsigned* shared;            // [2, words]
-  unsigned long long* global;  // [2, words] of this group of blocks, zero at launch; scope grid only
+  unsigned long long* global;  // [2, words] of this group of blocks, zero at launch; scopes grid and streamed only
   int words;
 };
 
@@ -84,7 +87,7 @@ __device__ __forceinline__ const unsigned* exchange_receive(const Exchange& e, i
   if constexpr (scope == Scope::cluster) {
     ptx::cluster_wait();
   } else {
-    if constexpr (scope == Scope::grid) {
+    if constexpr (goes_through_l2(scope)) {
       const unsigned long long* from = e.global + step % 2 * e.words;
       uint64_t deadline = 0;
       for (int word = threadIdx.x; word < e.words; word += blockDim.x) {

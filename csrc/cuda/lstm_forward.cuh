@@ -33,9 +33,26 @@ struct LstmForward {
 constexpr int kForwardTiles = 2, kForwardUnits = 8;  // of a warp
 
 template <class T>
-__host__ __device__ LstmPlan lstm_forward_plan(int hidden, int registers, int warps) {
+__host__ __device__ LstmPlan lstm_forward_plan(Scope scope, int hidden, int registers, int warps) {
   const int depth_tiles = max(registers, round_up(ceil_div(hidden, 16), 2));
-  return LstmPlan::of<T>(kForwardTiles, kForwardUnits, depth_tiles, registers, warps, true);
+  return LstmPlan::of<T>(scope, kForwardTiles, kForwardUnits, depth_tiles, registers, warps, true);
+}
+
+// The weights of a tile for a warp's units, i and f of them in the first tile, g and o in the second.
+template <class T>
+__device__ __forceinline__ auto forward_weights(const T* w, int hidden, int first_unit) {
+  return [=](int tile, int depth_tile) {
+    return [=](int m, int k) -> unsigned {
+      const int gate = tile * 2 + m / 8, row = first_unit + m % 8, column = 16 * depth_tile + k;
+      return row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
+    };
+  };
+}
+
+template <class T>
+__global__ void lstm_forward_stream(LstmStream<T> p) {
+  const T* w = p.w_hh + int64_t{blockIdx.z} * 4 * p.hidden * p.hidden;
+  stream_weights<T, kForwardTiles>(p, forward_weights(w, p.hidden, first_unit_of(kForwardUnits)));
 }
 
 // The most threads of a block: those of 128 units where 128 registers do for each.
@@ -46,7 +63,7 @@ template <class T, Scope scope, int Registers>
 __global__ void __launch_bounds__(kForwardThreads<T, Registers>, 1) lstm_forward(LstmForward<T> p) {
   const int hidden = p.shape.hidden;
   const LstmRows rows(p.shape);
-  const int first_unit = (blockIdx.x * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize) * kForwardUnits;
+  const int first_unit = first_unit_of(kForwardUnits);
   const int unit = first_unit + threadIdx.x / 4 % 8;
   const bool exists = unit < hidden;
   const int depth_tiles = max(Registers, round_up(ceil_div(hidden, 16), 2));
@@ -56,12 +73,9 @@ __global__ void __launch_bounds__(kForwardThreads<T, Registers>, 1) lstm_forward
 
   unsigned weights[kForwardTiles][Registers][kFragment<T>];
   const T* w = p.w_hh + int64_t{rows.direction} * 4 * hidden * hidden;
-  load_weights<T, kForwardTiles, Registers>(weights, in_shared, depth_tiles, [&](int tile, int depth_tile) {
-    return [=](int m, int k) -> unsigned {
-      const int gate = tile * 2 + m / 8, row = first_unit + m % 8, column = 16 * depth_tile + k;
-      return row < hidden && column < hidden ? bits_of(w[(int64_t{gate} * hidden + row) * hidden + column]) : 0;
-    };
-  });
+  load_weights<T, kForwardTiles, Registers>(weights, in_shared, scope == Scope::streamed ? Registers : depth_tiles,
+                                            forward_weights(w, hidden, first_unit));
+  const uint4* const others = scope == Scope::streamed ? streamed_tiles<T>(p.shape, (depth_tiles - Registers) * kForwardTiles) : in_shared;
   for (int word = threadIdx.x; word < exchange.words; word += blockDim.x) {
     const int k = Words<T>::depth(word), row = p.shape.group() * kColumns + Words<T>::column(word);
     const T* h = p.h0 + (int64_t{rows.direction} * p.shape.batch + row) * hidden + k;
@@ -107,7 +121,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, Registers>, 1) lstm_forward
     if (k + 1 < rows.longest) load_ahead(k + 1);
     const unsigned* words = exchange.shared;
     if (k > 0) words = exchange_receive<scope>(exchange, k, [&](int word) { return Words<T>::depth(word) < hidden; });
-    multiply<T, scope != Scope::block>(sums, weights, in_shared, depth_tiles, words);
+    multiply<T, scope>(sums, weights, others, depth_tiles, words);
     LstmGates gates[2];
     const float4 b = *bias;
     for (int j = 0; j < 2; ++j) {

@@ -1,7 +1,8 @@
 // The product of an LSTM step: rows of recurrent weights, which stay on chip, times the words of the step before.
 //
 // A tile of weights has 16 rows, which the caller maps to gates and units, and 16 k. Warp: Tiles tiles side by side, over the whole
-// depth; the first Registers tiles of the depth are in registers, the others in shared memory, where a thread reads what it wrote.
+// depth; the first Registers tiles of the depth are in registers, the others in shared memory, where a thread reads what it wrote, or
+// (scope streamed) in the same order in global memory, where a kernel before this one wrote it.
 // Results, for either arithmetic, as mma.m16n8k16 gives them: with g = lane / 4 and t = lane % 4, a thread has rows g and g + 8 of
 // each tile for columns 2 t and 2 t + 1.
 //
@@ -96,18 +97,20 @@ struct Sums<float, Tiles> {
 };
 
 template <class T>
-__device__ __forceinline__ void from_shared(unsigned (&a)[kFragment<T>], const uint4* in_shared, int number) {
+__device__ __forceinline__ void read_tile(unsigned (&a)[kFragment<T>], const uint4* tiles, int number) {
 #pragma unroll
   for (int i = 0; i < kFragment<T>; i += 4) {
-    const uint4 v = in_shared[(number * (kFragment<T> / 4) + i / 4) * blockDim.x];
+    const uint4 v = tiles[(number * (kFragment<T> / 4) + i / 4) * blockDim.x];
     a[i] = v.x, a[i + 1] = v.y, a[i + 2] = v.z, a[i + 3] = v.w;
   }
 }
 
-// acc += weights times words. Without More, all of the weights are in registers.
-template <class T, bool More, int Tiles, int Registers>
+// acc += weights times words. In scope block all of the weights are in registers.
+template <class T, Scope scope, int Tiles, int Registers>
 __device__ __forceinline__ void multiply(float (&acc)[Tiles][4], const unsigned (&in_registers)[Tiles][Registers][kFragment<T>],
-                                         const uint4* in_shared, int depth_tiles, const unsigned* words) {
+                                         const uint4* others, int depth_tiles, const unsigned* words) {
+  // How many pairs of tiles are loaded before the first is needed: the way to L2 is longer than a product.
+  constexpr int kAhead = scope != Scope::streamed ? 1 : 16 / (Tiles * kFragment<T> / 4) / 2;
   Sums<T, Tiles> sums;
 #pragma unroll
   for (int k = 0; k < Registers; ++k) {
@@ -115,22 +118,32 @@ __device__ __forceinline__ void multiply(float (&acc)[Tiles][4], const unsigned 
 #pragma unroll
     for (int tile = 0; tile < Tiles; ++tile) sums.add(acc, tile, k, in_registers[tile][k]);
   }
-#pragma unroll 1
-  for (int first = Registers; More && first < depth_tiles; first += 2)
+#pragma unroll kAhead
+  for (int first = Registers; scope != Scope::block && first < depth_tiles; first += 2)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       sums.load(words + first * Words<T>::kPerTile, k);
 #pragma unroll
       for (int tile = 0; tile < Tiles; ++tile) {
         unsigned a[kFragment<T>];
-        from_shared<T>(a, in_shared, (first + k - Registers) * Tiles + tile);
+        read_tile<T>(a, others, (first + k - Registers) * Tiles + tile);
         sums.add(acc, tile, k, a);
       }
     }
   sums.finish(acc);
 }
 
-// Loads what `multiply` reads; tile_of(tile, depth_tile)(m, k) is a weight, in bits, zero past the matrix's edges.
+// What read_tile reads.
+template <class T, class Weight>
+__device__ __forceinline__ void write_tile(uint4* tiles, int number, const Weight& weight) {
+  unsigned a[kFragment<T>];
+  load_fragment<T>(a, weight);
+  for (int i = 0; i < kFragment<T>; i += 4)
+    tiles[(number * (kFragment<T> / 4) + i / 4) * blockDim.x] = make_uint4(a[i], a[i + 1], a[i + 2], a[i + 3]);
+}
+
+// Loads what `multiply` reads, the first `depth_tiles` tiles of the depth; tile_of(tile, depth_tile)(m, k) is a weight, in bits, zero past
+// the matrix's edges.
 template <class T, int Tiles, int Registers, class TileOf>
 __device__ __forceinline__ void load_weights(unsigned (&in_registers)[Tiles][Registers][kFragment<T>], uint4* in_shared, int depth_tiles,
                                              const TileOf& tile_of) {
@@ -141,20 +154,14 @@ __device__ __forceinline__ void load_weights(unsigned (&in_registers)[Tiles][Reg
     __syncwarp();  // keeps the compiler from starting all loads at once, with the addresses of all of them in registers
   }
   for (int k = Registers; k < depth_tiles; ++k)
-    for (int tile = 0; tile < Tiles; ++tile) {
-      unsigned a[kFragment<T>];
-      load_fragment<T>(a, tile_of(tile, k));
-      const int number = (k - Registers) * Tiles + tile;
-      for (int i = 0; i < kFragment<T>; i += 4)
-        in_shared[(number * (kFragment<T> / 4) + i / 4) * blockDim.x] = make_uint4(a[i], a[i + 1], a[i + 2], a[i + 3]);
-    }
+    for (int tile = 0; tile < Tiles; ++tile) write_tile<T>(in_shared, (k - Registers) * Tiles + tile, tile_of(tile, k));
 }
 
-// Bytes of dynamic shared memory: two slots of words, then the tiles that are not in registers (after them, forward, the bias).
+// Bytes of the tiles of a block that are not in registers.
 template <class T>
-__host__ __device__ constexpr int lstm_shared_bytes(int tiles, int registers, int depth_tiles, int threads) {
+__host__ __device__ constexpr int64_t lstm_tile_bytes(int tiles, int registers, int depth_tiles, int threads) {
   const int rest = depth_tiles > registers ? depth_tiles - registers : 0;
-  return 2 * depth_tiles * Words<T>::kPerTile * 4 + rest * tiles * threads * kFragment<T> * 4;
+  return int64_t{rest} * tiles * threads * kFragment<T> * 4;
 }
 
 }  // namespace bmk

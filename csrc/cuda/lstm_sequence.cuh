@@ -15,29 +15,65 @@ struct LstmSteps {
   int batch, hidden, steps;
   const int64_t* firsts;      // [T]: first token of every step, null where sequences are dense
   const int64_t* lengths;     // [B]: steps of every row, null where dense
-  unsigned long long* words;  // scope grid: [directions, all groups, 2, words], zero; else null
+  unsigned long long* words;  // scopes grid and streamed: [directions, all groups, 2, words], zero; else null
+  const uint4* streamed;      // scope streamed: [directions, blocks, tiles past the registers, threads]; else null
   int first_group, groups;
   int bias_at;  // in dynamic shared memory; forward only
 
   __device__ __forceinline__ int group() const { return first_group + blockIdx.y; }
 };
 
-// What a plan of ops/lstm/cuda_plan.py comes to: units of a block, tiles of the depth, and bytes of dynamic shared memory.
+// The first unit of this thread's warp.
+__device__ __forceinline__ int first_unit_of(int units_of_warp) {
+  return (blockIdx.x * (blockDim.x / kWarpSize) + threadIdx.x / kWarpSize) * units_of_warp;
+}
+
+// What a plan of ops/lstm/cuda_plan.py comes to: units of a block, tiles of the depth, and bytes. In dynamic shared memory: two slots of
+// words, the tiles that are not in registers unless they are streamed, and, forward, the bias.
 struct LstmPlan {
   int units, threads, depth_tiles, bias_at, shared_bytes;
+  int64_t streamed_bytes;  // of a block
 
   template <class T>
-  __host__ __device__ static LstmPlan of(int tiles, int units_of_warp, int depth_tiles, int registers, int warps, bool biased) {
-    const int units = units_of_warp * warps, bytes = lstm_shared_bytes<T>(tiles, registers, depth_tiles, warps * kWarpSize);
-    return {units, warps * kWarpSize, depth_tiles, bytes, bytes + (biased ? units * static_cast<int>(sizeof(float4)) : 0)};
+  __host__ __device__ static LstmPlan of(Scope scope, int tiles, int units_of_warp, int depth_tiles, int registers, int warps,
+                                         bool biased) {
+    const int units = units_of_warp * warps, threads = warps * kWarpSize;
+    const int64_t rest = lstm_tile_bytes<T>(tiles, registers, depth_tiles, threads);
+    const bool streams = scope == Scope::streamed;
+    const int bias_at = 2 * depth_tiles * Words<T>::kPerTile * 4 + static_cast<int>(streams ? 0 : rest);
+    const int bias_bytes = biased ? units * static_cast<int>(sizeof(float4)) : 0;
+    return {units, threads, depth_tiles, bias_at, bias_at + bias_bytes, streams ? rest : 0};
   }
 };
+
+// Writes the tiles of the depth past the registers in the order in which the threads of the sequence kernel read them in every step.
+// Grid: (its blocks, those tiles, directions), with its threads.
+template <class T>
+struct LstmStream {
+  const T* w_hh;  // [directions, 4 H, H]
+  uint4* to;      // LstmSteps::streamed
+  int hidden, registers;
+};
+
+template <class T, int Tiles, class TileOf>
+__device__ __forceinline__ void stream_weights(const LstmStream<T>& p, const TileOf& tile_of) {
+  const int64_t block = blockIdx.z * gridDim.x + blockIdx.x;
+  uint4* const tiles = p.to + block * gridDim.y * Tiles * (kFragment<T> / 4) * blockDim.x + threadIdx.x;
+  for (int tile = 0; tile < Tiles; ++tile) write_tile<T>(tiles, blockIdx.y * Tiles + tile, tile_of(tile, p.registers + blockIdx.y));
+}
+
+// Where a thread of the sequence kernel finds them.
+template <class T>
+__device__ __forceinline__ const uint4* streamed_tiles(const LstmSteps& p, int tiles) {
+  const int64_t block = blockIdx.z * gridDim.x + blockIdx.x;
+  return p.streamed + block * tiles * (kFragment<T> / 4) * blockDim.x + threadIdx.x;
+}
 
 // The words of this group of blocks.
 template <class T, Scope scope>
 __device__ __forceinline__ Exchange exchange_of(const LstmSteps& p, int depth_tiles) {
   Exchange e{reinterpret_cast<unsigned*>(dynamic_shared()), nullptr, depth_tiles * Words<T>::kPerTile};
-  if constexpr (scope == Scope::grid) e.global = p.words + (int64_t{blockIdx.z} * p.groups + p.group()) * 2 * e.words;
+  if constexpr (goes_through_l2(scope)) e.global = p.words + (int64_t{blockIdx.z} * p.groups + p.group()) * 2 * e.words;
   return e;
 }
 

@@ -59,7 +59,14 @@ def test_caches_of_8_bits(case, page_size, kind, cache):
         scales, table = tuple(per_key) or scales, table.cuda()
     k_scale, v_scale = (s.cuda() if isinstance(s, torch.Tensor) else s for s in scales)
     found = bmk.attention_decode(
-        q.cuda(), k.cuda(), v.cuda(), lengths.cuda(), block_table=table, k_scale=k_scale, v_scale=v_scale, backend="cuda"
+        q.cuda(),
+        k.cuda(),
+        v.cuda(),
+        lengths.cuda(),
+        block_table=table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        backend="cuda",
     )
     assert_matches(found.cpu(), exact, None, dtype=torch.bfloat16, magnitude=0.1)
 

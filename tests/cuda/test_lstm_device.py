@@ -4,9 +4,11 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
+from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import cuda
-from bigmodel_kernels.ops.lstm.cuda_plan import Plan
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, plan
 from bigmodel_kernels.testing import assert_matches, make
+from tests.emulator.test_lstm import small
 from tests.ops.test_lstm import Problem, check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -16,7 +18,7 @@ VARIANTS = {
     "packed": {"packed": True},
     "packed_stacked": {"packed": True, "num_layers": 2, "bidirectional": True},
 }
-SCOPES = ["block", "cluster", "grid"]
+SCOPES = ["block", "cluster", "grid", "streamed"]
 
 
 def on_gpu(problem: Problem) -> Problem:
@@ -30,7 +32,7 @@ def in_scope(monkeypatch, scope: str) -> None:
     if scope == "cluster" and torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("this GPU has no clusters")
     if scope != "block":  # at small sizes: blocks of one warp
-        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: Plan(scope, kernel.registers, 1))
+        monkeypatch.setattr(cuda, "plan", lambda kernel, *sizes: small(scope, kernel))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -50,10 +52,10 @@ def test_matches_float64(scope, size, variant, dtype, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("hidden", [64, 100, 128, 136, 256, 384, 512, 640, 768])
+@pytest.mark.parametrize("hidden", [64, 100, 128, 136, 256, 384, 512, 640, 768, 1024])
 def test_matches_float64_by_plan(hidden, dtype):
-    if dtype == torch.float32 and hidden > 400:
-        pytest.skip("float32 weights of so many units do not fit")
+    if plan(BACKWARD[dtype.itemsize], hidden, 1, _gpu.properties(0)) is None:
+        pytest.skip("the states of so many units do not fit on this GPU")
     check(on_gpu(Problem(30, 20, 40, hidden, dtype=dtype)), "cuda")
 
 

@@ -103,7 +103,7 @@ class Native:
     def run(self, programs: dict[str, Program], kernel: str, grid, block, arguments, **sizes) -> None:
         self.used.append(kernel)
         program = programs[kernel]
-        if self.edit:  # only this kernel, which compiles sooner
+        if self.edit or self.how.get("detect") == "races":  # this kernel alone, which compiles sooner
             program = Program(program.header, kernel, edit=self.edit)
         program.run(kernel, grid, block, arguments, **sizes, **self.how)
 
@@ -122,7 +122,7 @@ class Native:
             out_channels, *full, out_h, out_w, *tile,
         )  # fmt: skip
         shared = cuda.stem_shared_bytes(weight.shape, stride, dilation, pool_sizes, x.element_size(), save, tile)
-        grid = (-(-out_h // tile[0]) * -(-out_w // tile[1]), -(-out_channels // channels), batch)
+        grid = (-(-out_h // tile[0]) * -(-out_w // tile[1]) * batch, -(-out_channels // channels))
         self.run(STEM, stem_name(x.dtype, channels, save), grid, STEM_THREADS, arguments, shared_bytes=shared)
 
     @staticmethod
@@ -203,9 +203,7 @@ class Native:
             (*kernel, *stride, *padding, *dilation), pixels,
         )  # fmt: skip
         grid = (-(-channels // ((16 if last else 1) * vector)) * -(-partial.shape[1] // cuda.TAPS), partial.shape[0])
-        self.run(
-            DEPTHWISE_WEIGHTS, depthwise_weights_name(x.dtype, vector, last), grid, DEPTHWISE_THREADS, arguments
-        )
+        self.run(DEPTHWISE_WEIGHTS, depthwise_weights_name(x.dtype, vector, last), grid, DEPTHWISE_THREADS, arguments)
 
     def ops(self) -> dict:
         return {name: getattr(self, name) for name in dir(self) if name.startswith("conv_")}

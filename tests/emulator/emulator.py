@@ -153,7 +153,7 @@ def _words(argument, buffers: dict[int, torch.UntypedStorage]) -> list[str]:
 # ---- building ----
 
 
-def _included(source: Path, found: set[Path]) -> set[Path]:
+def included(source: Path, found: set[Path]) -> set[Path]:
     """The project's headers that a source includes, and itself."""
     if source in found:
         return found
@@ -161,7 +161,7 @@ def _included(source: Path, found: set[Path]) -> set[Path]:
     for name in re.findall(r'^\s*#\s*include\s+["<]([^">]+)[">]', source.read_text(), re.MULTILINE):
         for folder in (source.parent, KERNELS, HERE):
             if (folder / name).is_file():
-                _included((folder / name).resolve(), found)
+                included((folder / name).resolve(), found)
                 break
     return found
 
@@ -201,7 +201,7 @@ def _made_once(name: str):
 def _runtime() -> list[Path]:
     """The emulator itself, which is the same in all programs."""
     sources = sorted((HERE / "runtime").glob("*.cpp"))
-    files = set().union(*(_included(source, set()) for source in sources))
+    files = set().union(*(included(source, set()) for source in sources))
     name = "runtime-" + _digest(_compiler(), *FLAGS, *(path.read_bytes() for path in sorted(files)))
     with _made_once(name) as (folder, is_new):
         objects = [folder / f"{source.stem}.o" for source in sources]
@@ -214,7 +214,7 @@ def _runtime() -> list[Path]:
 @cache
 def _build(header: Path, kernels: tuple[str, ...], edit: tuple[str, str, str] | None, detect: str) -> Path:
     compiled, linked = DETECT[detect]
-    files = sorted(_included(header, {HERE / "launch.h"}) | _included(HERE / "launch.h", set()))
+    files = sorted(included(header, {HERE / "launch.h"}) | included(HERE / "launch.h", set()))
     parts = [_compiler(), *FLAGS, *compiled, *linked, *kernels, *(edit or ()), *map(str, _runtime())]
     name = f"{header.stem}-{_digest(str(header), *parts, *(path.read_bytes() for path in files))}"
     with _made_once(name) as (folder, is_new):

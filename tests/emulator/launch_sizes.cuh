@@ -20,8 +20,8 @@ __global__ void stem_weights_bytes(StemWeights<T> p, int* bytes) {
 }
 
 template <class T>
-__global__ void lstm_bytes(bool forward, int hidden, int registers, int warps, int* bytes) {
-  *bytes = (forward ? lstm_forward_plan<T>(hidden, registers, warps) : lstm_backward_plan<T>(hidden, registers, warps)).shared_bytes;
+__global__ void lstm_bytes(bool forward, Scope scope, int hidden, int registers, int warps, int* bytes) {
+  *bytes = (forward ? lstm_forward_plan<T> : lstm_backward_plan<T>)(scope, hidden, registers, warps).shared_bytes;
 }
 
 template <Cache cache, int kHeadDim>

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bigmodel_kernels.ops.conv import cuda as conv
-from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, STREAMED_REGISTERS
 from tests.emulator.backend import SUFFIX
 from tests.emulator.emulator import HERE, Program, needs_compiler
 from tests.emulator.shared_sizes import decode_shared_bytes
@@ -45,8 +45,9 @@ def bytes_of(kernel: str, *arguments) -> int:
 def test_lstm(kernel, hidden, warps):
     size = 4 if "float" in kernel else 2
     for forward, plans in ((True, FORWARD), (False, BACKWARD)):
-        registers = plans[size].registers
-        assert bytes_of(kernel, forward, hidden, registers, warps) == plans[size].shared_bytes(hidden, registers, warps)
+        for scope, registers in ((2, plans[size].registers), (3, STREAMED_REGISTERS)):
+            expected = plans[size].shared_bytes(hidden, registers, warps, streamed=scope == 3)
+            assert bytes_of(kernel, forward, scope, hidden, registers, warps) == expected
 
 
 def strides():

@@ -1,4 +1,4 @@
-"""The CUDA kernels of whole LSTM layers, emulated: against float64, forward and every gradient, in all three scopes."""
+"""The CUDA kernels of whole LSTM layers, emulated: against float64, forward and every gradient, in all four scopes."""
 
 import itertools
 
@@ -7,19 +7,27 @@ import torch
 
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import cuda, cuda_plan
-from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, Kernel, Plan
+from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, STREAMED_REGISTERS, Kernel, Plan
 from tests.emulator.backend import SUFFIX, emulated
 from tests.emulator.emulator import EmulatorError, Program, needs_compiler
 from tests.ops.test_lstm import Problem, check
 
 pytestmark = needs_compiler
-SCOPES = {"block": 0, "cluster": 1, "grid": 2}
+SCOPES = {"block": 0, "cluster": 1, "grid": 2, "streamed": 3}
 KERNELS = {"forward": FORWARD, "backward": BACKWARD}
 
 
 def small(scope: str, kernel: Kernel) -> Plan:
     """Several blocks of one warp where one block could hold all units, so that small sizes have some."""
-    return Plan(scope, kernel.registers, 1)
+    return Plan(scope, registers_of(scope, kernel), 1)
+
+
+def registers_of(scope: str, kernel: Kernel) -> int:
+    return STREAMED_REGISTERS if scope == "streamed" else kernel.registers
+
+
+def stream_name(direction: str, dtype: torch.dtype) -> str:
+    return f"bmk::lstm_{direction}_stream<{SUFFIX[dtype]}>"
 
 
 def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) -> str:
@@ -28,8 +36,9 @@ def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) 
 
 def program(direction: str, dtype: torch.dtype, scope: str) -> Program:
     kernel = KERNELS[direction][dtype.itemsize]
-    registers = [r for _, r in kernel.one_block] if scope == "block" else [kernel.registers]
-    return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, dtype, scope, r) for r in registers))
+    registers = [r for _, r in kernel.one_block] if scope == "block" else [registers_of(scope, kernel)]
+    streams = [stream_name(direction, dtype)] if scope == "streamed" else []
+    return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, dtype, scope, r) for r in registers), *streams)
 
 
 class Native:
@@ -39,27 +48,35 @@ class Native:
         self.seed, self.detect, self.together = seed, detect, together
         self.edit, self.edited = edit, edited  # a change in a header, in which direction's kernel
 
-    def _run(self, direction, like, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
+    def _run(self, direction, like, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
         directions, batch, hidden = like.shape
         kernel = KERNELS[direction][like.element_size()]
         groups = -(-batch // ROWS)
         blocks = kernel.blocks(hidden, warps)
         words = (
             torch.zeros(directions, groups, 2, kernel.words(hidden, registers), dtype=torch.int64)
-            if scope == "grid"
+            if scope in ("grid", "streamed")
             else None
         )
-        together = self.together if scope == "grid" else groups
+        together = groups if words is None else self.together
         code = program(direction, like.dtype, scope)
         code = code.with_edit(*self.edit) if self.edited == direction else code
-        shared = kernel.shared_bytes(hidden, registers, warps)
+        shared = kernel.shared_bytes(hidden, registers, warps, scope == "streamed")
+        streamed = None
+        if scope == "streamed" and (rest := kernel.depth_tiles(hidden, registers) - registers):
+            size = directions * blocks * rest * kernel.tiles * 16 * 16 * warps * like.element_size()
+            streamed = torch.full((size,), 255, dtype=torch.uint8)  # NaNs
+            code.run(
+                stream_name(direction, like.dtype), (blocks, rest, directions), 32 * warps, (w_hh, streamed, hidden, registers),
+                seed=self.seed, detect=self.detect,
+            )  # fmt: skip
         bias_at = shared - cuda_plan.BIAS_BYTES * kernel.units * warps
         for first in range(0, groups, together):
-            shape = (tokens, batch, hidden, steps, firsts, lengths, words, first, groups, bias_at)
+            shape = (tokens, batch, hidden, steps, firsts, lengths, words, streamed, first, groups, bias_at)
             code.run(
                 kernel_name(direction, like.dtype, scope, registers),
                 (blocks, min(together, groups - first), directions), 32 * warps, (shape, *arguments),
-                shared_bytes=shared, cluster=blocks if scope == "cluster" else 1, cooperative=scope == "grid",
+                shared_bytes=shared, cluster=blocks if scope == "cluster" else 1, cooperative=words is not None,
                 seed=self.seed, detect=self.detect,
             )  # fmt: skip
 
@@ -68,14 +85,14 @@ class Native:
     ):
         arguments = (from_input, w_hh, bias, h0, output, h_n, c, gates, cells)
         tokens = from_input.shape[1]
-        self._run("forward", h0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("forward", h0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
 
     def lstm_sequence_bwd(
         self, d_output, gates, cells, c0, w_hh, firsts, lengths, steps, d_h, d_c, d_gates, scope, registers, warps
     ):
         arguments = (d_output, gates, cells, c0, w_hh, d_h, d_c, d_gates)
         tokens = d_output.shape[0]
-        self._run("backward", c0, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("backward", c0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
 
 
 def check_emulated(problem, monkeypatch, scope, gpu=_gpu.H100, function=check, **native):
@@ -101,7 +118,7 @@ SIZES = [(1, 1, 2, 3), (2, 5, 3, 8), (4, 3, 5, 15), (3, 9, 7, 16), (5, 8, 9, 17)
 @pytest.mark.parametrize("dtype", SUFFIX, ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", SIZES, ids=str)
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
 def test_matches_float64(scope, size, variant, dtype, monkeypatch):
     check_emulated(Problem(*size, **VARIANTS[variant], dtype=dtype), monkeypatch, scope)
 
@@ -120,8 +137,15 @@ def test_one_block_up_to_its_most_units(size, dtype, monkeypatch):
     check_emulated(Problem(*size, dtype=dtype), monkeypatch, "block")
 
 
+@pytest.mark.parametrize("dtype", SUFFIX, ids=str)
+@pytest.mark.parametrize("size", [(2, 9, 3, 150), (3, 2, 5, 40)], ids=str)
+def test_streamed_weights(size, dtype, monkeypatch):
+    """Sizes with tiles past the registers, forward (150 units) and backward."""
+    check_emulated(Problem(*size, bidirectional=True, dtype=dtype), monkeypatch, "streamed")
+
+
 @pytest.mark.parametrize("seed", range(1, 21))
-@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scope", ["block", "cluster", "grid"])
 def test_any_order_of_threads_gives_the_same_without_races(scope, seed, monkeypatch):
     """Another order of all threads for every seed; every access to memory is checked against all others."""
     problem = Problem(4, 9, 3, 20, packed=seed % 2 == 1, bidirectional=True, dtype=list(SUFFIX)[seed % 3])

@@ -21,7 +21,9 @@ def attention_decode(
     cache_seqlens: Tensor,  # [B]
     *,
     block_table: Tensor | None = None,  # [B, most blocks]
-    k_scale: Tensor | float | None = None,  # of an 8-bit cache: one number, [Hkv], or as k_cache without its last dimension
+    k_scale: Tensor
+    | float
+    | None = None,  # of an 8-bit cache: one number, [Hkv], or as k_cache without its last dimension
     v_scale: Tensor | float | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -124,7 +126,9 @@ def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -
     if scale.dim() == 1 and scale.shape[0] == heads:
         scale = scale.view(1, -1, 1)
     elif scale.dim() != 0 and scale.shape != shape:
-        raise RuntimeError(f"{name} must be one number or have shape {[heads]} or {list(shape)}, got {list(scale.shape)}")
+        raise RuntimeError(
+            f"{name} must be one number or have shape {[heads]} or {list(shape)}, got {list(scale.shape)}"
+        )
     return scale.detach().float().expand(shape)
 
 

@@ -1,5 +1,5 @@
-"""The CUDA C++ kernels of csrc/cuda/conv_*.cuh, forward and backward: depthwise convolutions, and images with few channels together
-with the pool that follows.
+"""The CUDA C++ kernels of csrc/cuda/conv_*.cuh, forward and backward: depthwise convolutions, and images with few channels
+together with the pool that follows.
 
 "auto" does not choose them: they have not been measured on a GPU.
 """
@@ -122,7 +122,9 @@ def _largest(axes: int, shared_bytes: int, outputs, most: int, bytes_of) -> list
     """The largest tile of so many outputs that leaves room for a second block; None if not even the smallest fits."""
     for tile in TILES[axes]:
         last = tile == (1, 1)
-        if (last or outputs(tile) <= most) and bytes_of(tile) <= (shared_bytes if last else (shared_bytes - RESERVED) // 2):
+        if (last or outputs(tile) <= most) and bytes_of(tile) <= (
+            shared_bytes if last else (shared_bytes - RESERVED) // 2
+        ):
             return list(tile)
     return None
 

@@ -22,7 +22,7 @@ def supports(
     directions, gpu = 2 if bidirectional else 1, _gpu.properties(x.device.index)
     for kernels in (FORWARD, BACKWARD) if save else (FORWARD,):
         if plan(kernels[x.element_size()], c0.shape[2], directions, gpu) is None:
-            return f"the weights of {c0.shape[2]} units do not fit on the GPU's multiprocessors"
+            return f"the states of {c0.shape[2]} units do not fit in the GPU's shared memory"
     if batch_sizes is not None and x.is_cuda and torch.cuda.is_current_stream_capturing():
         return "packed sequences need a table from the CPU, which a CUDA graph cannot capture"
     return None

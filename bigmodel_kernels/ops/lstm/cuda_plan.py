@@ -1,8 +1,9 @@
 """Which CUDA kernel runs the steps of an LSTM layer, on how many blocks and warps: from the sizes and the GPU's properties alone.
 
-The recurrent weights stay in registers and shared memory for the whole sequence. Up to 128 units (float32: 64) one block holds
-them; beyond, the blocks of a cluster (sm_90) or blocks anywhere on the GPU share them and hand each other what a step made
-(csrc/cuda/lstm_exchange.cuh). Not measured on a GPU: the rule is what fits, fewest blocks that wait for each other first.
+The recurrent weights stay in registers and shared memory for the whole sequence, as long as the GPU has room. Up to 128 units
+(float32: 64) one block holds them; beyond, the blocks of a cluster (sm_90) or blocks anywhere on the GPU share them and hand each
+other what a step made (csrc/cuda/lstm_exchange.cuh). Where there is no room, all but a few are read from L2 in every step. Not
+measured on a GPU: the rule is what fits, fewest blocks that wait for each other first.
 """
 
 from __future__ import annotations
@@ -16,6 +17,10 @@ ROWS = 8  # of the batch, to a block
 LARGEST_CLUSTER = 8  # blocks, which every GPU that has clusters can place
 WARP, TILE = 32, 16  # lanes; rows and depth of a tile of weights
 BIAS_BYTES = 16  # of a unit
+STREAMED_REGISTERS = (
+    8  # tiles of the depth in registers where the others are streamed: the rest holds what is on its way
+)
+MOST_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -38,8 +43,8 @@ class Kernel:
         """Of 4 bytes, in each of the two slots."""
         return self.depth_tiles(hidden, registers) * TILE * ROWS * self.element_size // 4
 
-    def shared_bytes(self, hidden: int, registers: int, warps: int) -> int:
-        rest = self.depth_tiles(hidden, registers) - registers
+    def shared_bytes(self, hidden: int, registers: int, warps: int, streamed: bool = False) -> int:
+        rest = 0 if streamed else self.depth_tiles(hidden, registers) - registers
         weights = rest * self.tiles * warps * TILE * TILE * self.element_size
         return 2 * 4 * self.words(hidden, registers) + weights + BIAS_BYTES * self.units * warps * self.bias
 
@@ -56,7 +61,7 @@ BACKWARD = {2: Kernel(2, 16, 1, ((32, 8), (64, 16), (128, 24)), 24, 4), 4: Kerne
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch: `scope` is block, cluster or grid; `registers` tiles of the weights' depth are kept in registers."""
+    """A launch: `scope` is block, cluster, grid or streamed; `registers` tiles of the weights' depth are kept in registers."""
 
     scope: str
     registers: int
@@ -65,7 +70,7 @@ class Plan:
 
 @functools.cache
 def plan(kernel: Kernel, hidden: int, directions: int, gpu: Gpu) -> Plan | None:
-    """None where the weights do not fit on the GPU's multiprocessors."""
+    """None where not even what the blocks hand each other fits."""
     for largest, registers in kernel.one_block:
         if hidden <= largest:
             return Plan("block", registers, kernel.blocks(hidden, 1))
@@ -78,4 +83,8 @@ def plan(kernel: Kernel, hidden: int, directions: int, gpu: Gpu) -> Plan | None:
     for warps in fitting:
         if kernel.blocks(hidden, warps) * directions <= gpu.multiprocessors:
             return Plan("grid", registers, warps)
+    for warps in range(1, MOST_WARPS + 1):  # the fewest: the more blocks, the more loads under way
+        fits = kernel.shared_bytes(hidden, STREAMED_REGISTERS, warps, streamed=True) <= gpu.shared_bytes
+        if fits and kernel.blocks(hidden, warps) * directions <= gpu.multiprocessors:
+            return Plan("streamed", STREAMED_REGISTERS, warps)
     return None
