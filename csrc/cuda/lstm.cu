@@ -193,7 +193,7 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
     check_tensor(*cells, {directions, tokens, hidden}, ScalarType::Float, "cells");
   }
   LstmSteps shape = steps_of(h0, tokens, steps, firsts, lengths);
-  const bool is_small = registers <= 8 && dtype != ScalarType::Float;
+  const bool is_small = registers <= 8 && dtype != ScalarType::Float && scope == "block";
   STD_TORCH_CHECK(registers > 0 && registers <= 64 && warps > 0 && warps <= (is_small ? 16 : 8), "lstm_sequence_fwd: no kernel has ", warps,
                   " warps and ", registers, " tiles in registers");
   if (batch * hidden == 0) return;

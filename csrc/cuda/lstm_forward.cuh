@@ -56,11 +56,11 @@ __global__ void lstm_forward_stream(LstmStream<T> p) {
 }
 
 // The most threads of a block: those of 128 units where 128 registers do for each.
-template <class T, int Registers>
-constexpr int kForwardThreads = sizeof(T) == 2 && Registers <= 8 ? 512 : 256;
+template <class T, Scope scope, int Registers>
+constexpr int kForwardThreads = sizeof(T) == 2 && scope == Scope::block && Registers <= 8 ? 512 : 256;
 
 template <class T, Scope scope, int Registers>
-__global__ void __launch_bounds__(kForwardThreads<T, Registers>, 1) lstm_forward(LstmForward<T> p) {
+__global__ void __launch_bounds__(kForwardThreads<T, scope, Registers>, 1) lstm_forward(LstmForward<T> p) {
   const int hidden = p.shape.hidden;
   const LstmRows rows(p.shape);
   const int first_unit = first_unit_of(kForwardUnits);
