@@ -39,7 +39,7 @@ BUDGET = [
     ("conv_stem<*>", 128, ("HMMA", "LDS")),
     ("conv_stem_weights<float, *>", 128, ("FFMA", "LDS")),
     ("conv_stem_weights<*>", 128, ("HMMA", "LDS")),
-    ("conv_stem_input<*>", 40, ("LDG", "STG")),
+    ("conv_stem_input<*>", 64, ("LDG", "STG")),
     ("conv_spread<*>", 64, ("LDG", "STG")),
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
