@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bigmodel_kernels import _gpu
 
@@ -40,8 +43,44 @@ def precision(dtype: torch.dtype, switch=torch.backends.cuda.matmul) -> str:
 def launch(kernel, programs: int, *args, **constants) -> None:
     """Runs `programs` programs of a kernel on the device and current stream of its first argument."""
     if programs:
-        with torch.cuda.device_of(args[0]):
+        first = args[0]
+        with torch.cuda.device_of(first.base if isinstance(first, TensorDescriptor) else first):
             kernel[(programs,)](*args, **constants)
+
+
+DESCRIPTOR_BYTES = 16  # addresses and strides are multiples of
+LARGEST_DESCRIPTOR_STRIDE = 1 << 40  # bytes
+
+
+class Descriptor(TensorDescriptor):
+    """One whose fields have been checked: Triton's own constructor checks them every time, for longer than a launch may take."""
+
+    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int]):
+        self.base, self.shape, self.strides, self.block_shape = base, shape, strides, block_shape
+
+
+def descriptor(t: torch.Tensor, tile: list[int]) -> TensorDescriptor | None:
+    """t for the copy engine (TMA) of sm_90, tile by tile; None where its address or its strides do not allow it."""
+    if t.data_ptr() % DESCRIPTOR_BYTES:
+        return None
+    fields = described(t.shape, t.stride(), t.element_size())
+    return fields and Descriptor(t, *fields, tile)
+
+
+@functools.lru_cache(maxsize=4096)
+def described(shape: tuple, strides: tuple, element_size: int) -> tuple[list[int], list[int]] | None:
+    """The shape and the strides of a descriptor for such a tensor, None where there can be none."""
+    if strides[-1] != 1 or 0 in shape:
+        return None
+    granule = DESCRIPTOR_BYTES // element_size
+    legal = []
+    for size, stride in zip(shape, strides[:-1]):
+        if size == 1:
+            stride = granule  # nothing lies along it, whatever it says
+        elif stride <= 0 or stride % granule or stride * element_size >= LARGEST_DESCRIPTOR_STRIDE:
+            return None
+        legal.append(stride)
+    return list(shape), [*legal, 1]
 
 
 def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 float32 and float16 only: Triton's interpreter multiplies the bits of bfloat16 numbers, and `supports` refuses them there.
 """
 
+import contextlib
 import math
 import tempfile
 import unittest.mock
@@ -10,9 +11,11 @@ import unittest.mock
 import numpy as np
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.ops.attention import reference
+from bigmodel_kernels import _triton, _tuned
+from bigmodel_kernels.ops.attention import reference, triton_configs
 from bigmodel_kernels.testing import LAYOUTS, assert_matches, make
 from tests.ops.attention_problem import FLAGS, NAMES, Problem
 from tests.triton_interpreter import interpreted
@@ -210,10 +213,53 @@ def test_tile_sizes_of_the_table(name, dtype, head_dim):
     interpreted(check_configuration, name, dtype, head_dim, {"is_causal": True})
 
 
+@contextlib.contextmanager
+def tiles(rows, keys, descriptors=0):
+    """In the block interpreted kernels have tiles of this size."""
+    with unittest.mock.patch.object(triton_configs, "INTERPRETER", (rows, keys, 4, 1, descriptors)):
+        _tuned.forget()
+        yield
+    _tuned.forget()
+
+
+def check_descriptors(sizes, flags, dtype, layout, expected):
+    """`expected`: whether there are descriptors."""
+    with tiles(32, 32, 1), unittest.mock.patch.object(_triton, "Descriptor", wraps=_triton.Descriptor) as made:
+        Problem(sizes, flags, dtype, layout=layout).check("triton", baseline=dtype == torch.float16)
+    assert made.called == expected
+
+
+@pytest.mark.parametrize("flags", ["causal", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1, 1, 8, 8), (2, 4, 2, 33, 70, 40, 24), (1, 2, 2, 64, 64, 64, 64)], ids=size_id
+)
+def test_tiles_by_descriptors(sizes, dtype, flags):
+    interpreted(check_descriptors, sizes, flags, dtype, "contiguous", True)
+
+
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+def test_tensors_without_descriptors_go_by_pointers(layout):
+    """A stride of 0, columns that are not adjacent, an address that is not a multiple of 16 bytes."""
+    interpreted(check_descriptors, (2, 2, 2, 34, 33, 24, 16), "causal", torch.float16, layout, False)
+
+
+def test_what_a_descriptor_takes():
+    heads_inside = make(2, 8, 3, 16, dtype=torch.float16).transpose(1, 2)
+    found = _triton.descriptor(heads_inside, [1, 1, 4, 16])
+    assert (found.shape, found.strides) == ([2, 3, 8, 16], [8 * 48, 16, 48, 1])
+    checked = TensorDescriptor(heads_inside, found.shape, found.strides, [1, 1, 4, 16])  # Triton's own constructor
+    assert vars(checked) == {"padding": found.padding, "round_f32_to_tf32": False} | vars(found)
+    one = make(1, 1, 8, 16, dtype=torch.float16).as_strided((1, 1, 8, 16), (3, 5, 16, 1))
+    assert _triton.descriptor(one, [1, 1, 4, 16]).strides == [8, 8, 16, 1]
+    assert _triton.descriptor(make(2, 3, 8, 20, dtype=torch.float16), [1, 1, 4, 32]) is None
+    assert _triton.descriptor(make(2, 3, 8, 20, dtype=torch.float32), [1, 1, 4, 32]) is not None
+    assert _triton.descriptor(make(2, 3, 0, 16), [1, 1, 4, 16]) is None
+
+
 def check_dropout_tiles(keys):
     """A tile of fewer keys than a block of 64 drops its part of what the block drops."""
-    tile = {"BLOCK_M": 16, "BLOCK_N": keys, "num_warps": 4, "num_stages": 1}
-    with unittest.mock.patch("bigmodel_kernels.ops.attention.triton_kernels.config", return_value=tile):
+    with tiles(16, keys):
         tensors, seed = inputs(B=1, Hq=2, Sq=20, Sk=150), torch.tensor([2**61 + 5], dtype=torch.int64)
         compare(*run(*tensors, make(20, 150, seed=5), seed, 0.4, is_causal=True, alignment="lower_right"))
 

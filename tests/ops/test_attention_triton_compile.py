@@ -1,7 +1,8 @@
 """The Triton attention kernels compiled for GPUs that are not here: every row of the table of tile sizes, within a budget.
 
 attention_triton_budget.json gives for each row what the compiler made of it: registers of a thread, bytes of shared memory,
-instructions of the innermost loop over whole tiles. No innermost loop may spill, those over the edges included.
+instructions of the innermost loop over whole tiles, and whether tiles come by the copy engine (TMA). No innermost loop may spill,
+those over the edges included.
 The numbers are upper limits for Triton 3.6 and 3.7; the version that is installed is tested, and another one, unpacked from its
 wheel, by PYTHONPATH=<folder>.
 `python -m tests.ops.test_attention_triton_compile [--widen]` writes the file anew.
@@ -67,12 +68,21 @@ def innermost_loops(sass):
 
 
 def measure(binary, instruction):
-    """Registers, shared memory, instructions of the shortest loop with products, over whole tiles; spills of the worst loop."""
+    """Registers, shared memory, instructions of the shortest loop with products, over whole tiles; spills of the worst loop;
+    whether that shortest loop has its tiles copied by the engine."""
     loops = innermost_loops(binary.sass)
-    with_products = [len(body) for body in loops if any(instruction in line for line in body)]
+    with_products = [body for body in loops if any(instruction in line for line in body)]
     assert with_products, f"no {instruction} in the loops of {binary}"
+    shortest = min(with_products, key=len)
+    copies = int(any("UTMALDG" in line for line in shortest))
     local = max(sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body) for body in loops)
-    return {"registers": binary.registers, "shared": binary.shared, "loop": min(with_products), "local": local}
+    return {
+        "registers": binary.registers,
+        "shared": binary.shared,
+        "loop": len(shortest),
+        "local": local,
+        "copies": copies,
+    }
 
 
 def compile_row(gpu, dtype, head_dim, monkeypatch):
@@ -104,6 +114,7 @@ def test_table_is_within_budget(row, monkeypatch):
         assert numbers["registers"] <= allowed["registers"] * SLACK, (kernel, numbers)
         assert numbers["loop"] <= allowed["loop"] * SLACK, (kernel, numbers)
         assert numbers["local"] == 0, (kernel, numbers)
+        assert numbers["copies"] == allowed["copies"], (kernel, numbers)
 
 
 @pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
@@ -115,6 +126,16 @@ def test_other_calls_compile(options, gpu, monkeypatch):
     for kernel, binary in binaries.items():
         measure(binary, product_instruction(gpu, "float16", kernel, binary.constants))
         assert binary.shared <= SHARED_LIMIT[gpu], binary
+
+
+def test_tensors_that_the_copy_engine_cannot_read_go_by_pointers(monkeypatch):
+    q = torch.empty(1, 1, 513, 64, dtype=torch.float16).flatten()[1:-63].view(1, 1, 512, 64)
+    args = bmk.attention.prepare(q, q, q, is_causal=True)
+    with compiling("sm_90", monkeypatch) as binaries:
+        triton_kernels.fwd(*args)
+    (binary,) = binaries
+    assert "UTMALDG" not in binary.sass
+    assert measure(binary, "HGMMA")["local"] == 0
 
 
 def test_every_row_of_the_table_is_tested():

@@ -63,7 +63,7 @@ def test_rows_compile_within_budget(gpu, kernel, size, columns, monkeypatch):
     with compiling(gpu, monkeypatch, only=KERNELS[kernel]) as found:
         run(kernel, dtype, columns)
     assert found
-    expected = triton_configs.config(gpu, kernel, size, columns)
+    expected = triton_configs.config(gpu, None, kernel, size, columns)
     for binary in found:
         assert all(binary.constants[key] == expected[key] for key in ("BLOCK_M", "BLOCK_N", "num_warps")), binary
         assert binary.spills == 0, binary

@@ -24,8 +24,10 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     all_finite,
     finish_scores,
     finite_part,
+    head_of,
     head_pointer,
     keep_tile,
+    load_rows,
     load_tile,
     part_of_span,
     product,
@@ -72,15 +74,16 @@ def query_gradient(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, with delta [BLOCK_M]; CAREFUL: keys that are not finite count as 0."""
     batch, head = batch_head // heads, batch_head % heads
-    q_head = head_pointer(q_pointer, q_strides, batch, head)
-    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
-    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
-    grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+    kv_head = head // group
+    q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
+    k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
+    v_head = head_of(v_pointer, v_strides, batch, kv_head, DESCRIPTORS)
+    grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)
     mask_head, slope, seed = mask_pointer, 0.0, 0
     if MASK != NO_MASK:
         mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
@@ -88,8 +91,10 @@ def query_gradient(
         slope = tl.load(slopes_pointer + batch * slopes_stride + head)
     if DROPOUT:
         seed = tl.load(seed_pointer)
-    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
-    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+    q = load_rows(q_head, batch, head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
+    do = load_rows(
+        grad_out_head, batch, head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True, DESCRIPTORS
+    )
     i = start_m + tl.arange(0, BLOCK_M)
     lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, True)
 
@@ -102,7 +107,9 @@ def query_gradient(
             begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
             for start_n in range(begin, end, BLOCK_N):
                 j = start_n + tl.arange(0, BLOCK_N)
-                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
+                k = load_rows(
+                    k_head, batch, kv_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1, DESCRIPTORS
+                )
                 s = product(q, k, PRECISION)
                 s, unit, capped = finish_scores(
                     s, i[:, None], j[None, :],
@@ -110,7 +117,9 @@ def query_gradient(
                     part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
                 )  # fmt: skip
                 p = tl.exp2(s * unit - lse[:, None])
-                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1)
+                v = load_rows(
+                    v_head, batch, kv_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1, DESCRIPTORS
+                )
                 dp = product(do, v, PRECISION)
                 if DROPOUT:
                     keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
@@ -143,7 +152,7 @@ def query_kernel(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, GRAD_LSE: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, GRAD_LSE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, BLOCK_M)
@@ -153,9 +162,11 @@ def query_kernel(
     i = start_m + tl.arange(0, BLOCK_M)
     rows = tl.cast(batch_head, tl.int64) * q_len + i
     out_head = head_pointer(out_pointer, out_strides, batch, head)
-    grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+    grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)
     out = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
-    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
+    do = load_rows(
+        grad_out_head, batch, head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True, DESCRIPTORS
+    )
     delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
     if GRAD_LSE:
         delta -= tl.load(grad_lse_pointer + rows, mask=i < q_len, other=0.0)
@@ -165,7 +176,8 @@ def query_kernel(
         q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta,
         q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
         start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right, scale, softcap, threshold, kept,
-        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, False,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dq_head = head_pointer(dq_pointer, dq_strides, batch, head)
     store_tile(dq_head, dq, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
@@ -177,7 +189,8 @@ def query_kernel(
                 delta, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
                 start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
                 scale, softcap, threshold, kept,
-                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, True,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
             store_again(dq_head, careful, i < q_len, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
 
@@ -190,14 +203,14 @@ def key_gradient(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv, keys that a gradient which is not finite attends to) of BLOCK_N keys; CAREFUL: see attend."""
-    k_head = head_pointer(k_pointer, k_strides, batch, kv_head)
-    v_head = head_pointer(v_pointer, v_strides, batch, kv_head)
-    k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True)
-    v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True)
+    k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
+    v_head = head_of(v_pointer, v_strides, batch, kv_head, DESCRIPTORS)
+    k = load_rows(k_head, batch, kv_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, True, DESCRIPTORS)
+    v = load_rows(v_head, batch, kv_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, True, DESCRIPTORS)
     seed = 0
     if DROPOUT:
         seed = tl.load(seed_pointer)
@@ -212,8 +225,8 @@ def key_gradient(
     for member in range(0, group):
         head = kv_head * group + member
         batch_head = batch * heads + head
-        q_head = head_pointer(q_pointer, q_strides, batch, head)
-        grad_out_head = head_pointer(grad_out_pointer, grad_out_strides, batch, head)
+        q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
+        grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)
         mask_head, slope = mask_pointer, 0.0
         if MASK != NO_MASK:
             mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
@@ -226,7 +239,9 @@ def key_gradient(
                     if DROPOUT:  # first, while few registers are taken
                         keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, True)
                     i = start_m + tl.arange(0, BLOCK_M)
-                    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, part != 1)
+                    q = load_rows(
+                        q_head, batch, head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, part != 1, DESCRIPTORS
+                    )
                     s = product(k, q, PRECISION)
                     s, unit, capped = finish_scores(
                         s, i[None, :], j,
@@ -235,7 +250,10 @@ def key_gradient(
                     )  # fmt: skip
                     lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, part != 1)
                     p = tl.exp2(s * unit - lse[None, :])
-                    do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1)
+                    do = load_rows(
+                        grad_out_head, batch, head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1,
+                        DESCRIPTORS,
+                    )  # fmt: skip
                     dp = product(v, do, PRECISION)
                     weights = p
                     if DROPOUT:
@@ -272,7 +290,7 @@ def key_kernel(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tile, batch_kv_head = tile_of_program(tl.cdiv(k_len, BLOCK_N), batch_heads // group, together)
@@ -284,7 +302,8 @@ def key_kernel(
         delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
         start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
         scale, softcap, threshold, kept,
-        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, False,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dk_head = head_pointer(dk_pointer, dk_strides, batch, kv_head)
     dv_head = head_pointer(dv_pointer, dv_strides, batch, kv_head)
@@ -298,7 +317,8 @@ def key_kernel(
                 delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
                 start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
                 scale, softcap, threshold, kept,
-                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, True,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
             store_again(dk_head, careful_dk, poisoned >= 0, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
             store_again(dv_head, careful_dv, poisoned == 0, start_n, dv_strides, k_len, DV, BLOCK_N, BLOCK_DV)

@@ -7,15 +7,17 @@ tests/ops/attention_triton_budget.json; they have not been timed on a GPU.
 
 from __future__ import annotations
 
-import functools
+from bigmodel_kernels import _tuned
 
-# GPU -> kernel -> head dimension up to -> (BLOCK_M, BLOCK_N, num_warps, num_stages), for 16-bit elements.
+HEAD_DIMS = (64, 128, 256)  # rows: up to
+# GPU -> kernel -> head dimension up to -> (BLOCK_M, BLOCK_N, num_warps, num_stages), for 16-bit elements. A fifth number, 1,
+# says that tiles are brought by the copy engine (TMA) where the tensors allow it.
 # Shared memory: 227 KB on sm_90, 163 KB on sm_80, 99 KB on sm_86, whose row also serves any other GPU.
 HALF = {
     "sm_90": {
-        "forward": {64: (128, 128, 8, 3), 128: (128, 128, 8, 2), 256: (128, 32, 8, 2)},
-        "query": {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (128, 32, 8, 2)},
-        "key": {64: (32, 128, 8, 3), 128: (32, 128, 8, 3), 256: (64, 32, 8, 2)},
+        "forward": {64: (128, 128, 8, 3, 1), 128: (128, 128, 8, 2, 1), 256: (128, 32, 8, 2)},
+        "query": {64: (128, 64, 8, 3, 1), 128: (128, 64, 8, 2, 1), 256: (128, 32, 8, 2)},
+        "key": {64: (32, 128, 8, 3, 1), 128: (32, 128, 8, 2, 1), 256: (64, 32, 8, 2)},
         "mask": {64: (64, 64, 4, 1), 128: (64, 64, 4, 1), 256: (64, 64, 8, 1)},
     },
     "sm_80": {
@@ -53,16 +55,23 @@ HALF_DROPOUT = {
     "sm_86": {"query": {64: (128, 32, 8, 2)}, "key": {64: (16, 128, 8, 2)}},
 }
 SINGLE_DROPOUT = {"forward": {64: (32, 32, 8, 2)}, "key": {64: (16, 32, 8, 1)}}
+DESCRIBED = ("forward", "query", "key")  # the kernels that know descriptors
 INTERPRETER = (32, 32, 4, 1)
 
 
-@functools.cache
-def config(gpu: str, kernel: str, element_size: int, head_dim: int, dropout: bool) -> dict[str, int]:
-    """The launch constants of a kernel on a GPU (see _triton.gpu); head_dim is the larger of D and Dv."""
+@_tuned.cached
+def config(
+    gpu: str, device: int | None, kernel: str, element_size: int, head_dim: int, dropout: bool
+) -> dict[str, int]:
+    """The launch constants of a kernel on a GPU (see _triton.gpu) and device; head_dim is the larger of D and Dv."""
+    row = next(d for d in HEAD_DIMS if d >= head_dim)
     if gpu == "interpreter":
-        m, n, warps, stages = INTERPRETER
+        m, n, warps, stages, *descriptors = INTERPRETER
     else:
         rows, other = (HALF[gpu], HALF_DROPOUT[gpu]) if element_size == 2 else (SINGLE, SINGLE_DROPOUT)
-        row = min(d for d in rows[kernel] if d >= head_dim)
-        m, n, warps, stages = (dropout and other.get(kernel, {}).get(row)) or rows[kernel][row]
-    return {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+        m, n, warps, stages, *descriptors = (dropout and other.get(kernel, {}).get(row)) or rows[kernel][row]
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
+    if kernel in DESCRIBED:
+        sizes["DESCRIPTORS"] = int(descriptors == [1])
+    name = _tuned.Row("attention", kernel, f"{8 * element_size}-bit", row, "dropout" if dropout else "")
+    return _tuned.choose(name, device, sizes)

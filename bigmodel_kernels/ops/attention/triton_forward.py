@@ -19,9 +19,10 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     all_finite,
     finish_scores,
     finite_part,
+    head_of,
     head_pointer,
     keep_tile,
-    load_tile,
+    load_rows,
     part_of_span,
     product,
     span,
@@ -39,14 +40,15 @@ def attend(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """out and lse of BLOCK_M queries; CAREFUL: values that are not finite count as 0, and the rows attending to any are told."""
     batch, head = batch_head // heads, batch_head % heads
-    q_head = head_pointer(q_pointer, q_strides, batch, head)
-    k_head = head_pointer(k_pointer, k_strides, batch, head // group)
-    v_head = head_pointer(v_pointer, v_strides, batch, head // group)
+    kv_head = head // group
+    q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
+    k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
+    v_head = head_of(v_pointer, v_strides, batch, kv_head, DESCRIPTORS)
     mask_head, slope, seed = mask_pointer, 0.0, 0
     if MASK != NO_MASK:
         mask_head = head_pointer(mask_pointer, mask_strides, batch, head)
@@ -54,7 +56,7 @@ def attend(
         slope = tl.load(slopes_pointer + batch * slopes_stride + head)
     if DROPOUT:
         seed = tl.load(seed_pointer)
-    q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
+    q = load_rows(q_head, batch, head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True, DESCRIPTORS)
     i = (start_m + tl.arange(0, BLOCK_M))[:, None]
 
     first = start_m + offset
@@ -69,7 +71,9 @@ def attend(
             begin, end = part_of_span(part, lo, a, b, hi, CAREFUL)
             for start_n in range(begin, end, BLOCK_N):
                 j = (start_n + tl.arange(0, BLOCK_N))[None, :]
-                k = load_tile(k_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1)
+                k = load_rows(
+                    k_head, batch, kv_head, start_n, k_strides, k_len, D, BLOCK_N, BLOCK_D, part != 1, DESCRIPTORS
+                )
                 s = product(q, k, PRECISION)
                 s, unit, _capped = finish_scores(
                     s, i, j, mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
@@ -85,7 +89,9 @@ def attend(
                 if DROPOUT:
                     keep = keep_tile(seed, start_m, start_n, batch_head, threshold, BLOCK_M, BLOCK_N, False)
                     p = tl.where(keep, p, 0.0)
-                v = load_tile(v_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1)
+                v = load_rows(
+                    v_head, batch, kv_head, start_n, v_strides, k_len, DV, BLOCK_N, BLOCK_DV, part != 1, DESCRIPTORS
+                )
                 if CAREFUL:
                     v, bad = finite_part(v)
                     poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (p != 0.0)).to(tl.int32), 1))
@@ -112,7 +118,7 @@ def forward_kernel(
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(q_len, BLOCK_M)
@@ -122,7 +128,8 @@ def forward_kernel(
         q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
         q_strides, k_strides, v_strides, mask_strides, slopes_stride,
         start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right, scale, softcap, threshold, kept,
-        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, False, BLOCK_M, BLOCK_N,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, False,
+        BLOCK_M, BLOCK_N,
     )  # fmt: skip
     i = start_m + tl.arange(0, BLOCK_M)
     out_head = head_pointer(out_pointer, out_strides, batch_head // heads, batch_head % heads)
@@ -136,7 +143,8 @@ def forward_kernel(
                 q_strides, k_strides, v_strides, mask_strides, slopes_stride,
                 start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
                 scale, softcap, threshold, kept,
-                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, True,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
             rows = poisoned == 0
             store_again(out_head, careful, rows, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any, NamedTuple
 
-from bigmodel_kernels import _triton
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _triton, _tuned
 from bigmodel_kernels.ops.attention.op import heads_inside
 from bigmodel_kernels.ops.attention.triton_backward import key_kernel, mask_kernel, query_kernel
 from bigmodel_kernels.ops.attention.triton_configs import config
@@ -24,78 +27,146 @@ def supports(q, k, v, *rest) -> str | None:
     return None
 
 
+class _Plan(NamedTuple):
+    """All of a kernel's launch that does not depend on the tensors' addresses."""
+
+    sizes: dict[str, int]  # of tiles, warps, ..
+    constants: dict[str, Any]
+    numbers: tuple
+    described: tuple[tuple, ...] | None  # q, k, v: shape, strides, tile, for the copy engine
+
+
 class _Call:
-    """What the kernels of one call have in common."""
+    """What the kernels of calls with the same sizes, strides and options have in common."""
 
     def __init__(
-        self, q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right
-    ):
-        self.q_len, self.k_len = q.shape[2], k.shape[2]
-        self.heads, self.kv_heads = q.shape[1], k.shape[1]
-        self.batch_heads = q.shape[0] * self.heads
+        self, gpu, device, element_size, precision, q, k, v, mask, slopes, scale, dropout_p, softcap, window_left,
+        window_right, lower_right,
+    ):  # fmt: skip
+        self.q, self.k, self.v = q, k, v  # (shape, strides)
+        (batch, self.heads, self.q_len, head_dim), (_, self.kv_heads, self.k_len, _) = q[0], k[0]
+        value_dim = v[0][3]
+        self.batch_heads = batch * self.heads
         self.group = self.heads // self.kv_heads if self.kv_heads else 1
-        self.element_size, self.head_dim = q.element_size(), max(q.shape[3], v.shape[3])
-        self.gpu = _triton.gpu(q.device.index)
+        self.gpu, self.device, self.element_size, self.head_dim = gpu, device, element_size, max(head_dim, value_dim)
         self.dropout = dropout_p > 0
-        # The kernels want scores that grow with the product: the sign of a scale (and 0) goes into q.
-        self.sign = 1.0
         if not scale > 0:
-            self.sign = -1.0 if scale < 0 else 0.0
-            q, scale = q * self.sign, -scale or 1.0
-        self.tensors = (q, k, v, *(q if t is None else t for t in (attn_mask, alibi_slopes, seed)))
-        strides = (0,) * 4
-        if attn_mask is not None:
-            strides = tuple(s if n > 1 else 0 for s, n in zip(attn_mask.stride(), attn_mask.shape))
-        slopes_stride = self.heads if alibi_slopes is not None and alibi_slopes.shape[0] > 1 else 0
-        self.strides = (q.stride(), k.stride(), v.stride(), strides, slopes_stride)
+            scale = -scale or 1.0
+        mask_strides = (0,) * 4
+        if mask is not None:
+            mask_strides = tuple(s if n > 1 else 0 for n, s in zip(*mask[1:]))
+        slopes_stride = self.heads if slopes is not None and slopes > 1 else 0
+        self.strides = (q[1], k[1], v[1], mask_strides, slopes_stride)
         reach = self.q_len + self.k_len
         offset = self.k_len - self.q_len if lower_right else 0
-        self.limits = (self.q_len, self.k_len, offset, min(window_left, reach), min(window_right, reach))
         kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
-        self.numbers = (scale, softcap, _triton.dropout_threshold(dropout_p), kept)
+        self.numbers = (
+            self.q_len, self.k_len, offset, min(window_left, reach), min(window_right, reach),
+            scale, softcap, _triton.dropout_threshold(dropout_p), kept,
+        )  # fmt: skip
         self.constants = {
-            "D": q.shape[3],
-            "DV": v.shape[3],
-            "BLOCK_D": _block(q.shape[3]),
-            "BLOCK_DV": _block(v.shape[3]),
-            "MASK": (
-                NO_MASK if attn_mask is None else BOOL_MASK if attn_mask.dtype == torch.bool else ADDED_MASK
-            ).value,
-            "ALIBI": alibi_slopes is not None,
+            "D": head_dim,
+            "DV": value_dim,
+            "BLOCK_D": _block(head_dim),
+            "BLOCK_DV": _block(value_dim),
+            "MASK": (NO_MASK if mask is None else BOOL_MASK if mask[0] == torch.bool else ADDED_MASK).value,
+            "ALIBI": slopes is not None,
             "SOFTCAP": softcap > 0,
             "DROPOUT": self.dropout,
             "LEFT": window_left >= 0,
             "RIGHT": window_right >= 0,
-            "PRECISION": _triton.precision(q.dtype),
+            "PRECISION": precision,
         }
+        self.plans: dict[str, _Plan] = {}
 
-    def config(self, kernel: str) -> dict[str, int]:
-        return config(self.gpu, kernel, self.element_size, self.head_dim, self.dropout)
+    def plan(self, kernel: str) -> _Plan:
+        """For `forward`, `query` or `key`; `mask` has numbers of its own."""
+        found = self.plans.get(kernel)
+        if found is None:
+            found = self.plans[kernel] = self._make_plan(kernel)
+        return found
 
-    def counts(self, length: int, head_dim_bytes: int) -> tuple[int, int, int, int]:
-        """heads, group, batch_heads, together: see tile_of_program."""
-        together = L2_BYTES // max(1, length * head_dim_bytes)
-        return self.heads, self.group, self.batch_heads, max(1, min(together, self.batch_heads))
+    def _make_plan(self, kernel: str) -> _Plan:
+        sizes = config(self.gpu, self.device, kernel, self.element_size, self.head_dim, self.dropout)
+        rows = self.q_len * self.group if kernel == "key" else self.k_len  # that programs of a head have in common
+        together = L2_BYTES // max(1, rows * 2 * self.head_dim * self.element_size)
+        together = max(1, min(together, self.batch_heads))  # see tile_of_program
+        described = None
+        if sizes.get("DESCRIPTORS"):
+            widths = [self.constants[name] for name in ("BLOCK_D", "BLOCK_D", "BLOCK_DV")]
+            tall = [sizes[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_N")]
+            legal = [_triton.described(*t, self.element_size) for t in (self.q, self.k, self.v)]
+            if None not in legal:
+                described = tuple((*fields, [1, 1, m, n]) for fields, m, n in zip(legal, tall, widths))
+        numbers = (self.heads, self.group, self.batch_heads, together, *self.numbers)
+        return _Plan(sizes, self.constants | sizes, numbers, described)
+
+
+def _sign(scale: float) -> float:
+    """The kernels want scores that grow with the product: the sign of a scale (and 0) goes into q."""
+    return -1.0 if scale < 0 else 0.0
 
 
 def _block(size: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
 
 
+# A model calls with the same few sizes again and again.
+_known_call = _tuned.cached(_Call)
+
+
+def _call(
+    q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right, *rest
+) -> tuple[_Call, tuple[Tensor, ...]]:  # fmt: skip
+    """With the first tensors of its kernels."""
+    if not scale > 0:
+        q = q * _sign(scale)
+    device = q.device.index
+    call = _known_call(
+        _triton.gpu(device), device, q.element_size(), _triton.precision(q.dtype),
+        (q.shape, q.stride()), (k.shape, k.stride()), (v.shape, v.stride()),
+        None if attn_mask is None else (attn_mask.dtype, attn_mask.shape, attn_mask.stride()),
+        None if alibi_slopes is None else alibi_slopes.shape[0],
+        scale, dropout_p, softcap, window_left, window_right, lower_right,
+    )  # fmt: skip
+    mask, slopes, seed = (q if t is None else t for t in (attn_mask, alibi_slopes, seed))
+    return call, (q, k, v, mask, slopes, seed)
+
+
+def _operands(plan: _Plan, tensors: tuple, *more: Tensor) -> tuple[tuple, tuple, dict[str, Any]]:
+    """The first tensors of a launch, `more` of the shape of the result, and its constants: as descriptors if all can be."""
+    constants = plan.constants
+    if not constants["DESCRIPTORS"]:
+        return tensors, more, constants
+    q, k, v, mask, slopes, seed = tensors
+    if plan.described is not None and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _triton.DESCRIPTOR_BYTES:
+        tile = [1, 1, constants["BLOCK_M"], constants["BLOCK_DV"]]
+        upstream = tuple([_triton.descriptor(t, tile) for t in more])
+        if None not in upstream:
+            of_q, of_k, of_v = plan.described
+            described = (
+                _triton.Descriptor(q, *of_q),
+                _triton.Descriptor(k, *of_k),
+                _triton.Descriptor(v, *of_v),
+            )
+            return (*described, mask, slopes, seed), upstream, constants
+    return tensors, more, constants | {"DESCRIPTORS": 0}
+
+
 def fwd(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
     return_lse, deterministic,
 ):  # fmt: skip
-    call = _Call(
+    call, tensors = _call(
         q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right
     )
     out = heads_inside(q, q.shape[0], call.heads, call.q_len, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    sizes = call.config("forward")
+    plan = call.plan("forward")
+    tensors, _, constants = _operands(plan, tensors)
     _triton.launch(
-        forward_kernel, call.batch_heads * -(-call.q_len // sizes["BLOCK_M"]),
-        *call.tensors, out, lse, *call.strides, out.stride(),
-        *call.counts(call.k_len, 2 * call.head_dim * call.element_size), *call.limits, *call.numbers, **call.constants, **sizes,
+        forward_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
+        *tensors, out, lse, *call.strides, out.stride(), *plan.numbers, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -105,45 +176,42 @@ def bwd(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
     return_lse, deterministic,
 ):  # fmt: skip
-    call = _Call(
+    call, first = _call(
         q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right
     )
     lse = lse.contiguous()
     delta = torch.empty_like(lse)
-    bytes_per_row = 2 * call.head_dim * call.element_size
 
     dq = heads_inside(q, q.shape[0], call.heads, call.q_len, q.shape[3])
-    sizes = call.config("query")
+    plan = call.plan("query")
+    tensors, upstream, constants = _operands(plan, first, grad_out)
     _triton.launch(
-        query_kernel, call.batch_heads * -(-call.q_len // sizes["BLOCK_M"]),
-        *call.tensors, out, grad_out, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq,
-        *call.strides, out.stride(), grad_out.stride(), dq.stride(),
-        *call.counts(call.k_len, bytes_per_row), *call.limits, *call.numbers,
-        GRAD_LSE=grad_lse is not None, **call.constants, **sizes,
+        query_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
+        *tensors, out, *upstream, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq,
+        *call.strides, out.stride(), grad_out.stride(), dq.stride(), *plan.numbers, GRAD_LSE=grad_lse is not None, **constants,
     )  # fmt: skip
-    if call.sign != 1:
-        dq.mul_(call.sign)
+    if not scale > 0:
+        dq.mul_(_sign(scale))
 
     dk = heads_inside(k, k.shape[0], call.kv_heads, call.k_len, k.shape[3])
     dv = heads_inside(v, k.shape[0], call.kv_heads, call.k_len, v.shape[3])
-    sizes = call.config("key")
+    plan = call.plan("key")
+    tensors, upstream, constants = _operands(plan, first, grad_out)
     _triton.launch(
-        key_kernel, k.shape[0] * call.kv_heads * -(-call.k_len // sizes["BLOCK_N"]),
-        *call.tensors, grad_out, lse, delta, dk, dv,
-        *call.strides, grad_out.stride(), dk.stride(), dv.stride(),
-        *call.counts(call.q_len * call.group, bytes_per_row), *call.limits, *call.numbers, **call.constants, **sizes,
+        key_kernel, k.shape[0] * call.kv_heads * -(-call.k_len // plan.sizes["BLOCK_N"]),
+        *tensors, *upstream, lse, delta, dk, dv,
+        *call.strides, grad_out.stride(), dk.stride(), dv.stride(), *plan.numbers, **constants,
     )  # fmt: skip
 
     if not mask_grad:
         return dq, dk, dv, q.new_empty(0)
     dmask = torch.empty(attn_mask.shape, dtype=attn_mask.dtype, device=q.device)
     batches, heads, rows, columns = dmask.shape
-    sizes = call.config("mask")
+    plan = call.plan("mask")
     _triton.launch(
-        mask_kernel, batches * heads * -(-rows // sizes["BLOCK_M"]) * -(-columns // sizes["BLOCK_N"]),
-        *call.tensors, grad_out, lse, delta, dmask, *call.strides, grad_out.stride(),
-        call.heads, call.group, *call.limits, *call.numbers,
+        mask_kernel, batches * heads * -(-rows // plan.sizes["BLOCK_M"]) * -(-columns // plan.sizes["BLOCK_N"]),
+        *first, grad_out, lse, delta, dmask, *call.strides, grad_out.stride(), call.heads, call.group, *call.numbers,
         heads, rows, columns, q.shape[0] // max(batches, 1), call.heads // max(heads, 1),
-        ONE_ROW=rows == 1, ONE_COLUMN=columns == 1, **call.constants, **sizes,
+        ONE_ROW=rows == 1, ONE_COLUMN=columns == 1, **plan.constants,
     )  # fmt: skip
     return dq, dk, dv, dmask

@@ -80,6 +80,28 @@ def inside(start, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
+def head_of(source, strides, batch, head, DESCRIPTORS: tl.constexpr):
+    """Where load_rows finds one head's [S, D]: at a pointer, or in a descriptor of all heads, which stays as it is."""
+    found = source
+    if not DESCRIPTORS:
+        found = head_pointer(source, strides, batch, head)
+    return found
+
+
+@triton.jit
+def load_rows(
+    found, batch, head, start, strides, size,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """load_tile of what head_of found; a descriptor's tile is brought by the copy engine (TMA), which fills in the zeros."""
+    if DESCRIPTORS:
+        tile = tl.reshape(found.load([batch, head, start, 0]), (ROWS, COLUMNS))
+    else:
+        tile = load_tile(found, start, strides, size, WIDTH, ROWS, COLUMNS, EDGE)
+    return tile
+
+
+@triton.jit
 def load_tile(
     pointer, start, strides, size, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EDGE: tl.constexpr
 ):  # fmt: skip

@@ -13,6 +13,7 @@ Floor: memory: x, residual read and y written; backward x, dy read and dx writte
 import triton
 import triton.language as tl
 
+from bigmodel_kernels import _tuned
 from bigmodel_kernels.ops.attention.triton_tile import keep_tile
 from bigmodel_kernels.ops.conv.triton_tile import activate, activation_gradient
 
@@ -21,10 +22,12 @@ ELEMENTS = 1024  # of a program's tile
 LARGEST_BLOCK_C = 512
 
 
-def blocks(columns: int) -> dict[str, int]:
-    """The launch constants for rows of so many columns."""
+@_tuned.cached
+def blocks(device: int | None, kernel: str, element_size: int, columns: int) -> dict[str, int]:
+    """The launch constants of a kernel, forward or backward, for rows of so many columns."""
     block_c = min(LARGEST_BLOCK_C, max(16, triton.next_power_of_2(columns)))
-    return {"BLOCK_R": ELEMENTS // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    sizes = {"BLOCK_R": ELEMENTS // block_c, "BLOCK_C": block_c, "num_warps": 4}
+    return _tuned.choose(_tuned.Row("bias_act", kernel, f"{8 * element_size}-bit", block_c), device, sizes)
 
 
 @triton.jit

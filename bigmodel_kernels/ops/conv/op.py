@@ -93,9 +93,10 @@ def prepare(
         x = x.unsqueeze(0)
     x, weight, bias, scale, shift, residual = autocast(x, weight, bias, scale, shift, residual)
     call = (x.shape, weight.shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool)
-    # Symbolic sizes and lists have no hash.
-    known = not torch.compiler.is_compiling() and _has_hash(call)
-    options, channels, full = (_known_geometry if known else _geometry)(*call)
+    try:
+        options, channels, full = _geometry(*call) if torch.compiler.is_compiling() else _known_geometry(*call)
+    except TypeError:  # symbolic sizes and lists have no hash; anything else that is wrong comes again
+        options, channels, full = _geometry(*call)
     _check_like("weight", weight, x)
     for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
         if t is not None:
@@ -117,14 +118,6 @@ def _check_like(name: str, t: Any, x: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype != x.dtype or t.device != x.device:
         raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-
-
-def _has_hash(value: Any) -> bool:
-    try:
-        hash(value)
-    except TypeError:
-        return False
-    return True
 
 
 def _geometry(
@@ -163,7 +156,8 @@ def _geometry(
     if any(n + 2 * p < k for n, k, p in zip(full, size, rim)):
         raise RuntimeError(f"pool must fit the output {full}, got a window of {size}")
     options = (
-        strides, pads, dilations, groups, bool(transposed), extra, name, kind, size, step, rim, slope,
+        tuple(strides), tuple(pads), tuple(dilations), groups, bool(transposed), tuple(extra), name,
+        kind, tuple(size), tuple(step), tuple(rim), slope,
     )  # fmt: skip
     return options, channels, full
 
@@ -268,9 +262,12 @@ def output_size(sizes, kernel, stride, padding, dilation, transposed, output_pad
 
 def is_channels_last(t: Tensor) -> bool:
     """Whether torch sees [N, C, H, W] as channels_last: strides that do not decrease in the order C, W, H, N."""
-    if t.dim() != 4:
+    return are_channels_last(t.shape, t.stride())
+
+
+def are_channels_last(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    if len(sizes) != 4:
         return False
-    sizes, strides = t.shape, t.stride()
     least = 0
     for i in (1, 3, 2, 0):
         if sizes[i] == 0 or strides[i] == 0 or strides[i] < least or (i == 0 and least == strides[1]):
@@ -290,13 +287,17 @@ def saves_pre(activation: str, pool: str) -> bool:
     return activation != "none" and (activation in ("gelu", "silu", "tanh_sigmoid") or pool == "avg")
 
 
-def shapes(
-    x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
-    pool_padding,
-):  # fmt: skip
+def shapes(x, weight, *options) -> tuple[list[int], list[int], list[int]]:
     """Shapes of the convolution's own output, of the result, and of what the activation's derivative may need."""
-    channels = weight.shape[1] * groups if transposed else weight.shape[0]
-    full = output_size(x.shape[2:], weight.shape[2:], stride, padding, dilation, transposed, output_padding)
+    return shapes_from(x.shape, weight.shape, *options)
+
+
+def shapes_from(
+    x_shape, weight_shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size,
+    pool_stride, pool_padding,
+):  # fmt: skip
+    channels = weight_shape[1] * groups if transposed else weight_shape[0]
+    full = output_size(x_shape[2:], weight_shape[2:], stride, padding, dilation, transposed, output_padding)
     pooled = full
     if pool != "none":
         pooled = [
@@ -304,7 +305,7 @@ def shapes(
         ]
     kept = channels // 2 if activation == "tanh_sigmoid" else channels
     pre = pooled if pool == "max" else full
-    return [x.shape[0], channels, *full], [x.shape[0], kept, *pooled], [x.shape[0], channels, *pre]
+    return [x_shape[0], channels, *full], [x_shape[0], kept, *pooled], [x_shape[0], channels, *pre]
 
 
 def channels_innermost(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:

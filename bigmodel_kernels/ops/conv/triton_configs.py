@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import functools
 
+from bigmodel_kernels import _tuned
+
 # kernel -> bytes per element -> columns up to -> (BLOCK_M, BLOCK_N, BLOCK_K, num_warps, num_stages)
 # product: pixels, output channels, taps * channels; gather: the same kernel where elements are read or written one by one,
 # because channels are few or not adjacent, and each has an address in registers. weights: taps * channels, narrow channels,
@@ -40,24 +42,23 @@ INTERPRETER = {  # its time goes by operations, not by their size
 SMALLEST_STEP = 32  # bytes of channels a step of the product reads at least, unless steps run across taps
 
 
-def config(gpu: str, kernel: str, element_size: int, columns: int) -> dict[str, int]:
-    """The launch constants of a kernel for so many output channels."""
-    if gpu == "interpreter":
-        m, n, k, warps, stages = INTERPRETER[kernel]
-    else:
-        rows = TABLE[kernel][element_size]
-        m, n, k, warps, stages = rows[min((c for c in rows if c >= columns), default=max(rows))]
+@_tuned.cached
+def config(gpu: str, device: int | None, kernel: str, element_size: int, columns: int) -> dict[str, int]:
+    """The launch constants of a kernel on a GPU (see _triton.gpu) and device, for so many output channels."""
+    rows = TABLE[kernel][element_size]
+    row = min((c for c in rows if c >= columns), default=max(rows))
+    m, n, k, warps, stages = INTERPRETER[kernel] if gpu == "interpreter" else rows[row]
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
-    return sizes | {"BLOCK_K": k} if k else sizes
+    name = _tuned.Row("conv", kernel, f"{8 * element_size}-bit", row)
+    return _tuned.choose(name, device, sizes | {"BLOCK_K": k} if k else sizes)
 
 
-@functools.cache
 def product_config(
-    gpu: str, element_size: int, columns: int, channels: int, taps: int, adjacent: bool, gated: bool
+    gpu: str, device: int | None, element_size: int, columns: int, channels: int, taps: int, adjacent: bool, gated: bool
 ) -> dict[str, int]:
     """The launch constants of the implicit GEMM, FLAT included; `adjacent` tells of the channels of input and output."""
     kernel = "product" if adjacent and step(64, channels, taps * channels, element_size)[1] == 0 else "gather"
-    sizes = config(gpu, kernel, element_size, columns)
+    sizes = dict(config(gpu, device, kernel, element_size, columns))
     sizes["BLOCK_K"], sizes["FLAT"] = step(sizes["BLOCK_K"], channels, taps * channels, element_size)
     if gated:  # two products share the registers
         sizes["BLOCK_N"] = max(16, sizes["BLOCK_N"] // 2)

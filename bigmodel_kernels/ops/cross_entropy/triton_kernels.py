@@ -11,11 +11,15 @@ from bigmodel_kernels.ops.cross_entropy.triton_rows import backward_kernel, bloc
 MOST_PROGRAMS = 2**31 - 1
 
 
+def _blocks(kernel: str, logits) -> dict[str, int]:
+    return blocks(logits.device.index, kernel, logits.element_size(), logits.shape[1])
+
+
 def supports(logits, target, *rest) -> str | None:
     if (why := _triton.reason(logits)) is not None:
         return why
     rows, classes = logits.shape
-    if rows * -(-classes // blocks(classes)["BLOCK"]) > MOST_PROGRAMS:
+    if rows * -(-classes // _blocks("backward", logits)["BLOCK"]) > MOST_PROGRAMS:
         return f"the kernels take fewer logits than {rows} x {classes}"
     return None
 
@@ -26,7 +30,7 @@ def fwd(logits, target, ignore_index, label_smoothing, reduction):
     parts = torch.empty(2, rows, dtype=torch.float32, device=logits.device)
     _triton.launch(
         forward_kernel, rows, logits, target.contiguous(), losses, parts,
-        classes, *logits.stride(), ignore_index, label_smoothing, SMOOTH=label_smoothing > 0, **blocks(classes),
+        classes, *logits.stride(), ignore_index, label_smoothing, SMOOTH=label_smoothing > 0, **_blocks("forward", logits),
     )  # fmt: skip
     loss = losses
     if reduction != "none":
@@ -38,7 +42,7 @@ def bwd(d_loss, parts, logits, target, ignore_index, label_smoothing, reduction)
     rows, classes = logits.shape
     d_rows = reference.row_gradients(d_loss.float(), target != ignore_index, reduction)
     d_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    sizes = blocks(classes)
+    sizes = _blocks("backward", logits)
     _triton.launch(
         backward_kernel, rows * -(-classes // sizes["BLOCK"]),
         logits, target.contiguous(), parts, d_rows.contiguous(), d_logits,

@@ -13,16 +13,19 @@ Floor: memory: the logits read once in the forward; read once and their gradient
 import triton
 import triton.language as tl
 
+from bigmodel_kernels import _tuned
 from bigmodel_kernels._triton import LOG2E, exp_of_negative
 
 LARGEST_BLOCK = 4096
 SIZES = ["rows", "ignore_index"]
 
 
-def blocks(classes: int) -> dict[str, int]:
-    """The launch constants for so many classes."""
+@_tuned.cached
+def blocks(device: int | None, kernel: str, element_size: int, classes: int) -> dict[str, int]:
+    """The launch constants of a kernel, forward or backward, for so many classes."""
     block = min(LARGEST_BLOCK, max(64, triton.next_power_of_2(classes)))
-    return {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+    sizes = {"BLOCK": block, "num_warps": min(8, max(1, block // 512))}
+    return _tuned.choose(_tuned.Row("cross_entropy", kernel, f"{8 * element_size}-bit", block), device, sizes)
 
 
 @triton.jit

@@ -10,9 +10,9 @@ step there, so more of them would only make it longer. Matrix units take 16 rows
 
 from __future__ import annotations
 
-import functools
-
 import torch
+
+from bigmodel_kernels import _tuned
 
 # GPU -> arithmetic -> hidden size up to -> (BLOCK_B, num_warps)
 TABLE = {
@@ -31,12 +31,16 @@ TABLE["sm_80"] = TABLE["sm_86"] | {"16-bit": TABLE["sm_86"]["16-bit"] | {128: (1
 TABLE["sm_90"] = TABLE["sm_80"]
 
 
-@functools.cache
-def config(gpu: str, dtype: torch.dtype, precision: str, hidden: int) -> dict[str, int] | None:
-    """The launch constants of a sequence kernel; None where the weights do not fit on chip."""
-    by_hidden = TABLE[gpu][precision if dtype == torch.float32 else "16-bit"]
+@_tuned.cached
+def config(
+    gpu: str, device: int | None, kernel: str, dtype: torch.dtype, precision: str, hidden: int
+) -> dict[str, int] | None:
+    """The launch constants of a sequence kernel, forward or backward; None where the weights do not fit on chip."""
+    arithmetic = precision if dtype == torch.float32 else "16-bit"
+    by_hidden = TABLE[gpu][arithmetic]
     block_h = next((h for h in by_hidden if h >= hidden), None)
     if block_h is None:
         return None
     rows, warps = by_hidden[block_h]
-    return {"BLOCK_B": rows, "BLOCK_H": block_h, "num_warps": warps, "num_stages": 1}
+    sizes = {"BLOCK_B": rows, "BLOCK_H": block_h, "num_warps": warps, "num_stages": 1}
+    return _tuned.choose(_tuned.Row("lstm", kernel, arithmetic, block_h), device, sizes)

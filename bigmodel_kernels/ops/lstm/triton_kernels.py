@@ -20,12 +20,13 @@ from bigmodel_kernels.ops.lstm_cell import triton_step
 from bigmodel_kernels.ops.lstm_cell.triton_kernels import supports as supports
 
 
-def _launch_constants(x: Tensor, hidden: int, projected: bool, tokens: Tokens) -> dict | None:
-    """Of the sequence kernels; None where this call goes step by step."""
+def _launch_constants(kernel: str, x: Tensor, hidden: int, projected: bool, tokens: Tokens) -> dict | None:
+    """Of a sequence kernel; None where this call goes step by step."""
     if projected or (tokens.packed and x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
     precision = _triton.precision(x.dtype)
-    sizes = config(_triton.gpu(x.device.index), x.dtype, precision, hidden)
+    device = x.device.index
+    sizes = config(_triton.gpu(device), device, kernel, x.dtype, precision, hidden)
     return sizes and {"H": hidden, "PRECISION": precision, "PACKED": tokens.packed, **sizes}
 
 
@@ -58,7 +59,7 @@ def _forward_by_step(from_input, w_hh, w_hr, bias, h, c, output, gates, cells, s
 def _layer_forward(tokens, parameters, from_input, bias, h, c, y, gates, cells) -> None:
     directions, save = len(parameters), gates is not None
     gates, cells = (gates, cells) if save else (from_input, from_input)
-    constants = _launch_constants(y, c.shape[2], parameters[0][4] is not None, tokens)
+    constants = _launch_constants("forward", y, c.shape[2], parameters[0][4] is not None, tokens)
     if constants is not None:
         w_hh = torch.stack([w[1].t() for w in parameters])
         tensors = (from_input, w_hh, bias, h, c, y, gates, cells)
@@ -95,7 +96,7 @@ def _backward_by_step(d_y, d_h, d_c, gates, cells, c0, w_hh, w_hr, d_gates, d_pr
 
 def _layer_backward(tokens, parameters, d_y, d_h, d_c, gates, cells, c0, d_gates, d_projected) -> None:
     directions = len(parameters)
-    constants = _launch_constants(d_y, c0.shape[2], parameters[0][4] is not None, tokens)
+    constants = _launch_constants("backward", d_y, c0.shape[2], parameters[0][4] is not None, tokens)
     if constants is not None:
         w_hh = torch.stack([w[1] for w in parameters])
         tensors = (d_y, d_h, d_c, gates, cells, c0, w_hh, d_gates)

@@ -23,7 +23,7 @@ def fwd(x, residual, weight, bias, eps, center):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = None if residual is None else torch.empty_like(y)
     mean, rstd = (torch.empty(rows, dtype=torch.float32, device=x.device) for _ in range(2))
-    sizes = blocks(columns)
+    sizes = blocks(x.device.index, "forward", x.element_size(), columns)
     _triton.launch(
         forward_kernel, -(-rows // sizes["BLOCK_R"]),
         source, added, *(t if t is None else t.contiguous() for t in (weight, bias)), y, h, mean, rstd,
@@ -41,7 +41,7 @@ def bwd(dy, dh, h, mean, rstd, need_parameters, x, residual, weight, bias, eps, 
     )
     rows = source.shape[0]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    sizes = blocks(columns)
+    sizes = blocks(x.device.index, "backward", x.element_size(), columns)
     chunk, programs = _triton.split_rows(x.device.index, rows, sizes["BLOCK_R"])
     wanted = [need_parameters and t is not None for t in (weight, bias)]
     partial = torch.empty(2, programs, columns, dtype=torch.float32, device=x.device) if any(wanted) else None

@@ -16,18 +16,22 @@ Floor: memory: x, residual read, y, h written; backward h, dy read, dh written.
 import triton
 import triton.language as tl
 
+from bigmodel_kernels import _tuned
+
 LARGEST_ROW = 8192
 SIZES = ["rows", "chunk"]
 ELEMENTS = 2048  # of a program's tile at least, unless there is but one row
 LARGEST_PER_THREAD = 16
 
 
-def blocks(columns: int) -> dict[str, int]:
-    """The launch constants for rows of so many columns."""
+@_tuned.cached
+def blocks(device: int | None, kernel: str, element_size: int, columns: int) -> dict[str, int]:
+    """The launch constants of a kernel, forward or backward, for rows of so many columns."""
     block_c = max(16, triton.next_power_of_2(columns))
     block_r = max(1, ELEMENTS // block_c)
     warps = min(16, max(4, block_r * block_c // (32 * LARGEST_PER_THREAD)))
-    return {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    sizes = {"BLOCK_R": block_r, "BLOCK_C": block_c, "num_warps": warps}
+    return _tuned.choose(_tuned.Row("norm", kernel, f"{8 * element_size}-bit", block_c), device, sizes)
 
 
 @triton.jit
