@@ -1,8 +1,10 @@
-"""python -m bigmodel_kernels info [--json] | check: what is built here and why not the rest; whether the kernels are right."""
+"""python -m bigmodel_kernels info [--json] | check | tune: what is built here and why not the rest; whether the kernels are
+right; which launch constants of the Triton kernels are fastest on this GPU."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import platform
 import sys
@@ -66,13 +68,32 @@ def show(info: dict) -> None:
     print(f"\nnext  {info['next']}")
 
 
+def _tune(arguments: argparse.Namespace) -> int:
+    if importlib.util.find_spec("triton") is None:
+        print("tune needs triton: pip install triton", file=sys.stderr)
+        return 2
+    from bigmodel_kernels.tune import run
+
+    return run(arguments.op, arguments.dtype, arguments.quick)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bigmodel_kernels", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     info = commands.add_parser("info", help="versions, what is built, each op x backend with OK or the reason why not")
     info.add_argument("--json", action="store_true", help="as JSON")
     commands.add_parser("check", help="verify every kernel on this machine against float64, in under a minute")
+    tune = commands.add_parser(
+        "tune", help="measure launch constants of the Triton kernels on this GPU and keep the fastest"
+    )
+    tune.add_argument("--op", action="append", choices=names(), help="only this op; may be repeated")
+    tune.add_argument(
+        "--dtype", action="append", choices=("bfloat16", "float16", "float32"), help="only this; may be repeated"
+    )
+    tune.add_argument("--quick", action="store_true", help="fewer sizes and candidates")
     arguments = parser.parse_args(argv)
+    if arguments.command == "tune":
+        return _tune(arguments)
     if arguments.command == "check":
         from bigmodel_kernels.selfcheck import run
 

@@ -110,7 +110,8 @@ def source_hash() -> str:
     """Of all that decides how a kernel runs: Triton sources of the ops, and what they share."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([here / "_triton.py", *here.glob("ops/*/triton*.py")]):
+    sources = {here / "_triton.py", *here.glob("ops/*/triton*.py")} - {*here.glob("ops/*/triton_tuning.py")}
+    for path in sorted(sources):
         digest.update(str(path.relative_to(here)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
