@@ -243,6 +243,9 @@ def run(ops: list[str] | None, dtypes: list[str] | None, quick: bool) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = (
+        "ieee"  # as float32 is checked
+    )
     console = Console()
     device = torch.cuda.current_device()
     if (why := _triton.reason(torch.empty(1, device="cuda"))) is not None:

@@ -400,7 +400,7 @@ def test_sequence_kernels_compile_within_their_budget(gpu, arithmetic, hidden, d
     if (dtype == torch.float32) == (arithmetic == "16-bit") or (dtype == torch.bfloat16 and hidden < 128):
         pytest.skip("not a row of the table, or that of float16 once more")
     if arithmetic == "tf32":
-        monkeypatch.setattr(_triton, "precision", lambda dtype: "tf32")
+        monkeypatch.setattr(_triton, "precision", lambda dtype, *switches: "tf32")
     options = {"packed": True, "bidirectional": True} if hidden > 32 else {}
     forward, backward = compile_call(gpu, monkeypatch, dtype, hidden, **options)
     *registers, shared = BUDGET[arithmetic, hidden]

@@ -24,7 +24,8 @@ def _launch_constants(kernel: str, x: Tensor, hidden: int, projected: bool, toke
     """Of a sequence kernel; None where this call goes step by step."""
     if projected or (tokens.packed and x.is_cuda and torch.cuda.is_current_stream_capturing()):
         return None
-    precision = _triton.precision(x.dtype)
+    # Its products before and after are PyTorch's, under the switch of products; an LSTM has one of its own as well.
+    precision = _triton.precision(x.dtype, torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
     device = x.device.index
     sizes = config(_triton.gpu(device), device, kernel, x.dtype, precision, hidden)
     return sizes and {"H": hidden, "PRECISION": precision, "PACKED": tokens.packed, **sizes}
