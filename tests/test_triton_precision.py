@@ -1,4 +1,4 @@
-"""float32 products of the Triton kernels are IEEE unless PyTorch's own switches allow TF32: what launchers hand to their kernels."""
+"""float32 products of the Triton kernels are IEEE unless PyTorch's own switches allow TF32: what kernels are launched with."""
 
 import pytest
 import torch
