@@ -6,16 +6,9 @@ import torch
 import bigmodel_kernels as bmk
 from bigmodel_kernels import _triton
 from bigmodel_kernels.ops.conv import triton_configs, triton_kernels
+from bigmodel_kernels.ops.conv.triton_tuning import FUNCTIONS
 from tests.triton_aot import SHARED_LIMIT, compiling
 
-KERNELS = {
-    "product": "product_kernel",
-    "gather": "product_kernel",
-    "weights": "weights_kernel",
-    "direct": "direct_kernel",
-    "direct_weights": "direct_weights_kernel",
-    "image": "spread_kernel",
-}
 REGISTERS = {
     "product": 200,
     "gather": 208,
@@ -60,7 +53,7 @@ def test_rows_compile_within_budget(gpu, kernel, size, columns, monkeypatch):
     """16-bit rows in bfloat16 for sm_80 and in float16 for sm_90; float32 rows in IEEE arithmetic and in TF32."""
     dtype = torch.float32 if size == 4 else torch.bfloat16 if gpu == "sm_80" else torch.float16
     monkeypatch.setattr(_triton, "precision", lambda dtype, *switches: "ieee" if gpu == "sm_80" else "tf32")
-    with compiling(gpu, monkeypatch, only=KERNELS[kernel]) as found:
+    with compiling(gpu, monkeypatch, only=FUNCTIONS[kernel]) as found:
         run(kernel, dtype, columns)
     assert found
     expected = triton_configs.config(gpu, None, kernel, size, columns)
