@@ -116,7 +116,7 @@ class Op:
         if not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
             return self.fwd(*args, backend)
         flat, lengths = _flatten(args, self._tensors["fwd"])
-        pair = _EagerPair if _is_plain_eager(self._tensors["fwd"], args) else _Pair
+        pair = _EagerPair if is_plain_eager(self._tensors["fwd"], args) else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
 
     def fwd(self, *args: Any):
@@ -129,7 +129,7 @@ class Op:
 
     def _run(self, direction: str, args: tuple):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
-        if args[-1] != "auto" and _is_plain_eager(self._tensors[direction], args):
+        if args[-1] != "auto" and is_plain_eager(self._tensors[direction], args):
             return getattr(_registry.module(self.name, args[-1]), direction)(*args[:-1])
         return self._operators[direction](*args)
 
@@ -155,7 +155,7 @@ class InPlaceOp:
             return _registry.module(self.name, backend).fwd(*rest)
 
     def __call__(self, *args: Any, backend: str):
-        return (self._run if _is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
+        return (self._run if is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
 
 
 def _operator(name: str, schema: str, implementation: Callable, fake: Callable):
@@ -167,7 +167,7 @@ def _operator(name: str, schema: str, implementation: Callable, fake: Callable):
     return getattr(torch.ops.bigmodel_kernels, name).default
 
 
-def _is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
+def is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
     """Whether nobody watches or replaces calls of operators: no compiler, mode, transform or tensor subclass among the
     arguments at the positions `tensors`."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

@@ -134,6 +134,16 @@ class GatedCausalConv1d(CausalConv1d):
         )  # fmt: skip
 
 
+def _parameters(layer: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias: straight from where a module keeps them, since asking it for six takes as long as a step's kernel."""
+    if layer is None:
+        return None, None
+    known = layer._parameters
+    if "weight" in known and "bias" in known:
+        return known["weight"], known["bias"]
+    return layer.weight, layer.bias  # of a parametrized layer, computed anew
+
+
 class WaveNetLayer(nn.Module):
     """One layer of WaveNet (van den Oord et al., 2016): the gated causal convolution, then a 1x1 convolution back onto its
     input and another onto the sum that all layers share, in one call.
@@ -159,12 +169,11 @@ class WaveNetLayer(nn.Module):
         gates = channels if gate_channels is None else gate_channels
         options = {"bias": bias, "device": device, "dtype": dtype}
         self.conv = GatedCausalConv1d(channels, gates, kernel_size, dilation, **options)
-        self.out = nn.Conv1d(gates, channels, 1, **options) if residual else None
+        self.register_module("out", nn.Conv1d(gates, channels, 1, **options) if residual else None)
         self.skip = nn.Conv1d(gates, channels if skip_channels is None else skip_channels, 1, **options)
 
     def _weights(self) -> tuple[Tensor | None, ...]:
-        out = (None, None) if self.out is None else (self.out.weight, self.out.bias)
-        return self.conv.weight, self.conv.bias, *out, self.skip.weight, self.skip.bias
+        return *_parameters(self.conv), *_parameters(self.out), *_parameters(self.skip)
 
     def forward(
         self,
@@ -184,8 +193,11 @@ class WaveNetLayer(nn.Module):
         skip: Tensor | None = None,  # [N, S]
     ) -> tuple[Tensor | None, Tensor, ConvState]:  # [N, C], [N, S], next state
         """One time step; the state as in `CausalConv1d.step`."""
+        modules = self._modules
+        conv, out = modules["conv"], modules["out"]
         y, total, state = conv_step(
-            x_t, self.initial_state(len(x_t)) if state is None else state, *self._weights(), skip=skip,
-            dilation=self.conv.dilation[0], activation="tanh_sigmoid", backend=self.backend,
+            x_t, self.initial_state(len(x_t)) if state is None else state, *_parameters(conv), *_parameters(out),
+            *_parameters(modules["skip"]), skip=skip, dilation=conv.dilation[0], activation="tanh_sigmoid",
+            backend=self.backend,
         )  # fmt: skip
-        return None if self.out is None else y, total, state
+        return None if out is None else y, total, state

@@ -11,6 +11,20 @@ namespace bmk {
 
 using Optional = std::optional<Tensor>;
 
+namespace {
+
+// An uninitialised contiguous CPU tensor. At one step's size a trip through the dispatcher would take as long as the arithmetic.
+Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle out = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
+  return Tensor(out);
+}
+
+}  // namespace
+
 // Writes x_t into the ring and advances the position; returns (y, skip), skip empty without skip_weight.
 std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor position, const Tensor& weight, const Optional& bias,
                                          const Optional& out_weight, const Optional& out_bias, const Optional& skip_weight,
@@ -48,7 +62,8 @@ std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor po
   check(skip_bias, {skips}, "skip_bias");
   check(skip_sum, {batch, skips}, "skip");
   CHECK_CPU(position);
-  for (const Tensor* t : {&x, static_cast<const Tensor*>(&ring), &weight}) {
+  CHECK_CPU(x);
+  for (const Tensor* t : {static_cast<const Tensor*>(&ring), &weight}) {
     CHECK_CPU(*t);
     CHECK_SAME_DTYPE(*t, x);
     CHECK_CONTIGUOUS(*t);
@@ -61,8 +76,8 @@ std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor po
     }
   int64_t* step = static_cast<int64_t*>(position.mutable_data_ptr());
   STD_TORCH_CHECK(*step >= 0, "position must not be negative, got ", *step);
-  Tensor y = torch::stable::new_empty(x, {batch, out_weight ? out : values});
-  Tensor skip = torch::stable::new_empty(x, skip_weight ? std::vector<int64_t>{batch, skips} : std::vector<int64_t>{0});
+  Tensor y = new_matrix(x, batch, out_weight ? out : values);
+  Tensor skip = skip_weight ? new_matrix(x, batch, skips) : torch::stable::new_empty(x, {0});
   DISPATCH_FLOATING(x.scalar_type(), "conv_step", [&] {
     using S = scalar_t;
     auto pointer = [](const Optional& t) { return static_cast<const S*>(data(t)); };
@@ -77,6 +92,8 @@ std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor po
                            kind,
                            slope,
                            static_cast<const S*>(x.const_data_ptr()),
+                           x.stride(0),
+                           x.stride(1),
                            static_cast<S*>(ring.mutable_data_ptr()),
                            *step,
                            static_cast<const S*>(weight.const_data_ptr()),

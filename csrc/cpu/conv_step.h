@@ -7,7 +7,7 @@
 
 namespace bmk {
 
-// One time step of N sequences. Everything is contiguous; what is left out is null.
+// One time step of N sequences. Everything but x is contiguous; what is left out is null.
 template <class S>
 struct ConvStep {
   int64_t batch, channels, rows;  // rows of the weight, before a gate halves them
@@ -15,7 +15,8 @@ struct ConvStep {
   int64_t out, skips;  // C, or 0 without out_weight; S, or 0
   Activation activation;
   double slope;
-  const S* x;           // [N, C]
+  const S* x;  // [N, C], with the strides of its rows and columns
+  int64_t x_row, x_column;
   S* ring;              // [N, L, C], L = dilation * (K - 1): the inputs so far, that of step t at t mod L
   int64_t position;     // t
   const S* weight;      // [rows, C / groups, K]

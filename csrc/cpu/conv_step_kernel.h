@@ -62,9 +62,11 @@ void conv_step(const ConvStep<S>& c) {
   constexpr int W = kLanes<T>;
   const int64_t window = c.channels * c.kernel, depth = window / c.groups, D = c.values(), rows = padded<T>(c.rows);
   Scratch<T> taps(c.batch * window), z(c.batch * rows), a(c.batch * rows);
+  Scratch<S> x_t(c.batch * c.channels);
   for (int64_t n = 0; n < c.batch; ++n) {
     T* out = taps.get() + n * window;
-    const S* x = c.x + n * c.channels;
+    S* x = x_t.get() + n * c.channels;
+    for (int64_t i = 0; i < c.channels; ++i) x[i] = c.x[n * c.x_row + i * c.x_column];
     S* ring = c.ring + n * c.delay() * c.channels;
     for (int64_t k = 0; k < c.kernel; ++k) {
       // Step t - L was where step t belongs, and t counts from 0.
@@ -98,6 +100,6 @@ void conv_step(const ConvStep<S>& c) {
     if (!c.out_weight)
       for (int64_t i = 0; i < D; i += W) store_partial(c.y + n * D + i, load(to + i), std::min<int64_t>(W, D - i));
   }
-  if (c.out_weight) matrix_vectors<T>(c.out_weight, c.out, D, a.get(), rows, c.batch, c.out_bias, c.x, c.y, c.out);
+  if (c.out_weight) matrix_vectors<T>(c.out_weight, c.out, D, a.get(), rows, c.batch, c.out_bias, x_t.get(), c.y, c.out);
   if (c.skip_weight) matrix_vectors<T>(c.skip_weight, c.skips, D, a.get(), rows, c.batch, c.skip_bias, c.skip_sum, c.skip, c.skips);
 }

@@ -151,3 +151,14 @@ def test_block_compiles_in_training_and_in_eval():
         compiled = torch.compile(block, fullgraph=True)
         torch.testing.assert_close(compiled(x), block(x), rtol=1e-4, atol=1e-5)
         compiled(x).sum().backward()
+
+
+def test_steps_compile():
+    layer, x = bnn.WaveNetLayer(4, dilation=2), make(2, 4, 6)
+    expected, _ = layer(x)
+    step = torch.compile(layer.step, fullgraph=True)
+    state = layer.initial_state(2)
+    with torch.no_grad():
+        for t in range(6):
+            out, _, state = step(x[..., t].contiguous(), state)
+            torch.testing.assert_close(out, expected[..., t], rtol=1e-5, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -15,6 +17,11 @@ def supports(x_t, ring, position, *rest) -> str | None:
     return None if ring.is_contiguous() else "the ring of the state is not contiguous"
 
 
+@functools.cache
+def _native():
+    return torch.ops.bigmodel_native.conv_step_fwd.default
+
+
 def fwd(
     x_t, ring, position, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, groups, activation,
     slope,
@@ -23,6 +30,4 @@ def fwd(
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip)
     ]
-    return torch.ops.bigmodel_native.conv_step_fwd(
-        x_t.contiguous(), ring, position, *tensors, dilation, groups, activation, slope
-    )
+    return _native()(x_t, ring, position, *tensors, dilation, groups, activation, slope)

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bigmodel_kernels._library import InPlaceOp, needs_grad
-from bigmodel_kernels.ops.conv.op import parse_activation
-from bigmodel_kernels.ops.conv_step import torch_op
+from bigmodel_kernels import _registry
+from bigmodel_kernels._library import InPlaceOp, is_plain_eager, needs_grad
+from bigmodel_kernels.ops.conv.op import ACTIVATIONS, parse_activation
+from bigmodel_kernels.ops.conv_step import cpu, torch_op
+
+PLAIN_ACTIVATIONS = (None, *(name for name in ACTIVATIONS if name != "leaky_relu"))  # those without a slope
 
 
 class ConvState(NamedTuple):
@@ -66,10 +69,29 @@ def conv_step(
     Raises:
         TypeError, ValueError, RuntimeError: arguments of the wrong type, value, size, dtype or device.
     """
-    args = prepare(
-        x_t, state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation,
-        groups=groups, activation=activation,
-    )  # fmt: skip
+
+    def checked() -> tuple:
+        return prepare(
+            x_t, state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation,
+            groups=groups, activation=activation,
+        )  # fmt: skip
+
+    if (
+        activation in PLAIN_ACTIVATIONS
+        and type(state) is ConvState
+        and _goes_to_the_kernel(x_t, state, weight, backend)
+    ):
+        # The kernel checks all of its arguments itself: to check them here too would take as long as the step.
+        try:
+            y, total = cpu.fwd(
+                x_t, *state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, groups,
+                activation or "none", 0.0,
+            )  # fmt: skip
+        except (RuntimeError, TypeError, AttributeError):
+            checked()  # says what is wrong as it does for every backend
+            raise
+        return y, None if skip_weight is None else total, state
+    args = checked()
     if needs_grad(*args):
         if backend not in ("auto", "torch"):
             raise RuntimeError(f"conv_step: backend {backend!r} has no gradient; call it under torch.no_grad()")
@@ -78,6 +100,15 @@ def conv_step(
     else:
         y, total = OP(*args, backend=backend)
     return y, None if skip_weight is None else total, state
+
+
+def _goes_to_the_kernel(x_t: Tensor, state: ConvState, weight: Tensor, backend: str) -> bool:
+    """Whether this is an eager call without gradients that gets the backend "cpu"."""
+    if torch.is_grad_enabled() or not is_plain_eager(range(4), (x_t, *state, weight)) or not x_t.is_cpu:
+        return False
+    if _registry.wanted(backend) == "torch" or cpu.supports(x_t, *state) is not None:
+        return False
+    return _registry.select(OP.name, backend, prefer, (x_t, *state)) == "cpu"
 
 
 def prepare(
