@@ -31,7 +31,7 @@ from setuptools import Extension, find_packages, setup
 
 TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
-SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"
+SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"; `make sanitize` uses it
 CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
 
@@ -101,7 +101,7 @@ def extensions() -> list[Extension]:
     cxx = [
         "-std=c++20",
         "-g1" if not DEBUG else "-g",
-        "-O0" if DEBUG else "-O3",
+        "-O0" if DEBUG else "-O1" if SANITIZE else "-O3",
         "-fvisibility=hidden",
         "-Wall",
         "-Wno-psabi",
@@ -110,7 +110,10 @@ def extensions() -> list[Extension]:
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     link = []
     if SANITIZE:
-        cxx += [f"-fsanitize={SANITIZE}", "-fno-omit-frame-pointer"]
+        # -O1 leaves out what forms fused multiply-adds, and results are to be those of the real build.
+        # Python's own flags may hold -fwrapv, under which no overflow is a mistake; object-size is what address sees better.
+        cxx += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-sanitize=object-size", "-fno-wrapv"]
+        cxx += ["-fexpensive-optimizations", "-fno-omit-frame-pointer"]
         link += [f"-fsanitize={SANITIZE}"]
     sources, cuda = sorted(glob("csrc/cpu/*.cpp")), {}
     if not no_cuda:

@@ -7,46 +7,61 @@
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
 // number of parts depends on the shape alone, so the results never depend on the number of threads.
 
-// A block of rows against a block of keys: operands, products and probabilities.
-template <class T>
+// A block of rows against a block of keys: operands, products and probabilities. Operands are of type A: T, or bfloat16 where
+// its dot products are used. Then q is not scaled, p and ds are rounded, and what is summed over rows lies in pairs of them.
+template <class T, class A = T>
 struct GradBlock {
-  static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys;
+  static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys, step = kStep<A>, kStripRows = kTileRows<T>;
+  static constexpr bool kPaired = step == 2;
   const AttentionArgs& a;
   const AttentionGradArgs& g;
-  const int64_t depth_ld, value_ld;   // padded D and Dv
-  Scratch<T> keys_t, values_t, keys;  // panels of [D][kPanel] and [Dv][kPanel]; rows [kKeys][depth_ld]
-  Scratch<T> q, grad_out;             // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
-  Scratch<T> p, ds;                   // [kRows][kKeys]: first the products q k^T and do v^T
+  const int64_t depth, width, depth_ld, value_ld;  // D and Dv in whole steps, and in whole vectors
+  Scratch<A> keys_t, values_t, keys;               // panels of [depth][kPanel] and [width][kPanel]; rows [kKeys][depth_ld]
+  Scratch<A> q, grad_out;                          // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
+  Scratch<A> p, ds;                                // [kRows][kKeys]: first the products q k^T and do v^T
+  Scratch<A> q_pairs, grad_pairs, ds_pairs;        // q, grad_out and ds once more as [pair of rows][..][2]; p is only that
+  Scratch<T> p_strip, ds_strip;                    // the products of a tile of rows, before they are rounded
   SetAside<T> q_aside, grad_out_aside;
   Scores<T> scores;
   int64_t k0 = 0, n = 0;       // the block of keys
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
   T lse[kRows], delta[kRows];  // of the block of rows, lse is +inf where there is none
+  bool any_aside = false;
 
   GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads)
       : a(args),
         g(grads),
+        depth(round_up(a.head_dim, step)),
+        width(round_up(a.value_dim, step)),
         depth_ld(round_up(a.head_dim, kLanes<T>)),
         value_ld(round_up(a.value_dim, kLanes<T>)),
-        keys_t(kKeys * a.head_dim),
-        values_t(kKeys * a.value_dim),
+        keys_t(kKeys * depth),
+        values_t(kKeys * width),
         keys(kKeys * depth_ld),
         q(kRows * depth_ld),
         grad_out(kRows * value_ld),
         p(kRows * kLd),
         ds(kRows * kLd),
+        q_pairs(kPaired ? kRows * depth_ld : 0),
+        grad_pairs(kPaired ? kRows * value_ld : 0),
+        ds_pairs(kPaired ? kRows * kLd : 0),
+        p_strip(kPaired ? kStripRows * kLd : 0),
+        ds_strip(kPaired ? kStripRows * kLd : 0),
         scores(args) {}
+
+  // What is left of the scale of q in dk.
+  T dk_factor() const { return kPaired ? static_cast<T>(a.scale) : scores.capped ? static_cast<T>(a.softcap) : T(1); }
 
   template <class S>
   void load_keys(int64_t group, int64_t first_key) {
     k0 = first_key, n = std::min(kKeys, a.k_len - k0);
     const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
     const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
-    pack_transposed<S, T>(keys_t, k, a.k.stride[2], a.k.stride[3], n, a.head_dim);
-    pack_transposed<S, T>(values_t, v, a.v.stride[2], a.v.stride[3], n, a.value_dim);
+    pack_transposed(keys_t.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim);
+    pack_transposed(values_t.get(), v, a.v.stride[2], a.v.stride[3], n, a.value_dim);
     // A key that is attended and not finite has made ds NaN already, which it stays times 0: nothing is to be added afterwards.
     SetAside<T> aside;
-    pack_rows<S, T>(keys, k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, T(1), 0, aside);
+    pack_rows(keys.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, 0, aside);
   }
 
   // Which keys of the block the tiles of `rows` need; false where there are none.
@@ -64,23 +79,37 @@ struct GradBlock {
   void load_rows(const RowBlock<T>& rows) {
     const T infinity = std::numeric_limits<T>::infinity();
     const int64_t padded = rows.tiles * kTileRows<T>;
-    std::fill(q + rows.count * depth_ld, q + padded * depth_ld, T(0));
-    std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, T(0));
-    vec<T> q_poison = {}, grad_poison = {};
+    std::fill(q + rows.count * depth_ld, q + padded * depth_ld, A{});
+    std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, A{});
+    q_aside.clear(), grad_out_aside.clear();
+    any_aside = false;
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
-      q_poison += pack_row<S, T>(q + r * depth_ld, a.q.at<S>(b, h, i), a.q.stride[3], a.head_dim, depth_ld, scores.factor);
-      grad_poison += pack_row<S, T>(grad_out + r * value_ld, g.grad_out.at<S>(b, h, i), g.grad_out.stride[3], a.value_dim, value_ld, T(1));
+      any_aside |= load_row(q + r * depth_ld, a.q.at<S>(b, h, i), a.q.stride[3], a.head_dim, depth_ld, scores.factor);
+      any_aside |= load_row(grad_out + r * value_ld, g.grad_out.at<S>(b, h, i), g.grad_out.stride[3], a.value_dim, value_ld, T(1));
       const T saved = *g.lse.at<T>(b, h, i);
       lse[r] = saved == -infinity ? infinity : saved;
       delta[r] = row_delta<S>(b, h, i, grad_out + r * value_ld);
     }
-    q_aside.clear(), grad_out_aside.clear();
-    any_aside = reduce_add(q_poison) != 0 || reduce_add(grad_poison) != 0;
+    if constexpr (kPaired) {
+      pack_rows(q_pairs.get(), q.get(), depth_ld, 1, rows.count, depth_ld, depth_ld, 0, q_aside);
+      pack_rows(grad_pairs.get(), grad_out.get(), value_ld, 1, rows.count, value_ld, value_ld, 0, grad_out_aside);
+    }
+  }
+
+  // True where an element is not finite.
+  template <class S>
+  bool load_row(A* out, const S* row, int64_t stride, int64_t n, int64_t padded, [[maybe_unused]] T factor) const {
+    if constexpr (kPaired) {
+      copy_row(out, row, stride, n, padded);
+      return any_not_finite(out, n);
+    } else {
+      return reduce_add(pack_row<S, T>(out, row, stride, n, padded, factor)) != 0;
+    }
   }
 
   template <class S>
-  T row_delta(int64_t b, int64_t h, int64_t i, const T* grad) const {
+  T row_delta(int64_t b, int64_t h, int64_t i, const A* grad) const {
     constexpr int64_t W = kLanes<T>;
     const S* out = g.out.at<S>(b, h, i);
     vec<T> sum = {};
@@ -89,25 +118,46 @@ struct GradBlock {
     return reduce_add(sum) - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i) : T(0));
   }
 
-  bool any_aside = false;
-
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
   // cap_slope: ds is the gradient of the product (with softcap), not of the score that the mask is added to.
   void probabilities(const RowBlock<T>& rows, bool cap_slope) {
-    constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
-    for (int64_t j = 0; j < n; j += P)
+    constexpr int64_t R = kTileRows<T>, P = kPanel<T>;
+    if constexpr (kPaired) {
       for (int64_t t = 0; t < rows.tiles; ++t) {
-        if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) continue;
-        const int64_t vectors = hi[t] - j > W ? 2 : 1, at = t * R * kLd + j;
-        product<Start::zero, T>(rows.tile_count(t), vectors, q + t * R * depth_ld, depth_ld, 1, keys_t + j * a.head_dim, P, a.head_dim,
-                                p + at, kLd);
-        product<Start::zero, T>(rows.tile_count(t), vectors, grad_out + t * R * value_ld, value_ld, 1, values_t + j * a.value_dim, P,
-                                a.value_dim, ds + at, kLd);
+        for (int64_t j = 0; j < n; j += P) products(rows, t, j, p_strip, ds_strip);
+        tile_probabilities(rows, t, cap_slope, p_strip, ds_strip);
+        const int64_t end = round_up(n, kLanes<T>);
+        for (int64_t r = 0; r < R; r += 2) {
+          const int64_t row = (t * R + r) * kLd;
+          const T *p_rows = p_strip + r * kLd, *ds_rows = ds_strip + r * kLd;
+          round_rows<false>(p + row, p_rows, p_rows + kLd, end, nullptr, nullptr);
+          round_rows<true>(ds_pairs + row, ds_rows, ds_rows + kLd, end, ds + row, ds + row + kLd);
+        }
       }
+    } else {
+      for (int64_t j = 0; j < n; j += P)
+        for (int64_t t = 0; t < rows.tiles; ++t) products(rows, t, j, p + t * R * kLd, ds + t * R * kLd);
+      for (int64_t t = 0; t < rows.tiles; ++t) tile_probabilities(rows, t, cap_slope, p + t * R * kLd, ds + t * R * kLd);
+    }
+  }
+
+  // q k^T and do v^T of a tile of rows and a panel of keys.
+  INLINE void products(const RowBlock<T>& rows, int64_t t, int64_t j, T* p_rows, T* ds_rows) {
+    constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
+    if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) return;
+    const int64_t vectors = hi[t] - j > W ? 2 : 1;
+    product<kRawScores<A>>(rows.tile_count(t), vectors, q + t * R * depth_ld, depth_ld, step, keys_t + j * depth, P * step, depth / step,
+                           p_rows + j, kLd, &scores.factor);
+    product<Start::zero>(rows.tile_count(t), vectors, grad_out + t * R * value_ld, value_ld, step, values_t + j * width, P * step,
+                         width / step, ds_rows + j, kLd);
+  }
+
+  // Turns the products of a tile of rows into p and ds.
+  INLINE void tile_probabilities(const RowBlock<T>& rows, int64_t t, bool cap_slope, T* p_rows, T* ds_rows) {
+    constexpr int64_t R = kTileRows<T>, W = kLanes<T>;
     const int64_t end = std::min(kLd, std::max(round_up(n, R), round_up(n, W)));
-    for (int64_t r = 0; r < rows.tiles * R; ++r) {
-      const int64_t t = r / R;
-      T *p_row = p + r * kLd, *ds_row = ds + r * kLd;
+    for (int64_t r = t * R; r < (t + 1) * R; ++r) {
+      T *p_row = p_rows + (r - t * R) * kLd, *ds_row = ds_rows + (r - t * R) * kLd;
       const bool used = r < rows.count && lo[t] < hi[t];
       const int64_t first = used ? lo[t] / W * W : 0, last = used ? round_up(hi[t], W) : 0;
       std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + end, T(0));
@@ -158,31 +208,51 @@ struct GradBlock {
     for (int64_t j = whole_end; j < last; j += W) one(j, true);
   }
 
-  // C[keys, width] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
-  void add_transposed(const RowBlock<T>& rows, const T* w, T* b, int64_t width, SetAside<T>& aside, T* c) {
+  void add_dv(const RowBlock<T>& rows, T* dv) {
+    if constexpr (kPaired) {
+      add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv);
+    } else {
+      if (any_aside) grad_out_aside.take(grad_out, rows.count, value_ld, 0);
+      add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv);
+    }
+  }
+
+  void add_dk(const RowBlock<T>& rows, T* dk) {
+    if constexpr (kPaired) {
+      add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk);
+    } else {
+      if (any_aside) q_aside.take(q, rows.count, depth_ld, 0);
+      add_transposed(rows, ds, q, depth_ld, q_aside, dk);
+    }
+  }
+
+  // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
+  void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c) const {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
-    if (any_aside) aside.take(b, rows.count, width, 0);
-    for (int64_t d = 0; d < width; d += P)
+    for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {
         int64_t first = rows.tiles, last = 0;
         for (int64_t t = 0; t < rows.tiles; ++t)
           if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
         if (first >= last) continue;
-        const int64_t row = first * R, depth = std::min(rows.count, last * R) - row;
-        product<Start::add, T>(std::min(R, n - key), (width - d) / W, w + row * kLd + key, 1, kLd, b + row * width + d, width, depth,
-                               c + key * width + d, width);
+        const int64_t row = first * R, count = std::min(rows.count, last * R) - row;
+        product<Start::add>(std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
+                            b + row * columns + d * step, step * columns, (count + step - 1) / step, c + key * columns + d, columns);
       }
-    aside.add(c, width, n, width, 0, rows.count, [&](int64_t key, int64_t r) { return w[r * kLd + key]; });
+    aside.add(c, columns, n, columns, 0, rows.count,
+              [&](int64_t key, int64_t r) { return static_cast<T>(to_compute(w[r / step * step * kLd + key * step + r % step])); });
   }
 
   // dq[rows, depth_ld] += ds k
   void add_dq(const RowBlock<T>& rows, T* dq) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < depth_ld; d += P)
-      for (int64_t t = 0; t < rows.tiles; ++t)
+      for (int64_t t = 0; t < rows.tiles; ++t) {
+        const int64_t from = lo[t] / step * step;
         if (lo[t] < hi[t])
-          product<Start::add, T>(rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + lo[t], kLd, 1, keys + lo[t] * depth_ld + d,
-                                 depth_ld, hi[t] - lo[t], dq + t * R * depth_ld + d, depth_ld);
+          product<Start::add>(rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + from, kLd, step, keys + from * depth_ld + d * step,
+                              depth_ld * step, (hi[t] - from + step - 1) / step, dq + t * R * depth_ld + d, depth_ld);
+      }
   }
 };
 
@@ -191,8 +261,8 @@ INLINE void write_scaled(S* out, const T* row, int64_t n, T factor) {
   for (int64_t d = 0; d < n; d += kLanes<T>) store_any(out + d, load(row + d) * factor, n - d);
 }
 
-template <class S>
-void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
+template <class S, class A>
+void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
   using T = compute_t<S>;
   constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
   const int64_t groups = a.groups(), group_rows = a.group_rows(), blocks = (group_rows + kRows - 1) / kRows;
@@ -206,7 +276,7 @@ void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
   // dq of every part, [groups][parts][rows][depth_ld]
   Scratch<T> dq(groups * parts * padded_rows * depth_ld);
   torch::stable::parallel_for(0, groups * parts, grain, [&](int64_t begin, int64_t end) {
-    GradBlock<T> x(a, g);
+    GradBlock<T, A> x(a, g);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
     for (int64_t task = begin; task < end; ++task) {
@@ -222,12 +292,11 @@ void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
           if (!x.meet(rows)) continue;
           x.template load_rows<S>(rows);
           x.probabilities(rows, true);
-          x.add_transposed(rows, x.p, x.grad_out, value_ld, x.grad_out_aside, dv);
-          x.add_transposed(rows, x.ds, x.q, depth_ld, x.q_aside, dk);
+          x.add_dv(rows, dv);
+          x.add_dk(rows, dk);
           x.add_dq(rows, part_dq + block * kRows * depth_ld);
         }
-        // q was packed times factor: what is left of the scale.
-        const T dk_factor = x.scores.capped ? static_cast<T>(a.softcap) : T(1);
+        const T dk_factor = x.dk_factor();
         const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
         for (int64_t j = 0; j < x.n; ++j) {
           const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;
@@ -252,4 +321,13 @@ void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
       }
     }
   });
+}
+
+template <class S>
+void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (multiplied_in_pairs(a)) return attention_backward_of<S, bfloat16>(a, g);
+#endif
+  attention_backward_of<S, compute_t<S>>(a, g);
 }

@@ -6,19 +6,32 @@
 // busy (decoding); how many depends on the shape alone, and parts are merged in order: results never depend on the
 // number of threads.
 
-template <class T>
+// Operands of the products are of type A: T, or bfloat16 where its dot products are used. Then q is not scaled yet, s holds
+// the scores of a few tiles and p is s rounded; else p is s itself.
+template <class T, class A>
 struct ForwardScratch {
-  static constexpr int64_t kRows = kBlockRows<T>;
+  static constexpr bool kPaired = kStep<A> == 2;
+  static constexpr int64_t kRows = kBlockRows<T>, kStripTiles = kPaired ? 2 : 8;
   const int64_t padded_depth, padded_value;
-  Scratch<T> q, p, o;
+  Scratch<A> q, rounded;
+  Scratch<T> s, o;
   T m[kRows], l[kRows], alpha[kRows];
 
   explicit ForwardScratch(const AttentionArgs& a)
       : padded_depth(round_up(a.head_dim, kLanes<T>)),
         padded_value(round_up(a.value_dim, kLanes<T>)),
         q(kRows * padded_depth),
-        p(kRows * kBlockKeys),
+        rounded(kPaired ? kRows * kBlockKeys : 0),
+        s(kStripTiles * kTileRows<T> * kBlockKeys),
         o(kRows * padded_value) {}
+
+  // The probabilities of row r of the block.
+  A* p(int64_t r) {
+    if constexpr (kPaired)
+      return rounded + r * kBlockKeys;
+    else
+      return s + r * kBlockKeys;
+  }
 
   void start() {
     std::fill(m, m + kRows, -std::numeric_limits<T>::infinity());
@@ -28,25 +41,26 @@ struct ForwardScratch {
 };
 
 // Keys and values of one group, packed once for all of its rows.
-template <class T>
+template <class T, class A>
 struct PackedGroup {
-  Scratch<T> keys;    // panels of [D][kPanel]
-  Scratch<T> values;  // [Sk][padded Dv]
+  Scratch<A> keys;    // panels of [D][kPanel], in pairs [D / 2][kPanel][2]
+  Scratch<A> values;  // [Sk][padded Dv], in pairs [Sk / 2][padded Dv][2]
   SetAside<T> aside;
   int64_t group = -1, begin = 0, end = 0;
 
   PackedGroup(const AttentionArgs& a, int64_t most_keys)
-      : keys(round_up(most_keys, kPanel<T>) * a.head_dim), values(most_keys * round_up(a.value_dim, kLanes<T>)) {}
+      : keys(round_up(most_keys, kPanel<T>) * round_up(a.head_dim, kStep<A>)),
+        values(round_up(most_keys, kStep<A>) * round_up(a.value_dim, kLanes<T>)) {}
 
   template <class S>
   void pack(const AttentionArgs& a, int64_t new_group, int64_t k_begin, int64_t k_end) {
     if (group == new_group && begin == k_begin && end == k_end) return;
     group = new_group, begin = k_begin, end = k_end;
-    const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
-    pack_transposed<S, T>(keys, a.k.at<S>(b, h, begin), a.k.stride[2], a.k.stride[3], end - begin, a.head_dim);
+    const int64_t b = group / a.kv_heads, h = group % a.kv_heads, value_ld = round_up(a.value_dim, kLanes<T>);
+    const S *k = a.k.at<S>(b, h, begin), *v = a.v.at<S>(b, h, begin);
     aside.clear();
-    pack_rows<S, T>(values, a.v.at<S>(b, h, begin), a.v.stride[2], a.v.stride[3], end - begin, a.value_dim,
-                    round_up(a.value_dim, kLanes<T>), T(1), begin, aside);
+    pack_transposed(keys.get(), k, a.k.stride[2], a.k.stride[3], end - begin, a.head_dim);
+    pack_rows(values.get(), v, a.v.stride[2], a.v.stride[3], end - begin, a.value_dim, value_ld, begin, aside);
   }
 };
 
@@ -99,17 +113,23 @@ INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi
 }
 
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.
-template <class S, class T>
-inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T>& packed, int64_t k_begin, int64_t k_end,
-                   Scores<T>& scores, ForwardScratch<T>& x) {
-  constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
-  const int64_t D = a.head_dim, ld = x.padded_depth, value_ld = x.padded_value;
+template <class S, class T, class A>
+inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T, A>& packed, int64_t k_begin, int64_t k_end,
+                   Scores<T>& scores, ForwardScratch<T, A>& x) {
+  constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>, kStrip = ForwardScratch<T, A>::kStripTiles;
+  const int64_t D = round_up(a.head_dim, step), ld = x.padded_depth, value_ld = x.padded_value;
   x.start();
   for (int64_t r = 0; r < rows.tiles * R; ++r) {
-    if (r < rows.count)
-      pack_row<S, T>(x.q + r * ld, a.q.at<S>(rows.batch, rows.head[r], rows.query[r]), a.q.stride[3], D, ld, scores.factor);
+    A* q = x.q + r * ld;
+    if (r >= rows.count) {
+      std::fill(q, q + ld, A{});
+      continue;
+    }
+    const S* row = a.q.at<S>(rows.batch, rows.head[r], rows.query[r]);
+    if constexpr (step == 2)
+      copy_row(q, row, a.q.stride[3], a.head_dim, ld);
     else
-      std::fill(x.q + r * ld, x.q + (r + 1) * ld, T(0));
+      pack_row<S, T>(q, row, a.q.stride[3], D, ld, scores.factor);
   }
   const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
   for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
@@ -120,29 +140,37 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       lo[t] = std::clamp<int64_t>(rows.tile_lo[t] - k0, 0, n);
       hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
     }
-    for (int64_t j = 0; j < n; j += P) {
-      const T* panel = packed.keys.get() + (k0 - k_begin + j) * D;
-      for (int64_t t = 0; t < rows.tiles; ++t)
-        if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
-          product<Start::zero, T>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, 1, panel, P, D,
-                                  x.p + t * R * kBlockKeys + j, kBlockKeys);
-    }
-    for (int64_t t = 0; t < rows.tiles; ++t) {
-      if (lo[t] >= hi[t]) continue;
-      const int64_t begin = lo[t] / W * W, end = round_up(hi[t], W);
-      for (int64_t r = t * R; r < t * R + rows.tile_count(t); ++r) {
-        scores.read_row(rows, r, k0, begin, hi[t]);
-        softmax_row<T>(x.p + r * kBlockKeys, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
+    for (int64_t strip = 0; strip < rows.tiles; strip += kStrip) {
+      const int64_t tiles = std::min(rows.tiles, strip + kStrip);
+      for (int64_t j = 0; j < n; j += P) {
+        const A* panel = packed.keys.get() + (k0 - k_begin + j) * D;
+        for (int64_t t = strip; t < tiles; ++t)
+          if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
+            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, step, panel, P * step, D / step,
+                                   x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
       }
+      for (int64_t t = strip; t < tiles; ++t) {
+        if (lo[t] >= hi[t]) continue;
+        const int64_t begin = lo[t] / W * W, end = round_up(hi[t], W);
+        for (int64_t r = t * R; r < t * R + rows.tile_count(t); ++r) {
+          T* s = x.s + (r - strip * R) * kBlockKeys;
+          scores.read_row(rows, r, k0, begin, hi[t]);
+          softmax_row<T>(s, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
+          if constexpr (step == 2) round_row(x.p(r) + begin, s + begin, end - begin);
+        }
+      }
+      for (int64_t d = 0; d < value_ld; d += P)
+        for (int64_t t = strip; t < tiles; ++t) {
+          const int64_t from = lo[t] / step * step;
+          if (lo[t] < hi[t])
+            product<Start::scaled>(rows.tile_count(t), (value_ld - d) / W, x.p(t * R) + from, kBlockKeys, step,
+                                   packed.values.get() + (k0 - k_begin + from) * value_ld + d * step, value_ld * step,
+                                   (hi[t] - from + step - 1) / step, x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
+        }
     }
-    for (int64_t d = 0; d < value_ld; d += P)
-      for (int64_t t = 0; t < rows.tiles; ++t)
-        if (lo[t] < hi[t])
-          product<Start::scaled, T>(rows.tile_count(t), (value_ld - d) / W, x.p + t * R * kBlockKeys + lo[t], kBlockKeys, 1,
-                                    packed.values.get() + (k0 - k_begin + lo[t]) * value_ld + d, value_ld, hi[t] - lo[t],
-                                    x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
-    packed.aside.add(x.o.get(), value_ld, rows.count, value_ld, k0, k0 + n,
-                     [&](int64_t r, int64_t key) { return key >= rows.lo[r] && key < rows.hi[r] ? x.p[r * kBlockKeys + key - k0] : T(0); });
+    packed.aside.add(x.o.get(), value_ld, rows.count, value_ld, k0, k0 + n, [&](int64_t r, int64_t key) {
+      return key >= rows.lo[r] && key < rows.hi[r] ? static_cast<T>(to_compute(x.p(r)[key - k0])) : T(0);
+    });
   }
 }
 
@@ -198,7 +226,7 @@ INLINE void add_values(T* out, const T* p, const S* values, int64_t row_stride, 
 // they lie, each once for all rows. Bound by memory, so what comes next is prefetched.
 template <class S, class T>
 inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t group, int64_t k_begin, int64_t k_end, Scores<T>& scores,
-                       ForwardScratch<T>& x) {
+                       ForwardScratch<T, T>& x) {
   constexpr int64_t W = kLanes<T>;
   const int64_t D = a.head_dim, ld = x.padded_depth, Dv = a.value_dim, value_ld = x.padded_value;
   const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
@@ -217,12 +245,12 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
         const bool whole = a.k.stride[3] == 1 && D % W == 0 && present == W;
         const vec<T> score = whole ? dot_keys<true>(x.q + r * ld, key, a.k.stride[2], 1, present, D)
                                    : dot_keys<false>(x.q + r * ld, key, a.k.stride[2], a.k.stride[3], present, D);
-        store(x.p + r * kBlockKeys + j, score);
+        store(x.p(r) + j, score);
       }
     }
     for (int64_t r = 0; r < rows.count; ++r) {
       scores.read_row(rows, r, k0, begin, hi);
-      softmax_row<T>(x.p + r * kBlockKeys, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
+      softmax_row<T>(x.p(r), begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
       T* o = x.o + r * value_ld;
       for (int64_t d = 0; d < value_ld; d += W) store(o + d, load(o + d) * x.alpha[r]);
     }
@@ -230,7 +258,7 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
     constexpr int64_t kChunk = 4 * W;  // columns summed in registers over the keys of the block
     for (int64_t r = 0; r < rows.count; ++r)
       for (int64_t d = 0; d < Dv; d += kChunk) {
-        const T* p = x.p + r * kBlockKeys;
+        const T* p = x.p(r);
         T* o = x.o + r * value_ld + d;
         if (a.v.stride[3] == 1 && Dv - d >= kChunk)
           add_values<true>(o, p, value + d, a.v.stride[2], 1, lo, hi, kChunk);
@@ -242,8 +270,8 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
 
 // Writes o / l and lse = m + log l of a block of rows; a row that attends to nothing gets 0 and -inf.
 // The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
-template <class S, class T>
-inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T>& x, S* out, T* lse) {
+template <class S, class T, class A>
+inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T, A>& x, S* out, T* lse) {
   constexpr int64_t W = kLanes<T>;
   const T kept = static_cast<T>(1 - a.dropout_p);
   for (int64_t r = 0; r < rows.count; ++r) {
@@ -258,8 +286,8 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
 }
 
 // Adds the part (m, l, o) of the same rows to x.
-template <class T>
-inline void merge(ForwardScratch<T>& x, const T* m, const T* l, const T* o, int64_t count) {
+template <class T, class A>
+inline void merge(ForwardScratch<T, A>& x, const T* m, const T* l, const T* o, int64_t count) {
   constexpr int64_t W = kLanes<T>;
   for (int64_t r = 0; r < count; ++r) {
     if (l[r] == 0) continue;
@@ -274,10 +302,13 @@ inline void merge(ForwardScratch<T>& x, const T* m, const T* l, const T* o, int6
   }
 }
 
-template <class S>
-void attention_forward(const AttentionArgs& a, void* out, void* lse) {
+// At most so many rows of a group read keys and values where they lie.
+constexpr int64_t kFewRows = 4;
+
+template <class S, class A>
+void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
   using T = compute_t<S>;
-  constexpr int64_t kRows = kBlockRows<T>, kFewRows = 4, kWantedTasks = 32;
+  constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
   const int64_t blocks = (a.group_rows() + kRows - 1) / kRows, block_tasks = a.groups() * blocks;
   if (block_tasks == 0) return;
   const bool few = a.group_rows() <= kFewRows;
@@ -294,21 +325,21 @@ void attention_forward(const AttentionArgs& a, void* out, void* lse) {
   const int64_t work = std::min(kRows, a.group_rows()) * std::min(part_keys, k_last - k_first) * (a.head_dim + a.value_dim);
   const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(work, 1));
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    ForwardScratch<T> x(a);
+    ForwardScratch<T, A> x(a);
     Scores<T> scores(a);
-    PackedGroup<T> packed(a, few ? 0 : std::min(part_keys, k_last - k_first));
+    PackedGroup<T, A> packed(a, few ? 0 : std::min(part_keys, k_last - k_first));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (blocks * parts), part = task / blocks % parts;
       const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       const int64_t k_begin = std::min(k_last, k_first + part * part_keys), k_end = std::min(k_last, k_begin + part_keys);
       if (few) {
-        attend_few<S, T>(a, rows, group, k_begin, k_end, scores, x);
+        if constexpr (std::is_same_v<A, T>) attend_few<S, T>(a, rows, group, k_begin, k_end, scores, x);
       } else {
         packed.template pack<S>(a, group, k_begin, k_end);
-        attend<S, T>(a, rows, packed, k_begin, k_end, scores, x);
+        attend<S>(a, rows, packed, k_begin, k_end, scores, x);
       }
       if (parts == 1) {
-        write_rows<S, T>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+        write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
       } else {
         T* saved = partial + task * state;
         std::copy(x.m, x.m + kRows, saved);
@@ -319,7 +350,7 @@ void attention_forward(const AttentionArgs& a, void* out, void* lse) {
   });
   if (parts == 1) return;
   torch::stable::parallel_for(0, block_tasks, grain, [&](int64_t begin, int64_t end) {
-    ForwardScratch<T> x(a);
+    ForwardScratch<T, A> x(a);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t group = i / blocks;
       const RowBlock<T> rows(a, group, from_both_ends(i % blocks, blocks) * kRows);
@@ -328,7 +359,16 @@ void attention_forward(const AttentionArgs& a, void* out, void* lse) {
         const T* saved = partial + ((group * parts + part) * blocks + i % blocks) * state;
         merge(x, saved, saved + kRows, saved + 2 * kRows, rows.count);
       }
-      write_rows<S, T>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+      write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
     }
   });
+}
+
+template <class S>
+void attention_forward(const AttentionArgs& a, void* out, void* lse) {
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (multiplied_in_pairs(a)) return attention_forward_of<S, bfloat16>(a, out, lse);
+#endif
+  attention_forward_of<S, compute_t<S>>(a, out, lse);
 }

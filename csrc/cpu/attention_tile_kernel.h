@@ -12,6 +12,17 @@ template <class T>
 inline constexpr int kTileRows = Tile<T>::kRows;
 template <class T>
 inline constexpr int64_t kPanel = kTileVectors * kLanes<T>;  // columns of a panel
+// Steps of a product that an operand of type A is read by at a time: bfloat16 numbers come in pairs.
+template <class A>
+inline constexpr int64_t kStep = std::is_same_v<A, bfloat16> ? 2 : 1;
+// A group with fewer rows is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys or rows
+// there, and their rounding would show beside that of the result.
+inline constexpr int64_t kFewestPairedRows = 32;
+// Whether bfloat16 tensors are multiplied by the CPU's dot products.
+inline bool multiplied_in_pairs(const AttentionArgs& a) {
+  return selected_isa() == Isa::avx512_bf16 && a.group_rows() >= kFewestPairedRows;
+}
+
 template <class T>
 inline constexpr int64_t kBlockRows = 8 * kTileRows<T>;  // query rows of a block
 inline constexpr int64_t kBlockKeys = 192;               // keys of a block: whole panels, tiles and Philox groups
@@ -19,22 +30,20 @@ static_assert(kBlockKeys % 64 == 0);
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
-// What a tile starts from: nothing, C, or C with row r times factor[r].
-enum class Start { zero, add, scaled };
+// What a product does to C: replaces it, replaces it times factor[0], is added to it, or to C with row r times factor[r].
+enum class Start { zero, times, add, scaled };
 
-template <int R, int NV, Start start, class T>
-void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t depth, T* c, int64_t c_row,
-                  const T* factor) {
-  constexpr int W = kLanes<T>;
-  vec<T> acc[R][NV] = {};
-  multiply_tile<R, NV, T>(acc, a, a_row, a_step, b, b_step, depth);
+template <Start start, int R, int NV, class T>
+INLINE void finish_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, const T* factor) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) {
-      T* at = c + r * c_row + v * W;
+      T* at = c + r * c_row + v * kLanes<T>;
       if constexpr (start == Start::zero)
         store(at, acc[r][v]);
+      else if constexpr (start == Start::times)
+        store(at, acc[r][v] * factor[0]);
       else if constexpr (start == Start::add)
         store(at, load(at) + acc[r][v]);
       else
@@ -42,21 +51,44 @@ void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t
     }
 }
 
+template <int R, int NV, Start start, class T>
+void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t steps, T* c, int64_t c_row,
+                  const T* factor) {
+  vec<T> acc[R][NV] = {};
+  multiply_tile<R, NV, T>(acc, a, a_row, a_step, b, b_step, steps);
+  finish_tile<start>(acc, c, c_row, factor);
+}
+
+#if ISA_VECTOR_BYTES == 64
+// The same of bfloat16 numbers, two to a step.
+template <int R, int NV, Start start>
+__attribute__((target("avx512bf16"))) void product_tile(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_step,
+                                                        int64_t steps, float* c, int64_t c_row, const float* factor) {
+  vec<float> acc[R][NV] = {};
+  multiply_pairs<R, NV>(acc, a, a_row, a_step, b, b_step, steps);
+  finish_tile<start>(acc, c, c_row, factor);
+}
+#endif
+
+// Scores are products of queries that were scaled when packed; bfloat16 numbers are not, so that they stay what they are.
+template <class A>
+inline constexpr Start kRawScores = std::is_same_v<A, bfloat16> ? Start::times : Start::zero;
+
 // One tile of kTileRows rows (the first `rows` of them matter) and `vectors` columns' vectors (1 or 2).
-template <Start start, class T>
-INLINE void product(int64_t rows, int64_t vectors, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t depth,
+template <Start start, class A, class T>
+INLINE void product(int64_t rows, int64_t vectors, const A* a, int64_t a_row, int64_t a_step, const A* b, int64_t b_step, int64_t steps,
                     T* c, int64_t c_row, const T* factor = nullptr) {
   constexpr int R = kTileRows<T>;
   if (rows > R / 2) {
     if (vectors > 1)
-      product_tile<R, 2, start, T>(a, a_row, a_step, b, b_step, depth, c, c_row, factor);
+      product_tile<R, 2, start>(a, a_row, a_step, b, b_step, steps, c, c_row, factor);
     else
-      product_tile<R, 1, start, T>(a, a_row, a_step, b, b_step, depth, c, c_row, factor);
+      product_tile<R, 1, start>(a, a_row, a_step, b, b_step, steps, c, c_row, factor);
   } else {
     if (vectors > 1)
-      product_tile<R / 2, 2, start, T>(a, a_row, a_step, b, b_step, depth, c, c_row, factor);
+      product_tile<R / 2, 2, start>(a, a_row, a_step, b, b_step, steps, c, c_row, factor);
     else
-      product_tile<R / 2, 1, start, T>(a, a_row, a_step, b, b_step, depth, c, c_row, factor);
+      product_tile<R / 2, 1, start>(a, a_row, a_step, b, b_step, steps, c, c_row, factor);
   }
 }
 
@@ -194,7 +226,7 @@ INLINE vec<T> pack_row(T* out, const S* row, int64_t stride, int64_t n, int64_t 
 }
 
 // Keys first .. first + count of a [keys, depth] matrix, transposed to panels of [depth][kPanel]; keys past the end are 0.
-template <class S, class T>
+template <class T, class S>
 inline void pack_transposed(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth) {
   constexpr int64_t W = kLanes<T>, P = kPanel<T>;
   for (int64_t j = 0; j < round_up(count, P); j += W) {
@@ -225,8 +257,9 @@ struct SetAside {
 
   void clear() { rows.clear(), values.clear(); }
 
-  // Takes the rows with such values out of packed[count][width], whose first row has the number `first`.
-  void take(T* packed, int64_t count, int64_t width, int64_t first) {
+  // Takes the rows with such values out of packed[count][width], whose first row has the number `first`; false where there are none.
+  bool take(T* packed, int64_t count, int64_t width, int64_t first) {
+    const size_t before = rows.size();
     for (int64_t r = 0; r < count; ++r) {
       T* row = packed + r * width;
       if (std::all_of(row, row + width, [](T x) { return std::isfinite(x); })) continue;
@@ -234,6 +267,7 @@ struct SetAside {
       values.insert(values.end(), row, row + width);
       std::fill(row, row + width, T(0));
     }
+    return rows.size() > before;
   }
 
   // C[m, :] += weight(m, row) * row, for every row set aside in [begin, end) and m < count.
@@ -250,12 +284,11 @@ struct SetAside {
   }
 };
 
-// Packs rows first .. first + count of a matrix to packed[count][padded], times factor, what is not finite set aside.
-// Rows up to `padded_count` are filled with zeros.
+// Packs rows first .. first + count of a matrix to packed[count][padded], what is not finite set aside.
 template <class S, class T>
 inline void pack_rows(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t columns, int64_t padded,
-                      T factor, int64_t first, SetAside<T>& aside) {
+                      int64_t first, SetAside<T>& aside) {
   vec<T> poison = {};
-  for (int64_t r = 0; r < count; ++r) poison += pack_row(packed + r * padded, rows + r * row_stride, stride, columns, padded, factor);
+  for (int64_t r = 0; r < count; ++r) poison += pack_row(packed + r * padded, rows + r * row_stride, stride, columns, padded, T(1));
   if (reduce_add(poison) != 0) aside.take(packed, count, padded, first);
 }

@@ -1,0 +1,113 @@
+// Operands of products of bfloat16 numbers in pairs of steps, by the CPU's dot products: two operations in the time of one of
+// float32, with float32 sums.
+//
+// What is broadcast (A) lies in rows whose steps come in pairs by themselves; the other operand (B) as [pair][columns][2].
+// A missing second half is 0 on both sides. Nothing is scaled before it is multiplied: that would round it once more.
+
+// Whether any of n numbers is an infinity or a NaN.
+INLINE bool any_not_finite(const bfloat16* x, int64_t n) {
+  uint16_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) largest = std::max<uint16_t>(largest, x[i].bits & 0x7fff);
+  return largest >= 0x7f80;
+}
+
+// One row of n numbers of any stride to `padded` columns.
+INLINE void copy_row(bfloat16* out, const bfloat16* row, int64_t stride, int64_t n, int64_t padded) {
+  if (stride == 1)
+    std::memcpy(out, row, n * sizeof *row);
+  else
+    for (int64_t d = 0; d < n; ++d) out[d] = row[d * stride];
+  std::memset(out + n, 0, (padded - n) * sizeof *out);
+}
+
+// Rows of a matrix of pairs [pair of rows][width][2] that hold an infinity or a NaN go to `aside`.
+inline void take_pairs(SetAside<float>& aside, bfloat16* pairs, int64_t count, int64_t width, int64_t first) {
+  std::vector<float> row(width);
+  for (int64_t r = 0; r < count; ++r) {
+    bfloat16* at = pairs + r / 2 * 2 * width + r % 2;
+    for (int64_t d = 0; d < width; ++d) row[d] = to_float(at[2 * d]);
+    if (!aside.take(row.data(), 1, width, first + r)) continue;
+    for (int64_t d = 0; d < width; ++d) at[2 * d] = {0};
+  }
+}
+
+// Packs rows first .. first + count of a matrix to pairs [pair of rows][padded][2]; what is not finite is set aside.
+inline void pack_rows(bfloat16* pairs, const bfloat16* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t columns,
+                      int64_t padded, int64_t first, SetAside<float>& aside) {
+  constexpr int64_t W = kLanes<float>;
+  std::vector<bfloat16> copies(stride == 1 ? 0 : 2 * columns);
+  bool poisoned = false;
+  for (int64_t r = 0; r < count; r += 2) {
+    const bfloat16* two[2] = {rows + r * row_stride, r + 1 < count ? rows + (r + 1) * row_stride : nullptr};
+    for (int i = 0; i < 2 && two[i]; ++i) {
+      if (stride != 1) {
+        copy_row(copies.data() + i * columns, two[i], stride, columns, columns);
+        two[i] = copies.data() + i * columns;
+      }
+      poisoned |= any_not_finite(two[i], columns);
+    }
+    bfloat16* out = pairs + r * padded;
+    for (int64_t d = 0; d < padded; d += W)
+      store_pair(out + d * 2, two[0] + d, two[1] ? two[1] + d : nullptr, std::clamp<int64_t>(columns - d, 0, W));
+  }
+  if (poisoned) take_pairs(aside, pairs, count, padded, first);
+}
+
+// Keys 0 .. count of a [keys, depth] matrix, transposed to panels of [pair of depth][kPanel][2]; keys past the end are 0.
+inline void pack_transposed(bfloat16* packed, const bfloat16* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth) {
+  constexpr int64_t W = kLanes<float>, P = kPanel<float>;
+  const int64_t pairs = (depth + 1) / 2;
+  for (int64_t j = 0; j < round_up(count, P); j += W) {
+    bfloat16* out = packed + (j / P * P * pairs + j % P) * 2;
+    const int64_t n = std::clamp<int64_t>(count - j, 0, W);
+    for (int64_t d = 0; d < pairs; d += W) {
+      vec<float> x[W];  // the bits of W pairs of one key
+      const int64_t left = depth - 2 * d;
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        const bfloat16* key = rows + (j + i) * row_stride + 2 * d * stride;
+        if (i >= n) {
+          x[i] = vec<float>{};
+        } else if (stride == 1 && left >= 2 * W) {
+          std::memcpy(&x[i], key, sizeof x[i]);
+        } else {
+          bfloat16 copy[2 * W];
+          copy_row(copy, key, stride, std::min(2 * W, left), 2 * W);
+          std::memcpy(&x[i], copy, sizeof x[i]);
+        }
+      }
+      transpose_square<float>(x);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (d + i < pairs) std::memcpy(out + (d + i) * P * 2, &x[i], sizeof x[i]);
+    }
+  }
+}
+
+#if ISA_VECTOR_BYTES == 64
+// Rounds n numbers, whole vectors of them.
+__attribute__((target("avx512bf16"))) inline void round_row(bfloat16* out, const float* row, int64_t n) {
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(_mm512_loadu_ps(row + j));
+    std::memcpy(out + j, &rounded, sizeof rounded);
+  }
+}
+
+// The same of two rows to pairs [n][2], and to rows of their own where those are wanted.
+template <bool keep_rows>
+__attribute__((target("avx512bf16"))) void round_rows(bfloat16* pairs, const float* first, const float* second, int64_t n,
+                                                      bfloat16* first_row, bfloat16* second_row) {
+  // Word 2 i comes from the first row, 2 i + 1 from the second, which lies 16 words further on.
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  for (int64_t j = 0; j < n; j += 16) {
+    const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second + j), _mm512_loadu_ps(first + j));
+    const __m512i both = reinterpret_cast<__m512i>(rounded);
+    _mm512_storeu_si512(pairs + 2 * j, _mm512_permutexvar_epi16(order, both));
+    if constexpr (keep_rows) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(first_row + j), _mm512_castsi512_si256(both));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(second_row + j), _mm512_extracti64x4_epi64(both, 1));
+    }
+  }
+}
+#endif
