@@ -32,6 +32,9 @@ from setuptools import Extension, find_packages, setup
 TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"; `make sanitize` uses it
+ONE_ISA = os.environ.get(
+    "ONE_ISA", ""
+)  # "generic" or "avx512": kernels of that set alone, for a quick build that checks them
 CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
 
@@ -115,6 +118,7 @@ def extensions() -> list[Extension]:
         cxx += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-sanitize=object-size", "-fno-wrapv"]
         cxx += ["-fexpensive-optimizations", "-fno-omit-frame-pointer"]
         link += [f"-fsanitize={SANITIZE}"]
+    one_isa = [(f"ONE_ISA_{ONE_ISA.upper()}", None)] if ONE_ISA else []
     sources, cuda = sorted(glob("csrc/cpu/*.cpp")), {}
     if not no_cuda:
         cpp_extension.CUDA_HOME = str(home)  # which a CPU build of torch leaves unset
@@ -125,7 +129,7 @@ def extensions() -> list[Extension]:
         "bigmodel_kernels._native",
         sources,
         depends=[*headers, "setup.py"],
-        define_macros=[("TORCH_TARGET_VERSION", TARGET)],
+        define_macros=[("TORCH_TARGET_VERSION", TARGET), *one_isa],
         extra_compile_args={"cxx": cxx, "nvcc": NVCC_FLAGS},
         extra_link_args=link,
         py_limited_api=True,

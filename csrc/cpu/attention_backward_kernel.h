@@ -7,30 +7,53 @@
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
 // number of parts depends on the shape alone, so the results never depend on the number of threads.
 
+// delta of every query, [B, Hq, Sq].
+template <class S, class T>
+void row_deltas(const AttentionArgs& a, const AttentionGradArgs& g, T* deltas) {
+  constexpr int64_t W = kLanes<T>, kTaskValues = 65536;
+  const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(a.value_dim, 1));
+  torch::stable::parallel_for(0, a.batch * a.heads * a.q_len, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / (a.heads * a.q_len), h = row / a.q_len % a.heads, i = row % a.q_len;
+      const S *grad = g.grad_out.at<S>(b, h, i), *out = g.out.at<S>(b, h, i);
+      const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
+      vec<T> sum = {};
+      for (int64_t d = 0; d < a.value_dim; d += W) {
+        const int64_t n = std::min(W, a.value_dim - d);
+        sum += load_any(grad + d * grad_stride, grad_stride, n) * load_any(out + d * out_stride, out_stride, n);
+      }
+      deltas[row] = reduce_add(sum) - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i) : T(0));
+    }
+  });
+}
+
 // A block of rows against a block of keys: operands, products and probabilities. Operands are of type A: T, or bfloat16 where
 // its dot products are used. Then q is not scaled, p and ds are rounded, and what is summed over rows lies in pairs of them.
 template <class T, class A = T>
 struct GradBlock {
-  static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys, step = kStep<A>, kStripRows = kTileRows<T>;
+  static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys, step = kStep<A>;
   static constexpr bool kPaired = step == 2;
+  static constexpr int64_t kStripTiles = 2, kStripRows = kStripTiles * kTileRows<T>;
   const AttentionArgs& a;
   const AttentionGradArgs& g;
+  const T* deltas;                                 // [B, Hq, Sq]
   const int64_t depth, width, depth_ld, value_ld;  // D and Dv in whole steps, and in whole vectors
   Scratch<A> keys_t, values_t, keys;               // panels of [depth][kPanel] and [width][kPanel]; rows [kKeys][depth_ld]
   Scratch<A> q, grad_out;                          // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
   Scratch<A> p, ds;                                // [kRows][kKeys]: first the products q k^T and do v^T
   Scratch<A> q_pairs, grad_pairs, ds_pairs;        // q, grad_out and ds once more as [pair of rows][..][2]; p is only that
-  Scratch<T> p_strip, ds_strip;                    // the products of a tile of rows, before they are rounded
+  Scratch<T> p_strip, ds_strip;                    // the products of a few tiles of rows, before they are rounded
   SetAside<T> q_aside, grad_out_aside;
   Scores<T> scores;
   int64_t k0 = 0, n = 0;       // the block of keys
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
   T lse[kRows], delta[kRows];  // of the block of rows, lse is +inf where there is none
-  bool any_aside = false;
+  bool any_aside = false;      // whether q or grad_out, not in pairs, hold what is to be set aside
 
-  GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads)
+  GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads, const T* all_deltas)
       : a(args),
         g(grads),
+        deltas(all_deltas),
         depth(round_up(a.head_dim, step)),
         width(round_up(a.value_dim, step)),
         depth_ld(round_up(a.head_dim, kLanes<T>)),
@@ -82,40 +105,27 @@ struct GradBlock {
     std::fill(q + rows.count * depth_ld, q + padded * depth_ld, A{});
     std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, A{});
     q_aside.clear(), grad_out_aside.clear();
-    any_aside = false;
+    vec<T> poison = {};
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
-      any_aside |= load_row(q + r * depth_ld, a.q.at<S>(b, h, i), a.q.stride[3], a.head_dim, depth_ld, scores.factor);
-      any_aside |= load_row(grad_out + r * value_ld, g.grad_out.at<S>(b, h, i), g.grad_out.stride[3], a.value_dim, value_ld, T(1));
+      const S *query = a.q.at<S>(b, h, i), *grad = g.grad_out.at<S>(b, h, i);
+      if constexpr (kPaired) {
+        copy_row(q + r * depth_ld, query, a.q.stride[3], a.head_dim, depth_ld);
+        copy_row(grad_out + r * value_ld, grad, g.grad_out.stride[3], a.value_dim, value_ld);
+      } else {
+        poison += pack_row<S, T>(q + r * depth_ld, query, a.q.stride[3], a.head_dim, depth_ld, scores.factor);
+        poison += pack_row<S, T>(grad_out + r * value_ld, grad, g.grad_out.stride[3], a.value_dim, value_ld, T(1));
+      }
       const T saved = *g.lse.at<T>(b, h, i);
       lse[r] = saved == -infinity ? infinity : saved;
-      delta[r] = row_delta<S>(b, h, i, grad_out + r * value_ld);
+      delta[r] = deltas[(b * a.heads + h) * a.q_len + i];
     }
     if constexpr (kPaired) {
       pack_rows(q_pairs.get(), q.get(), depth_ld, 1, rows.count, depth_ld, depth_ld, 0, q_aside);
       pack_rows(grad_pairs.get(), grad_out.get(), value_ld, 1, rows.count, value_ld, value_ld, 0, grad_out_aside);
-    }
-  }
-
-  // True where an element is not finite.
-  template <class S>
-  bool load_row(A* out, const S* row, int64_t stride, int64_t n, int64_t padded, [[maybe_unused]] T factor) const {
-    if constexpr (kPaired) {
-      copy_row(out, row, stride, n, padded);
-      return any_not_finite(out, n);
     } else {
-      return reduce_add(pack_row<S, T>(out, row, stride, n, padded, factor)) != 0;
+      any_aside = reduce_add(poison) != 0;
     }
-  }
-
-  template <class S>
-  T row_delta(int64_t b, int64_t h, int64_t i, const A* grad) const {
-    constexpr int64_t W = kLanes<T>;
-    const S* out = g.out.at<S>(b, h, i);
-    vec<T> sum = {};
-    for (int64_t d = 0; d < a.value_dim; d += W)
-      sum += load(grad + d) * load_any(out + d * g.out.stride[3], g.out.stride[3], std::min(W, a.value_dim - d));
-    return reduce_add(sum) - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i) : T(0));
   }
 
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
@@ -123,15 +133,17 @@ struct GradBlock {
   void probabilities(const RowBlock<T>& rows, bool cap_slope) {
     constexpr int64_t R = kTileRows<T>, P = kPanel<T>;
     if constexpr (kPaired) {
-      for (int64_t t = 0; t < rows.tiles; ++t) {
-        for (int64_t j = 0; j < n; j += P) products(rows, t, j, p_strip, ds_strip);
-        tile_probabilities(rows, t, cap_slope, p_strip, ds_strip);
-        const int64_t end = round_up(n, kLanes<T>);
-        for (int64_t r = 0; r < R; r += 2) {
-          const int64_t row = (t * R + r) * kLd;
-          const T *p_rows = p_strip + r * kLd, *ds_rows = ds_strip + r * kLd;
-          round_rows<false>(p + row, p_rows, p_rows + kLd, end, nullptr, nullptr);
-          round_rows<true>(ds_pairs + row, ds_rows, ds_rows + kLd, end, ds + row, ds + row + kLd);
+      const int64_t end = round_up(n, kLanes<T>);
+      for (int64_t strip = 0; strip < rows.tiles; strip += kStripTiles) {
+        const int64_t tiles = std::min(rows.tiles, strip + kStripTiles), strip_row = strip * R;
+        for (int64_t j = 0; j < n; j += P)
+          for (int64_t t = strip; t < tiles; ++t) products(rows, t, j, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
+        for (int64_t t = strip; t < tiles; ++t)
+          tile_probabilities(rows, t, cap_slope, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
+        for (int64_t r = strip_row; r < tiles * R; r += 2) {
+          const T *p_rows = p_strip + (r - strip_row) * kLd, *ds_rows = ds_strip + (r - strip_row) * kLd;
+          round_rows<false>(p + r * kLd, p_rows, p_rows + kLd, end, nullptr, nullptr);
+          round_rows<true>(ds_pairs + r * kLd, ds_rows, ds_rows + kLd, end, ds + r * kLd, ds + (r + 1) * kLd);
         }
       }
     } else {
@@ -163,7 +175,8 @@ struct GradBlock {
       std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + end, T(0));
       std::fill(ds_row, ds_row + first, T(0)), std::fill(ds_row + last, ds_row + end, T(0));
       if (!used) continue;
-      scores.read_row(rows, r, k0, first, hi[t]);
+      scores.read_biases(rows, r, k0, first, hi[t]);
+      scores.read_kept(rows, r, k0, hi[t]);
       if (scores.plain() && !scores.dropped)
         probability_row<false>(p_row, ds_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0, lse[r], delta[r], cap_slope);
       else
@@ -273,10 +286,12 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
   const int64_t value_ld = round_up(a.value_dim, kLanes<T>);
   const int64_t work = group_rows * std::min(a.k_len, kBlockKeys) * (a.head_dim + a.value_dim);
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(work, 1));
+  Scratch<T> deltas(a.batch * a.heads * a.q_len);
+  row_deltas<S>(a, g, deltas.get());
   // dq of every part, [groups][parts][rows][depth_ld]
   Scratch<T> dq(groups * parts * padded_rows * depth_ld);
   torch::stable::parallel_for(0, groups * parts, grain, [&](int64_t begin, int64_t end) {
-    GradBlock<T, A> x(a, g);
+    GradBlock<T, A> x(a, g, deltas);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
     for (int64_t task = begin; task < end; ++task) {

@@ -27,8 +27,10 @@ void attention_dbias(const AttentionArgs& a, const AttentionGradArgs& g) {
   const int64_t chunk_rows = each_row ? std::min(kChunk, a.q_len) : a.q_len, chunks = (a.q_len + chunk_rows - 1) / chunk_rows;
   const int64_t task_keys = each_key ? 1 : key_blocks, key_tasks = (key_blocks + task_keys - 1) / task_keys;
   const int64_t sum_rows = each_row ? chunk_rows : 1, sum_keys = each_key ? kBlockKeys : 1;
+  Scratch<T> deltas(a.batch * a.heads * a.q_len);
+  row_deltas<S>(a, g, deltas.get());
   torch::stable::parallel_for(0, size[0] * size[1] * chunks * key_tasks, 1, [&](int64_t begin, int64_t end) {
-    GradBlock<T> x(a, g);
+    GradBlock<T> x(a, g, deltas);
     Scratch<T> sum(sum_rows * sum_keys);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t key_task = task % key_tasks, chunk = task / key_tasks % chunks;

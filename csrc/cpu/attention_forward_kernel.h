@@ -12,6 +12,7 @@ template <class T, class A>
 struct ForwardScratch {
   static constexpr bool kPaired = kStep<A> == 2;
   static constexpr int64_t kRows = kBlockRows<T>, kStripTiles = kPaired ? 2 : 8;
+  static_assert(kStripTiles * kTileRows<T> % kLanes<T> == 0);  // rows are softmaxed a vector of them at a time
   const int64_t padded_depth, padded_value;
   Scratch<A> q, rounded;
   Scratch<T> s, o;
@@ -64,22 +65,29 @@ struct PackedGroup {
   }
 };
 
-// Turns the products s[begin, end) of one row into probabilities and moves its m and l on; alpha is what o is to be
-// multiplied by. begin and end are whole vectors of a block of keys, [lo, hi) the keys attended.
+// The scores of a row for one block of keys, s[begin, end): whole vectors, of which [lo, hi) are the keys attended.
 template <class T>
-INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi, const Scores<T>& scores, T& m, T& l, T& alpha) {
+struct ScoreRow {
+  T* s;
+  int64_t begin, end, lo, hi;
+};
+
+// Turns products into scores; gives the largest of each lane.
+template <class T>
+INLINE vec<T> finish_scores(const ScoreRow<T>& row, const Scores<T>& scores) {
   constexpr int64_t W = kLanes<T>;
-  const vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
-  const int64_t whole_begin = std::clamp(round_up(lo, W), begin, end), whole_end = std::clamp(hi / W * W, whole_begin, end);
-  vec<T> largest = lowest;
+  const int64_t whole_begin = std::clamp(round_up(row.lo, W), row.begin, row.end);
+  const int64_t whole_end = std::clamp(row.hi / W * W, whole_begin, row.end);
+  T* s = row.s;
+  vec<T> largest = broadcast(-std::numeric_limits<T>::infinity());
   const auto partial = [&](int64_t j) {
-    const vec<T> x = limit<T>(scores.finish(load(s + j), j), j, lo, hi);
+    const vec<T> x = limit<T>(scores.finish(load(s + j), j), j, row.lo, row.hi);
     store(s + j, x);
     largest = maximum(largest, x);
   };
   if (scores.capped)
-    for (int64_t j = begin; j < end; j += W) store(s + j, tanh(load(s + j)) * scores.cap);
-  for (int64_t j = begin; j < whole_begin; j += W) partial(j);
+    for (int64_t j = row.begin; j < row.end; j += W) store(s + j, tanh(load(s + j)) * scores.cap);
+  for (int64_t j = row.begin; j < whole_begin; j += W) partial(j);
   if (scores.biased) {
     for (int64_t j = whole_begin; j < whole_end; j += W) {
       const vec<T> x = scores.finish(load(s + j), j);
@@ -90,26 +98,58 @@ INLINE void softmax_row(T* s, int64_t begin, int64_t end, int64_t lo, int64_t hi
 #pragma GCC unroll 4
     for (int64_t j = whole_begin; j < whole_end; j += W) largest = maximum(largest, load(s + j));
   }
-  for (int64_t j = whole_end; j < end; j += W) partial(j);
+  for (int64_t j = whole_end; j < row.end; j += W) partial(j);
+  return largest;
+}
 
-  const vec<T> old_m = broadcast(m);
-  const vec<T> new_m = maximum(old_m, spread_max<T>(largest));
-  const vec<T> reference = new_m == lowest ? vec<T>{} : new_m;
+// Turns scores into probabilities relative to e^reference, drops some, and gives their sums by lane, those dropped included.
+template <class T>
+INLINE vec<T> exponentiate(const ScoreRow<T>& row, const Scores<T>& scores, T reference) {
+  constexpr int64_t W = kLanes<T>;
   vec<T> sum = {};
 #pragma GCC unroll 4
-  for (int64_t j = begin; j < end; j += W) {
-    const vec<T> p = exp_nonpositive<T>(load(s + j) - reference);
+  for (int64_t j = row.begin; j < row.end; j += W) {
+    const vec<T> p = exp_nonpositive<T>(load(row.s + j) - reference);
     sum += p;
-    store(s + j, p);
+    store(row.s + j, p);
   }
   if (scores.dropped)
-    for (int64_t j = begin; j < end; j += W) {
-      const vec<T> p = load(s + j);
-      store(s + j, load(scores.keep + j) == 0 ? vec<T>{} : p);
+    for (int64_t j = row.begin; j < row.end; j += W) {
+      const vec<T> p = load(row.s + j);
+      store(row.s + j, load(scores.keep + j) == 0 ? vec<T>{} : p);
     }
-  alpha = exp_nonpositive<T>(old_m - reference)[0];
-  m = new_m[0];
-  l = l * alpha + reduce_add(sum);
+  return sum;
+}
+
+// Turns the products of rows first .. first + count (at most one vector of them) with keys from k0 on into probabilities and
+// moves their m and l on; alpha is what o is to be multiplied by. place(r) is the ScoreRow of row r; begin == end: no keys.
+// What has one value for each row is computed in the lanes of one vector.
+template <class T, class Place>
+INLINE void softmax_rows(const RowBlock<T>& rows, int64_t first, int64_t count, int64_t k0, Place place, Scores<T>& scores, T* m, T* l,
+                         T* alpha) {
+  constexpr int64_t W = kLanes<T>;
+  const vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
+  vec<T> largest[W], sums[W] = {};
+  std::fill(largest, largest + W, lowest);
+  for (int64_t i = 0; i < count; ++i) {
+    const ScoreRow<T> row = place(first + i);
+    if (row.begin >= row.end) continue;
+    scores.read_biases(rows, first + i, k0, row.begin, row.end);
+    largest[i] = finish_scores<T>(row, scores);
+  }
+  const auto larger = [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return maximum(a, b); };
+  const auto add = [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return a + b; };
+  const vec<T> old_m = load(m + first), new_m = maximum(old_m, reduce_each<T>(largest, larger));
+  const vec<T> reference = new_m == lowest ? vec<T>{} : new_m, factor = exp_nonpositive<T>(old_m - reference);
+  for (int64_t i = 0; i < count; ++i) {
+    const ScoreRow<T> row = place(first + i);
+    if (row.begin >= row.end) continue;
+    scores.read_kept(rows, first + i, k0, row.end);
+    sums[i] = exponentiate<T>(row, scores, reference[i]);
+  }
+  store(m + first, new_m);
+  store(alpha + first, factor);
+  store(l + first, load(l + first) * factor + reduce_each<T>(sums, add));
 }
 
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.
@@ -149,16 +189,19 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
             product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, step, panel, P * step, D / step,
                                    x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
       }
-      for (int64_t t = strip; t < tiles; ++t) {
-        if (lo[t] >= hi[t]) continue;
-        const int64_t begin = lo[t] / W * W, end = round_up(hi[t], W);
-        for (int64_t r = t * R; r < t * R + rows.tile_count(t); ++r) {
-          T* s = x.s + (r - strip * R) * kBlockKeys;
-          scores.read_row(rows, r, k0, begin, hi[t]);
-          softmax_row<T>(s, begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
-          if constexpr (step == 2) round_row(x.p(r) + begin, s + begin, end - begin);
+      const auto place = [&](int64_t r) -> ScoreRow<T> {
+        const int64_t t = r / R;
+        if (lo[t] >= hi[t]) return {};
+        return {x.s + (r - strip * R) * kBlockKeys, lo[t] / W * W, round_up(hi[t], W), rows.lo[r] - k0, rows.hi[r] - k0};
+      };
+      const int64_t last_row = std::min(rows.count, tiles * R);
+      for (int64_t r = strip * R; r < last_row; r += W)
+        softmax_rows<T>(rows, r, std::min(W, last_row - r), k0, place, scores, x.m, x.l, x.alpha);
+      if constexpr (step == 2)
+        for (int64_t r = strip * R; r < last_row; ++r) {
+          const ScoreRow<T> row = place(r);
+          round_row(x.p(r) + row.begin, row.s + row.begin, row.end - row.begin);
         }
-      }
       for (int64_t d = 0; d < value_ld; d += P)
         for (int64_t t = strip; t < tiles; ++t) {
           const int64_t from = lo[t] / step * step;
@@ -248,9 +291,9 @@ inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t 
         store(x.p(r) + j, score);
       }
     }
+    const auto place = [&](int64_t r) -> ScoreRow<T> { return {x.p(r), begin, end, rows.lo[r] - k0, rows.hi[r] - k0}; };
+    for (int64_t r = 0; r < rows.count; r += W) softmax_rows<T>(rows, r, std::min(W, rows.count - r), k0, place, scores, x.m, x.l, x.alpha);
     for (int64_t r = 0; r < rows.count; ++r) {
-      scores.read_row(rows, r, k0, begin, hi);
-      softmax_row<T>(x.p(r), begin, end, rows.lo[r] - k0, rows.hi[r] - k0, scores, x.m[r], x.l[r], x.alpha[r]);
       T* o = x.o + r * value_ld;
       for (int64_t d = 0; d < value_ld; d += W) store(o + d, load(o + d) * x.alpha[r]);
     }

@@ -138,11 +138,12 @@ struct Scores {
 
   bool plain() const { return !capped && !biased; }
 
-  // Reads what row r needs for keys k0 + [begin, end) of a block.
-  void read_row(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t begin, int64_t end) {
-    const int64_t n = std::min(end, a.k_len - k0);
-    if (biased) read_bias(bias + begin, a, rows, r, k0 + begin, n - begin);
-    if (dropped) read_dropout(keep, a, rows, r, k0, n);
+  // Read what row r needs for keys k0 + [begin, end) of a block.
+  void read_biases(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t begin, int64_t end) {
+    if (biased) read_bias(bias + begin, a, rows, r, k0 + begin, std::min(end, a.k_len - k0) - begin);
+  }
+  void read_kept(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t end) {
+    if (dropped) read_dropout(keep, a, rows, r, k0, std::min(end, a.k_len - k0));
   }
 
   // The scores of one vector of products at key `j` of the block.

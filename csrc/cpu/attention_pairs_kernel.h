@@ -4,19 +4,16 @@
 // What is broadcast (A) lies in rows whose steps come in pairs by themselves; the other operand (B) as [pair][columns][2].
 // A missing second half is 0 on both sides. Nothing is scaled before it is multiplied: that would round it once more.
 
-// Whether any of n numbers is an infinity or a NaN.
-INLINE bool any_not_finite(const bfloat16* x, int64_t n) {
-  uint16_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) largest = std::max<uint16_t>(largest, x[i].bits & 0x7fff);
-  return largest >= 0x7f80;
-}
-
+#if ISA_VECTOR_BYTES == 64
 // One row of n numbers of any stride to `padded` columns.
 INLINE void copy_row(bfloat16* out, const bfloat16* row, int64_t stride, int64_t n, int64_t padded) {
-  if (stride == 1)
-    std::memcpy(out, row, n * sizeof *row);
-  else
-    for (int64_t d = 0; d < n; ++d) out[d] = row[d * stride];
+  int64_t d = 0;
+  if (stride == 1) {
+    for (; d + 32 <= n; d += 32) _mm512_storeu_si512(out + d, _mm512_loadu_si512(row + d));
+    std::memcpy(out + d, row + d, (n - d) * sizeof *row);
+  } else {
+    for (; d < n; ++d) out[d] = row[d * stride];
+  }
   std::memset(out + n, 0, (padded - n) * sizeof *out);
 }
 
@@ -35,22 +32,26 @@ inline void take_pairs(SetAside<float>& aside, bfloat16* pairs, int64_t count, i
 inline void pack_rows(bfloat16* pairs, const bfloat16* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t columns,
                       int64_t padded, int64_t first, SetAside<float>& aside) {
   constexpr int64_t W = kLanes<float>;
-  std::vector<bfloat16> copies(stride == 1 ? 0 : 2 * columns);
-  bool poisoned = false;
+  const __m512i exponent = _mm512_set1_epi32(0x7f807f80);
+  __mmask32 not_finite = 0;
   for (int64_t r = 0; r < count; r += 2) {
-    const bfloat16* two[2] = {rows + r * row_stride, r + 1 < count ? rows + (r + 1) * row_stride : nullptr};
-    for (int i = 0; i < 2 && two[i]; ++i) {
-      if (stride != 1) {
-        copy_row(copies.data() + i * columns, two[i], stride, columns, columns);
-        two[i] = copies.data() + i * columns;
-      }
-      poisoned |= any_not_finite(two[i], columns);
-    }
+    const bfloat16* row = rows + r * row_stride;
+    const bool single = r + 1 == count;
     bfloat16* out = pairs + r * padded;
-    for (int64_t d = 0; d < padded; d += W)
-      store_pair(out + d * 2, two[0] + d, two[1] ? two[1] + d : nullptr, std::clamp<int64_t>(columns - d, 0, W));
+    for (int64_t d = 0; d < padded; d += W, out += 2 * W) {
+      const int64_t n = std::clamp<int64_t>(columns - d, 0, W);
+      if (stride == 1) {
+        store_pair(out, row + d, single ? nullptr : row + row_stride + d, n);
+      } else {
+        bfloat16 copies[2][W];
+        for (int i = 0; i < 2; ++i) copy_row(copies[i], row + i * row_stride + d * stride, stride, i && single ? 0 : n, W);
+        store_pair(out, copies[0], copies[1], W);
+      }
+      const __m512i both = _mm512_loadu_si512(out);
+      not_finite |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(both, exponent), exponent);
+    }
   }
-  if (poisoned) take_pairs(aside, pairs, count, padded, first);
+  if (not_finite) take_pairs(aside, pairs, count, padded, first);
 }
 
 // Keys 0 .. count of a [keys, depth] matrix, transposed to panels of [pair of depth][kPanel][2]; keys past the end are 0.
@@ -84,7 +85,6 @@ inline void pack_transposed(bfloat16* packed, const bfloat16* rows, int64_t row_
   }
 }
 
-#if ISA_VECTOR_BYTES == 64
 // Rounds n numbers, whole vectors of them.
 __attribute__((target("avx512bf16"))) inline void round_row(bfloat16* out, const float* row, int64_t n) {
   for (int64_t j = 0; j < n; j += 16) {

@@ -118,11 +118,6 @@ INLINE V interleave_high(V a, V b, std::index_sequence<I...>) {
   constexpr size_t half = sizeof...(I) / 2;
   return __builtin_shufflevector(a, b, (I % 2 ? sizeof...(I) + half + I / 2 : half + I / 2)...);
 }
-template <size_t D, class V, size_t... I>
-INLINE V rotate(V a, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, a, ((I + D) % sizeof...(I))...);
-}
-
 // Transposes kLanes vectors in place: log2 rounds of interleaving each vector with the one half the square away.
 template <class T>
 INLINE void transpose_square(vec<T> (&x)[kLanes<T>]) {
@@ -141,15 +136,17 @@ INLINE void transpose_square(vec<T> (&x)[kLanes<T>]) {
   }
 }
 
-// The largest lane, in every lane.
-template <class T>
-INLINE vec<T> spread_max(vec<T> v) {
+// Lane i is what `combine` makes of the lanes of x[i], for kLanes vectors at once: half as many vectors in every round, each
+// with the lanes of two interleaved.
+template <class T, class Combine>
+INLINE vec<T> reduce_each(vec<T> (&x)[kLanes<T>], Combine combine) {
   constexpr int W = kLanes<T>;
   constexpr auto lanes = std::make_index_sequence<W>{};
-  if constexpr (W >= 16) v = maximum(v, rotate<8 % W>(v, lanes));
-  if constexpr (W >= 8) v = maximum(v, rotate<4 % W>(v, lanes));
-  if constexpr (W >= 4) v = maximum(v, rotate<2 % W>(v, lanes));
-  return maximum(v, rotate<1>(v, lanes));
+#pragma GCC unroll 4
+  for (int half = W / 2; half; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) x[i] = combine(interleave_low(x[i], x[i + half], lanes), interleave_high(x[i], x[i + half], lanes));
+  return x[0];
 }
 
 // e^x for x <= 0 (a rounding step above 0 is fine): exactly 0 below the smallest normal number and for -inf, NaN for NaN.

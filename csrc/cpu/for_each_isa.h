@@ -4,6 +4,8 @@
 // simd.h and gemm.h come with it. One translation unit with target pragmas, rather than one object file per set of
 // compiler flags: inline functions of the standard library are compiled before the pragmas, so the linker can never
 // pick a copy of them that needs instructions this CPU lacks.
+//
+// -DONE_ISA_GENERIC or -DONE_ISA_AVX512 leaves out all but one, for builds that are made to be checked and not to be kept.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -28,6 +30,7 @@
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 // clang-format off: the order of these includes matters
+#if !defined(ONE_ISA_AVX512)
 #define ISA_VECTOR_BYTES 16
 namespace bmk::generic {
 #include "simd.h"
@@ -35,8 +38,9 @@ namespace bmk::generic {
 #include KERNEL_SOURCE
 }  // namespace bmk::generic
 #undef ISA_VECTOR_BYTES
+#endif
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ONE_ISA_GENERIC) && !defined(ONE_ISA_AVX512)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2")
 #define ISA_VECTOR_BYTES 32
@@ -47,7 +51,9 @@ namespace bmk::avx2 {
 }  // namespace bmk::avx2
 #undef ISA_VECTOR_BYTES
 #pragma GCC pop_options
+#endif
 
+#if defined(__x86_64__) && !defined(ONE_ISA_GENERIC)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi,bmi2,avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #define ISA_VECTOR_BYTES 64

@@ -1,5 +1,6 @@
 #include "isa.h"
 
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
@@ -8,11 +9,15 @@ namespace bmk {
 namespace {
 
 Isa best_isa() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(ONE_ISA_GENERIC)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
+#if defined(ONE_ISA_AVX512)
+  std::fputs("this build of bigmodel_kernels needs AVX-512, which the CPU lacks\n", stderr);
+  std::abort();
+#endif
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::generic;

@@ -20,7 +20,9 @@ const char* isa_name(Isa isa);
 }  // namespace bmk
 
 // Calls `function` of the namespace compiled for the selected instruction set (see for_each_isa.h).
-#if defined(__x86_64__)
+#if defined(ONE_ISA_AVX512)
+#define ISA_CALL(function, ...) bmk::avx512::function(__VA_ARGS__)
+#elif defined(__x86_64__) && !defined(ONE_ISA_GENERIC)
 #define ISA_CALL(function, ...)                                                 \
   (bmk::selected_isa() >= bmk::Isa::avx512 ? bmk::avx512::function(__VA_ARGS__) \
    : bmk::selected_isa() == bmk::Isa::avx2 ? bmk::avx2::function(__VA_ARGS__)   \

@@ -5,7 +5,8 @@ __attribute__((target("avx512bf16"))) void gate_product_tile(const bfloat16* a, 
                                                              int64_t panels, float* out, int64_t out_row, int64_t columns, bool add) {
   constexpr int W = kLanes<float>;
   vec<float> acc[R][NV] = {};
-  for (int64_t p = 0; p < panels; ++p) multiply_pairs<R, NV>(acc, a + p * a_panel, a_row, 2, packed + p * 4 * W * NV * W, 2 * NV * W, 2 * W);
+  for (int64_t p = 0; p < panels; ++p)
+    multiply_pairs<R, NV>(acc, a + p * a_panel, a_row, 2, packed + p * 4 * W * NV * W, 2 * NV * W, 2 * W);
   store_tile<R, NV, float>(acc, out, out_row, columns, add);
 }
 
