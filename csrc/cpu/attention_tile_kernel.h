@@ -65,7 +65,7 @@ template <int R, int NV, Start start>
 __attribute__((target("avx512bf16"))) void product_tile(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_step,
                                                         int64_t steps, float* c, int64_t c_row, const float* factor) {
   vec<float> acc[R][NV] = {};
-  multiply_pairs<R, NV>(acc, a, a_row, a_step, b, b_step, steps);
+  multiply_pairs<R, NV>(acc, a, a_row, a_step, b, steps, b_step);
   finish_tile<start>(acc, c, c_row, factor);
 }
 #endif

@@ -40,47 +40,6 @@ INLINE void multiply_tile(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, in
   }
 }
 
-// Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
-INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {
-  typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
-  typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
-  half_bits rows[2] = {};
-  if (columns >= kLanes<float>) {
-    if (first) std::memcpy(&rows[0], first, sizeof rows[0]);
-    if (second) std::memcpy(&rows[1], second, sizeof rows[1]);
-  } else {
-    if (first) std::memcpy(&rows[0], first, columns * sizeof(bfloat16));
-    if (second) std::memcpy(&rows[1], second, columns * sizeof(bfloat16));
-  }
-  const full_bits pairs = __builtin_convertvector(rows[0], full_bits) | (__builtin_convertvector(rows[1], full_bits) << 16);
-  std::memcpy(out, &pairs, sizeof pairs);
-}
-
-#if ISA_VECTOR_BYTES == 64
-// As multiply_tile, of bfloat16 numbers in pairs of steps: pair k of row r of A is at a[r * row + k * step], B holds
-// [NV vectors of columns][2] for each pair, `b_step` elements apart.
-template <int R, int NV>
-__attribute__((target("avx512bf16"), always_inline)) inline void multiply_pairs(vec<float> (&c)[R][NV], const bfloat16* a, int64_t row,
-                                                                                int64_t step, const bfloat16* b, int64_t b_step,
-                                                                                int64_t pairs) {
-  for (int64_t k = 0; k < pairs; ++k) {
-    __m512i bk[NV];
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) bk[v] = _mm512_loadu_si512(b + k * b_step + v * 32);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int32_t pair;
-      std::memcpy(&pair, a + r * row + k * step, sizeof pair);
-      const __m512i both = _mm512_set1_epi32(pair);
-#pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v)
-        c[r][v] = reinterpret_cast<vec<float>>(
-            _mm512_dpbf16_ps(reinterpret_cast<__m512>(c[r][v]), reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(bk[v])));
-    }
-  }
-}
-#endif
-
 // Packs B[k, n] = b[k * row_stride + n * column_stride] (storage type S) into panels of `panel` columns.
 // The result has ceil(columns / panel) panels of [depth][panel]; columns past the end are 0.
 template <class T, class S>

@@ -5,8 +5,7 @@ __attribute__((target("avx512bf16"))) void gate_product_tile(const bfloat16* a, 
                                                              int64_t panels, float* out, int64_t out_row, int64_t columns, bool add) {
   constexpr int W = kLanes<float>;
   vec<float> acc[R][NV] = {};
-  for (int64_t p = 0; p < panels; ++p)
-    multiply_pairs<R, NV>(acc, a + p * a_panel, a_row, 2, packed + p * 4 * W * NV * W, 2 * NV * W, 2 * W);
+  for (int64_t p = 0; p < panels; ++p) multiply_pairs<R, NV>(acc, a + p * a_panel, a_row, 2, packed + p * 4 * W * NV * W, 2 * W);
   store_tile<R, NV, float>(acc, out, out_row, columns, add);
 }
 
@@ -26,7 +25,7 @@ __attribute__((target("avx512bf16"))) void weight_gradient_panel(const bfloat16*
       }
     for (int gate = 0; gate < G; gate += R) {
       vec<float> acc[R][NV] = {};
-      multiply_pairs<R, NV>(acc, pairs + gate * 2, 2, 2 * G, inputs + t * N, 2 * N, (steps + 1) / 2);
+      multiply_pairs<R, NV>(acc, pairs + gate * 2, 2, 2 * G, inputs + t * N, (steps + 1) / 2);
       store_tile<R, NV, float>(acc, sums + gate * N, N, N, true);
     }
   }

@@ -210,7 +210,7 @@ __attribute__((target("avx512bf16"))) void add_products(float* gates, const bflo
                                                         int64_t depth) {
   constexpr int W = kLanes<float>;
   vec<float> acc[R][4] = {};
-  multiply_pairs<R, 4>(acc, a, a_row, 2, panel, 8 * W, depth / 2);
+  multiply_pairs<R, 4>(acc, a, a_row, 2, panel, depth / 2);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
