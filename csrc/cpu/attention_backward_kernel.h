@@ -7,22 +7,31 @@
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
 // number of parts depends on the shape alone, so the results never depend on the number of threads.
 
-// delta of every query, [B, Hq, Sq].
+// delta of every query, [B, Hq, Sq]: a vector of queries at a time, so that their rows are on the way from memory together.
 template <class S, class T>
 void row_deltas(const AttentionArgs& a, const AttentionGradArgs& g, T* deltas) {
   constexpr int64_t W = kLanes<T>, kTaskValues = 65536;
-  const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(a.value_dim, 1));
-  torch::stable::parallel_for(0, a.batch * a.heads * a.q_len, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t b = row / (a.heads * a.q_len), h = row / a.q_len % a.heads, i = row % a.q_len;
-      const S *grad = g.grad_out.at<S>(b, h, i), *out = g.out.at<S>(b, h, i);
-      const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
-      vec<T> sum = {};
-      for (int64_t d = 0; d < a.value_dim; d += W) {
-        const int64_t n = std::min(W, a.value_dim - d);
-        sum += load_any(grad + d * grad_stride, grad_stride, n) * load_any(out + d * out_stride, out_stride, n);
+  const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(a.q_len * a.value_dim, 1));
+  const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
+  torch::stable::parallel_for(0, a.batch * a.heads, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t b = head / a.heads, h = head % a.heads;
+      for (int64_t i0 = 0; i0 < a.q_len; i0 += W) {
+        const int64_t rows = std::min(W, a.q_len - i0);
+        vec<T> sums[W];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < W; ++i) sums[i] = vec<T>{};
+        for (int64_t d = 0; d < a.value_dim; d += W) {
+          const int64_t n = std::min(W, a.value_dim - d);
+          for (int64_t i = 0; i < rows; ++i)
+            sums[i] += load_any(g.grad_out.at<S>(b, h, i0 + i) + d * grad_stride, grad_stride, n) *
+                       load_any(g.out.at<S>(b, h, i0 + i) + d * out_stride, out_stride, n);
+        }
+        T row_sums[W];
+        store(row_sums, sum_each<T>(sums));
+        for (int64_t i = 0; i < rows; ++i)
+          deltas[head * a.q_len + i0 + i] = row_sums[i] - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i0 + i) : T(0));
       }
-      deltas[row] = reduce_add(sum) - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i) : T(0));
     }
   });
 }

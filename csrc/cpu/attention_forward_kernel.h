@@ -129,17 +129,16 @@ INLINE void softmax_rows(const RowBlock<T>& rows, int64_t first, int64_t count, 
                          T* alpha) {
   constexpr int64_t W = kLanes<T>;
   const vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
-  vec<T> largest[W], sums[W] = {};
-  std::fill(largest, largest + W, lowest);
+  vec<T> largest[W], sums[W];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < W; ++i) largest[i] = lowest, sums[i] = vec<T>{};
   for (int64_t i = 0; i < count; ++i) {
     const ScoreRow<T> row = place(first + i);
     if (row.begin >= row.end) continue;
     scores.read_biases(rows, first + i, k0, row.begin, row.end);
     largest[i] = finish_scores<T>(row, scores);
   }
-  const auto larger = [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return maximum(a, b); };
-  const auto add = [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return a + b; };
-  const vec<T> old_m = load(m + first), new_m = maximum(old_m, reduce_each<T>(largest, larger));
+  const vec<T> old_m = load(m + first), new_m = maximum(old_m, largest_of_each<T>(largest));
   const vec<T> reference = new_m == lowest ? vec<T>{} : new_m, factor = exp_nonpositive<T>(old_m - reference);
   for (int64_t i = 0; i < count; ++i) {
     const ScoreRow<T> row = place(first + i);
@@ -149,7 +148,7 @@ INLINE void softmax_rows(const RowBlock<T>& rows, int64_t first, int64_t count, 
   }
   store(m + first, new_m);
   store(alpha + first, factor);
-  store(l + first, load(l + first) * factor + reduce_each<T>(sums, add));
+  store(l + first, load(l + first) * factor + sum_each<T>(sums));
 }
 
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.

@@ -148,6 +148,14 @@ INLINE vec<T> reduce_each(vec<T> (&x)[kLanes<T>], Combine combine) {
     for (int i = 0; i < half; ++i) x[i] = combine(interleave_low(x[i], x[i + half], lanes), interleave_high(x[i], x[i + half], lanes));
   return x[0];
 }
+template <class T>
+INLINE vec<T> sum_each(vec<T> (&x)[kLanes<T>]) {
+  return reduce_each<T>(x, [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return a + b; });
+}
+template <class T>
+INLINE vec<T> largest_of_each(vec<T> (&x)[kLanes<T>]) {
+  return reduce_each<T>(x, [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return maximum(a, b); });
+}
 
 // e^x for x <= 0 (a rounding step above 0 is fine): exactly 0 below the smallest normal number and for -inf, NaN for NaN.
 // x log2(e) = n + f, |f| <= 1/2, with f from one fused multiply-add; 2^f is a polynomial, n is added to its exponent bits.

@@ -231,16 +231,17 @@ def test_offsets_past_two_to_the_31():
     k = storage.as_strided((1, 1, 6, 16), (0, 0, step, 1))
     values = make(1, 1, 6, 16, dtype=torch.bfloat16, seed=1)
     k.copy_(values)
-    for rows in (1, 20):
+    for rows in (1, 20, 40):
         q = make(1, 1, rows, 16, dtype=torch.bfloat16)
         assert torch.equal(bmk.attention(q, k, k, backend="cpu"), bmk.attention(q, values, values, backend="cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("flags", [{}, {"is_causal": True}, {"dropout_p": 0.3}], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 300, 16), (2, 3, 70, 33), (1, 1, 2, 16)], ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(shape, flags):
-    q = make(*shape)
-    k, v = (make(*shape[:2], 1500, shape[3], seed=s) for s in (1, 2))
+def test_results_do_not_depend_on_the_number_of_threads(shape, flags, dtype):
+    q = make(*shape, dtype=dtype)
+    k, v = (make(*shape[:2], 1500, shape[3], dtype=dtype, seed=s) for s in (1, 2))
     mask = make(1, 1, shape[2], 1500, seed=3)
 
     def run():
@@ -261,7 +262,7 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, flags):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_every_instruction_set_gives_the_same(isa):
     """The whole error rule on sizes around every tile, in a process of its own: the set is chosen once."""
     program = (

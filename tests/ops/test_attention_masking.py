@@ -101,9 +101,10 @@ def test_nothing_behind_a_mask_leaks(sizes, kind, dtype, poison):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SHAPES, ids=str)
-def test_nothing_in_the_future_leaks(sizes):
-    q, k, v, grad_out = inputs(sizes)
+def test_nothing_in_the_future_leaks(sizes, dtype):
+    q, k, v, grad_out = inputs(sizes, dtype)
     Sq = sizes[3]
     clean = run(q, k, v, grad_out, is_causal=True)
     k[:, :, Sq:], v[:, :, Sq:] = math.nan, math.nan
@@ -114,8 +115,9 @@ def test_nothing_in_the_future_leaks(sizes):
         assert a[:, :, Sq - 1].isnan().all()
 
 
-def test_a_masked_query_that_holds_nan_leaks_into_no_gradient():
-    q, k, v, grad_out = inputs(SHAPES[1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_masked_query_that_holds_nan_leaks_into_no_gradient(dtype):
+    q, k, v, grad_out = inputs(SHAPES[1], dtype)
     mask = torch.ones(1, 1, 21, 50, dtype=torch.bool)
     mask[..., 5, :] = False
     clean = run(q, k, v, grad_out, attn_mask=mask)
