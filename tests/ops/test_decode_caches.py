@@ -46,6 +46,21 @@ def test_means_the_numbers_times_their_scale(kind, dtype, backend, page_size):
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch", "auto"])
+def test_nothing_past_the_lengths_reaches_a_result(backend):
+    q, (k, v), lengths = (
+        make(3, 4, 1, 16, seed=5),
+        [make(3, 2, 12, 16, seed=i) for i in (6, 7)],
+        torch.tensor([12, 7, 0]),
+    )
+    expected = bmk.attention_decode(q, k, v, lengths, return_lse=True, backend=backend)
+    for b, length in enumerate(lengths.tolist()):
+        k[b, :, length:], v[b, :, length:] = torch.nan, torch.inf
+    found = bmk.attention_decode(q, k, v, lengths, return_lse=True, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert not found[0][2].any()
+
+
 def test_fp8_has_a_scale_of_one_by_default():
     q, (k, v) = make(2, 4, 1, 16, seed=5), caches(torch.float8_e4m3fn)
     assert torch.equal(bmk.attention_decode(q, k, v, LENGTHS), bmk.attention_decode(q, k.float(), v.float(), LENGTHS))

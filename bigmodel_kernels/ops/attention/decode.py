@@ -100,6 +100,10 @@ def attention_decode(
                 alibi_slopes=slopes, **options,
             )  # fmt: skip
     in_k = torch.arange(length, device=q.device) < cache_seqlens[:, None]
+    asked = backend if torch.compiler.is_compiling() else _registry.wanted(backend)
+    if asked == "torch" or (asked == "auto" and q.device.type != "cpu"):
+        # PyTorch multiplies what a mask leaves out by zero, and lets NaNs through; "auto" gives masks to "cpu" where that is.
+        k_cache, v_cache = (t.masked_fill(~in_k[:, None, :, None], 0) for t in (k_cache, v_cache))
     in_q = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
     offset = (cache_seqlens - q.shape[2])[:, None, None]
     mask = position_mask(q, in_q, in_k, offset, is_causal, window, slopes)
