@@ -33,6 +33,14 @@ INLINE vec<double> erf(vec<double> x) {
   return x;
 }
 
+// The larger; a NaN beats every number. Of a NaN and a number the two maxima are one each, and a number's bits in those of a
+// NaN leave a NaN; otherwise they are the same.
+template <class V>
+INLINE V larger(V a, V b) {
+  using bits = typename bits_of<V>::type;
+  return reinterpret_cast<V>(reinterpret_cast<bits>(maximum(a, b)) | reinterpret_cast<bits>(maximum(b, a)));
+}
+
 // A non-decreasing activation may follow a max-pool instead of preceding it.
 INLINE bool is_monotone(Activation a) { return a != Activation::gelu && a != Activation::silu && a != Activation::tanh_sigmoid; }
 

@@ -7,6 +7,7 @@
 //   dweight   = scale * dw,  dw the product of d and x
 //   dscale    = sum d u = <weight, dw> + bias * dshift, so that u is neither stored nor computed again
 // clang-format off: each builds on those before it
+#include "tiles.h"
 #include "conv_block.h"
 #include "conv_activation.h"
 #include "conv_direct.h"

@@ -7,8 +7,8 @@
 // The outputs of the band stay in a block [rows][columns][channels] of the compute type, in the first or second cache level;
 // the sink applies what follows (bias, activation, pool, ...) and is the only one to write memory.
 //
-// Floor: the multiply-adds at two vectors a cycle. 1 -> 32 channels, 3x3 on 28 x 28 with ReLU and 2x2 max-pool, per image on
-// one Zen 5 core: floor 7,100 cycles, predicted 11,000, measured 17,900; the pool and the NCHW stores are most of the rest.
+// Floor: the multiply-adds at two vectors a cycle. 3 -> 64 channels, 7x7 of stride 2 on 224 x 224 with ReLU and the 3x3 max-pool
+// of stride 2, on one Zen 5 core: floor 3.7 million cycles, measured 4.2 (4.9 before bands shared rows).
 
 template <class T>
 struct ConvTile {
@@ -53,9 +53,13 @@ template <class T, class S>
 inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weights) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
   const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels), C = pass.channels;
-  const int64_t vectors = padded / W, taps_w = pass.w.axis.taps, taps = pass.h.axis.taps * taps_w;
-  // Where the weights of an output channel lie in one piece, [channel][tap], squares of W x W are transposed in registers.
-  const bool rows = weights.in == taps && weights.h == taps_w && weights.w == 1;
+  const int64_t vectors = padded / W, taps_h = pass.h.axis.taps, taps_w = pass.w.axis.taps;
+  // Where the weights of an output channel lie in one piece, [channel][tap] or [tap][channel], squares of W x W are transposed
+  // in registers.
+  const auto lie = [&](int64_t in, int64_t h, int64_t w) {
+    return (C == 1 || weights.in == in) && (taps_h == 1 || weights.h == h) && (taps_w == 1 || weights.w == w);
+  };
+  const bool taps_inside = lie(taps_h * taps_w, taps_w, 1), rows = taps_inside || lie(1, taps_w * C, C);
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * W));
   torch::stable::parallel_for(0, pass.groups * vectors, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -65,19 +69,22 @@ inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weigh
       const S* source = weights.data + g * weights.group + first * weights.out;
       const auto scaled = [&](vec<T> v, int64_t c) { return weights.scale ? v * to_compute(weights.scale[g * C + c]) : v; };
       if (rows) {
-        for (int64_t k = 0, c = 0, tap = 0; k < depth; k += W) {
+        for (int64_t k = 0, c = 0, kh = 0, kw = 0; k < depth; k += W) {
           const int64_t count = std::min(W, depth - k);
           vec<T> m[W];
 #pragma GCC unroll 16
           for (int j = 0; j < W; ++j) m[j] = j < lanes ? read_lanes<T>(source + j * weights.out + k, count) : vec<T>{};
           transpose<T>(m);
           for (int64_t j = 0; j < count; ++j) {
-            store(out + (pass.weight_row(tap / taps_w, tap % taps_w) + c) * columns, scaled(m[j], c));
-            if (++tap == taps) tap = 0, ++c;
+            store(out + (pass.weight_row(kh, kw) + c) * columns, scaled(m[j], c));
+            if (!taps_inside && ++c < C) continue;
+            if (!taps_inside) c = 0;
+            if (++kw == taps_w) kw = 0, ++kh;
+            if (taps_inside && kh == taps_h) kh = 0, ++c;
           }
         }
       } else {
-        for (int64_t kh = 0; kh < pass.h.axis.taps; ++kh)
+        for (int64_t kh = 0; kh < taps_h; ++kh)
           for (int64_t kw = 0; kw < taps_w; ++kw)
             for (int64_t c = 0; c < C; ++c)
               store(out + (pass.weight_row(kh, kw) + c) * columns,
@@ -130,14 +137,13 @@ INLINE void flush(vec<T> (&acc)[kRows][kVectors], T* y, int64_t y_stride, bool a
     }
 }
 
-// kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y.
+// kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y. add: to what y holds.
 template <int kRows, int kVectors, class T>
-inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride) {
+inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride, bool add) {
   constexpr int W = kLanes<T>;
   vec<T> acc[kRows][kVectors] = {};
-  bool add = false;
   for (int64_t i = 0; i < count; ++i) {
-    if (taps[i].begins) {
+    if (taps[i].begins && i > 0) {
       flush<kRows, kVectors, T>(acc, y, y_stride, add);
       add = true;
     }
@@ -146,28 +152,28 @@ inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t c
   flush<kRows, kVectors, T>(acc, y, y_stride, add);
 }
 
-template <int kVectors, class T, int kRows = ConvTile<T>::kRows>
-INLINE void conv_tile_rows(int64_t rows, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y,
-                           int64_t y_stride) {
-  if constexpr (kRows > 0) {
-    if (rows == kRows)
-      conv_tile<kRows, kVectors, T>(a, row_stride, taps, count, panel, y, y_stride);
-    else
-      conv_tile_rows<kVectors, T, kRows - 1>(rows, a, row_stride, taps, count, panel, y, y_stride);
-  }
-}
-
-// `pixels` outputs in tiles of as equal a size as can be.
-template <int kVectors, class T>
-inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y,
-                     int64_t y_stride) {
-  const int64_t tiles = (pixels + ConvTile<T>::kRows - 1) / ConvTile<T>::kRows;
+// f(first, rows as a constant) for tiles of as equal a size as can be that cover `pixels`.
+template <class T, class F>
+INLINE void each_tile(int64_t pixels, F f) {
+  constexpr int kRows = ConvTile<T>::kRows;
+  const int64_t tiles = (pixels + kRows - 1) / kRows;
   for (int64_t t = 0, p = 0; t < tiles; ++t) {
     const int64_t rows = (pixels - p + tiles - t - 1) / (tiles - t);
-    conv_tile_rows<kVectors, T>(rows, a + p * row_stride, row_stride, taps, count, panel, y + p * y_stride, y_stride);
+    with_constant<kRows>(rows, [&](auto count) { f(p, count); });
     p += rows;
   }
 }
+
+template <int kVectors, class T>
+inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride,
+                     bool add) {
+  each_tile<T>(pixels, [&](int64_t p, auto rows) {
+    conv_tile<rows.value, kVectors, T>(a + p * row_stride, row_stride, taps, count, panel, y + p * y_stride, y_stride, add);
+  });
+}
+
+// Terms summed up before the next row of pixels: their part of a panel of weights stays in the first-level cache.
+inline constexpr int64_t kDepthBlock = 192;
 
 // The outputs of one band and group into y, from sources whose first row and column are the lowest that the band reads.
 template <class T>
@@ -176,48 +182,68 @@ inline void direct_band(const Pass& pass, const Band& band, const std::vector<st
   constexpr int64_t kColumns = ConvTile<T>::kColumns;
   const int64_t padded = padded_channels<T>(pass.out_channels), depth = pass.depth(), step = pass.w.phases();
   const int64_t row0 = pass.h.lowest(band.top), column0 = pass.w.lowest(band.left);
-  for (int64_t first = 0; first < padded; first += kColumns) {
-    const T* panel = packed + first * depth;
-    for (int64_t r = band.top; r < band.bottom; ++r)
-      for (int64_t phase = 0; phase < step; ++phase) {
-        const int64_t column = pass.w.first_of_phase(band.left, phase);
-        if (column >= band.right) continue;
-        const int64_t pixels = (band.right - column + step - 1) / step;
-        const auto& list = taps[pass.h.phase_of(r) * step + phase];
-        const T* a = source + (pass.h.base(r) - row0) * row_step + (pass.w.base(column) - column0) * pixel_step;
-        T* out = y + ((r - band.top) * y_columns + column - band.left) * padded + first;
-        const int64_t row_stride = pass.w.source_step() * pixel_step, y_stride = step * padded, count = list.size();
-        if (padded - first >= kColumns)
-          conv_row<2, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
-        else
-          conv_row<1, T>(pixels, a, row_stride, list.data(), count, panel, out, y_stride);
-      }
-  }
+  const int64_t blocks = std::max<int64_t>(1, depth / (pass.h.phases() * step * kDepthBlock));
+  for (int64_t block = 0; block < blocks; ++block)
+    for (int64_t first = 0; first < padded; first += kColumns) {
+      const T* panel = packed + first * depth;
+      for (int64_t r = band.top; r < band.bottom; ++r)
+        for (int64_t phase = 0; phase < step; ++phase) {
+          const int64_t column = pass.w.first_of_phase(band.left, phase);
+          if (column >= band.right) continue;
+          const int64_t pixels = (band.right - column + step - 1) / step;
+          const auto& list = taps[pass.h.phase_of(r) * step + phase];
+          const int64_t size = list.size(), begin = size * block / blocks, count = size * (block + 1) / blocks - begin;
+          if (block > 0 && count == 0) continue;
+          const T* a = source + (pass.h.base(r) - row0) * row_step + (pass.w.base(column) - column0) * pixel_step;
+          T* out = y + ((r - band.top) * y_columns + column - band.left) * padded + first;
+          const int64_t row_stride = pass.w.source_step() * pixel_step, y_stride = step * padded;
+          if (padded - first >= kColumns)
+            conv_row<2, T>(pixels, a, row_stride, list.data() + begin, count, panel, out, y_stride, block > 0);
+          else
+            conv_row<1, T>(pixels, a, row_stride, list.data() + begin, count, panel, out, y_stride, block > 0);
+        }
+    }
 }
 
 // Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image. A pointwise pass
-// reads a source whose channels are adjacent where it lies.
+// reads a source whose channels are adjacent where it lies. Rows that the windows of a band share with those of the band
+// above it are computed once, where the same thread has just done so.
 template <class T, class Source, class Sink>
 inline void direct_pass(const Pass& pass, const Bands& bands, const T* packed, const Source& source, const Sink& sink) {
   const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels;
-  const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows();
+  const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows(), y_row = y_columns * padded;
   const int64_t columns = pass.w.span(y_columns), rows = pass.h.span(y_rows);
   const auto taps = pass.taps(columns, C);
-  const int64_t per_image = bands.count(), per_group = pass.batch * per_image;
+  const int64_t per_image = bands.count(), per_group = pass.batch * per_image, across = bands.across();
   const bool in_place = pass.is_pointwise() && source.pixel_step() > 0;
+  const int64_t shared_rows = across == 1 ? std::max<int64_t>(0, bands.window.h - bands.window.stride_h) : 0;
   torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(in_place ? 0 : rows * columns * C), y(y_rows * y_columns * padded + kLanes<T>);
+    Scratch<T> block(in_place ? 0 : rows * columns * C), y(y_rows * y_row + kLanes<T>), kept(shared_rows * y_row);
+    int64_t kept_bottom = -1;  // the row of the image below those that are kept
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
-      const Band band = bands.full(i);
       const T* weights = packed + g * padded * pass.depth();
+      const Band whole = bands.full(i);
+      Band band = whole;
+      T* out = y.get();
+      if (i > 0 && kept_bottom > whole.top) {
+        const int64_t known = kept_bottom - whole.top;
+        std::memcpy(out, kept.get() + (shared_rows - known) * y_row, known * y_row * sizeof(T));
+        band.top += known, out += known * y_row;
+      }
       if (in_place) {
         direct_band<T>(pass, band, taps, weights, source.in_place(n, g * C, band.top, band.left), source.row_step(), source.pixel_step(),
-                       y.get(), y_columns);
+                       out, y_columns);
       } else {
         source.load(block.get(), C, columns, n, g * C, C, pass.h.lowest(band.top), pass.h.span(band.rows()), pass.w.lowest(band.left),
                     pass.w.span(band.columns()));
-        direct_band<T>(pass, band, taps, weights, block.get(), columns * C, C, y.get(), y_columns);
+        direct_band<T>(pass, band, taps, weights, block.get(), columns * C, C, out, y_columns);
+      }
+      if (shared_rows > 0 && whole.rows() >= shared_rows) {  // before the sink, which may change what it is given
+        std::memcpy(kept.get(), y.get() + (whole.rows() - shared_rows) * y_row, shared_rows * y_row * sizeof(T));
+        kept_bottom = whole.bottom;
+      } else {
+        kept_bottom = -1;
       }
       sink(n, g, i, y.get(), y_columns, padded);
     }

@@ -29,13 +29,7 @@ struct Epilogue {
         with_activation(activation,
                         [&](auto a) { pool_max<a.value>(n, g, i, y, y_columns, y_stride, alpha + g * channels, beta + g * channels); });
       } else {
-        const Band band = bands->full(i);
-        with_activation(activation, [&](auto a) {
-          each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) {
-            store(p, activate<a.value>(load(p) * load(alpha + g * channels + c) + load(beta + g * channels + c), slope));
-          });
-        });
-        write(out, n, g * channels, present(g), i, y, y_columns, y_stride);
+        with_activation(activation, [&](auto a) { write_activated<a.value>(n, g, i, y, y_columns, y_stride); });
       }
       return;
     }
@@ -48,6 +42,25 @@ struct Epilogue {
     for (int64_t r = 0; r < band.rows(); ++r)
       for (int64_t p = 0; p < band.columns(); ++p)
         for (int64_t c = 0; c < y_stride; c += W) f(y + (r * y_columns + p) * y_stride + c, c);
+  }
+
+  // Without residual and pool, straight from y where channels are adjacent in the output.
+  template <Activation kActivation>
+  INLINE void write_activated(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
+    const Band band = bands->full(i);
+    const T *scale = alpha + g * channels, *offset = beta + g * channels;
+    const auto value = [&](const T* p, int64_t c) { return activate<kActivation>(load(p) * load(scale + c) + load(offset + c), slope); };
+    if (out.c != 1) {
+      each_vector(band, y, y_columns, y_stride, [&](T* p, int64_t c) { store(p, value(p, c)); });
+      write(out, n, g * channels, present(g), i, y, y_columns, y_stride);
+      return;
+    }
+    S* corner = out.data + n * out.n + g * channels + band.top * out.h + band.left * out.w;
+    const int64_t count = present(g);
+    for (int64_t r = 0; r < band.rows(); ++r)
+      for (int64_t p = 0; p < band.columns(); ++p)
+        for (int64_t c = 0; c < count; c += W)
+          write_lanes<T>(corner + r * out.h + p * out.w + c, value(y + (r * y_columns + p) * y_stride + c, c), count - c);
   }
 
   // Stores a block of pooled outputs (those of band i).
@@ -66,6 +79,8 @@ struct Epilogue {
     Scratch<T> largest(pixels * y_stride + W), chosen(index.data ? pixels * y_stride + W : 0);
     if (index.data)
       pick_max<kActivation, true>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
+    else if (bands->window.stride_h < bands->window.h)
+      max_by_axes<kActivation>(i, y, y_columns, y_stride, scale, offset, largest);
     else
       pick_max<kActivation, false>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
     const int64_t count = kept(g);
@@ -127,6 +142,33 @@ struct Epilogue {
           if constexpr (kIndex)
             store(chosen + at, kActivation == Activation::relu ? (a <= 0 ? broadcast(static_cast<T>(kNoGradient)) : position) : position);
         }
+    }
+  }
+
+  // Windows that overlap, no index: the largest of each column first, which two windows may share.
+  template <Activation kActivation>
+  INLINE void max_by_axes(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest) const {
+    const Window& window = bands->window;
+    const Band band = bands->pooled(i), full = bands->full(i);
+    Scratch<T> line(full.columns() * W);
+    for (int64_t r = 0; r < band.rows(); ++r) {
+      const Span h = span_of(band.top + r, window.stride_h, window.pad_h, window.h, full.top, full.bottom);
+      for (int64_t c = 0; c < y_stride; c += W) {
+        const vec<T> alpha = load(scale + c), beta = load(offset + c);
+        for (int64_t column = 0; column < full.columns(); ++column) {
+          const T* at = y + ((h.start + h.first) * y_columns + column) * y_stride + c;
+          vec<T> best = load(at) * alpha + beta;
+          for (int64_t k = h.first + 1; k < h.last; ++k) best = larger(best, load(at += y_columns * y_stride) * alpha + beta);
+          store(line + column * W, best);
+        }
+        for (int64_t p = 0; p < band.columns(); ++p) {
+          const Span w = span_of(band.left + p, window.stride_w, window.pad_w, window.w, full.left, full.right);
+          const T* at = line + (w.start + w.first) * W;
+          vec<T> best = load(at);
+          for (int64_t k = w.first + 1; k < w.last; ++k) best = larger(best, load(at += W));
+          store(largest + (r * band.columns() + p) * y_stride + c, activate<kActivation>(best, slope));
+        }
+      }
     }
   }
 

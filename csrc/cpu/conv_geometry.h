@@ -165,21 +165,23 @@ struct Band {
   int64_t columns() const { return right - left; }
 };
 
-// Cuts the outputs of an image into bands of `rows` x `columns`. With a pool the cuts are made between its windows, and a
+// Cuts the outputs of an image into bands of up to `rows` x `columns`. With a pool the cuts are made between its windows, and a
 // band holds every row and column its windows need.
 struct Bands {
   int64_t height, width;  // of the pooled output
-  int64_t rows, columns;  // of the pooled output, in one band
+  int64_t rows, columns;  // of the pooled output, in one band at most
   Window window;
   int64_t full_height, full_width;  // of the output before the pool
+  int64_t row_unit = 1;             // bands begin at multiples of this
+  int64_t down = 1;                 // bands along the height, of as equal a size as can be
 
-  int64_t count() const { return down() * across(); }
-  int64_t down() const { return (height + rows - 1) / rows; }
+  int64_t count() const { return down * across(); }
   int64_t across() const { return (width + columns - 1) / columns; }
+  int64_t first_row(int64_t i) const { return std::min(height, (height + row_unit - 1) / row_unit * i / down * row_unit); }
   // Pooled coordinates.
   Band pooled(int64_t i) const {
-    const int64_t top = i / across() * rows, left = i % across() * columns;
-    return {top, std::min(height, top + rows), left, std::min(width, left + columns)};
+    const int64_t left = i % across() * columns;
+    return {first_row(i / across()), first_row(i / across() + 1), left, std::min(width, left + columns)};
   }
   // Coordinates before the pool; its padding is no part of a band.
   Band full(int64_t i) const {
@@ -198,7 +200,7 @@ struct Bands {
 // `row_unit`: the rows before the pool come in multiples of this (Winograd tiles).
 inline Bands make_bands(int64_t height, int64_t width, const Window& window, int64_t batch, int64_t bytes_per_pixel, int64_t budget,
                         int64_t row_unit = 1) {
-  constexpr int64_t kColumns = 64, kFewTasks = 8, kFewPixels = 512;
+  constexpr int64_t kColumns = 64, kFewTasks = 8, kFewPixels = 512, kManyTasks = 32;
   Bands bands{0, 0, 0, 0, window, height, width};
   bands.height = window.kind == Pooling::none ? height : (height + 2 * window.pad_h - window.h) / window.stride_h + 1;
   bands.width = window.kind == Pooling::none ? width : (width + 2 * window.pad_w - window.w) / window.stride_w + 1;
@@ -210,13 +212,13 @@ inline Bands make_bands(int64_t height, int64_t width, const Window& window, int
   while (rows > 1 && batch * ((height + rows - 1) / rows) < kFewTasks && rows * bands.columns * window.stride_w > kFewPixels)
     rows = (rows + 1) / 2;
   rows = std::max<int64_t>(1, rows / window.stride_h);
-  if (row_unit > 1 && window.stride_h % row_unit != 0) rows = round_up(rows, row_unit);
-  bands.rows = std::max<int64_t>(1, std::min(bands.height, rows));
-  // Equal bands rather than full ones and a short last one.
-  const int64_t down = std::max<int64_t>(1, (bands.height + bands.rows - 1) / bands.rows);
-  int64_t even = (bands.height + down - 1) / down;
-  if (row_unit > 1 && window.stride_h % row_unit != 0) even = round_up(even, row_unit);
-  bands.rows = std::max<int64_t>(1, even);
+  if (row_unit > 1 && window.stride_h % row_unit != 0) bands.row_unit = row_unit, rows = round_up(rows, row_unit);
+  rows = std::max<int64_t>(1, std::min(bands.height, rows));
+  const int64_t units = std::max<int64_t>(1, (bands.height + bands.row_unit - 1) / bands.row_unit);
+  bands.down = std::min(units, std::max<int64_t>(1, (bands.height + rows - 1) / rows));
+  // Of a few bands an odd number is shared out badly.
+  if (batch * bands.down * bands.across() % 2 == 1 && bands.down > 1 && bands.down < std::min(units, kManyTasks)) ++bands.down;
+  bands.rows = (units + bands.down - 1) / bands.down * bands.row_unit;
   return bands;
 }
 

@@ -41,13 +41,12 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     return;
   }
   const int64_t per_pixel = (pass.channels + padded) * sizeof(T);
-  // Rows that the windows of two bands share are computed twice: then taller bands.
-  const int64_t budget = window.stride_h < window.h ? 2 * kCacheBudget : kCacheBudget;
-  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, budget);
+  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
   if (pass.is_pointwise() && pass.h.outputs() == 1 && pass.batch == 1) {
-    // A product: bands of whole tiles, few enough for a panel of weights to serve several, enough to share the work out.
-    constexpr int64_t kLeast = 32, kMost = 18 * ConvTile<T>::kRows, kTasks = 8;
-    bands.columns = std::min(kMost, std::max(kLeast, round_up(bands.width / kTasks, ConvTile<T>::kRows)));
+    // A product: an even number of equal bands, of few enough pixels for their outputs to stay in the first-level cache.
+    constexpr int64_t kMost = 4 * ConvTile<T>::kRows;
+    const int64_t pieces = round_up((bands.width + kMost - 1) / kMost, 2);
+    bands.columns = std::max<int64_t>(1, (bands.width + pieces - 1) / pieces);
   }
   direct_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
 }

@@ -8,7 +8,8 @@
 // A NaN or an infinity would spread over its tile, so a band that reads one is summed up directly.
 // A 2 x 2 max-pool meets exactly one tile. Floor: 16/36 of the direct operations, plus about a tenth for the transforms.
 // 32 -> 64 channels on 14 x 14 with ReLU and 2x2 max-pool, per image on one Zen 5 core: floor 50,200 cycles (112,900 for the
-// direct sum), predicted 60,000, measured 76,000; the gradient of its input, read back through the pool: 89,000.
+// direct sum), predicted 60,000, measured 72,000, of which the products take 51,000; the gradient of its input,
+// read back through the pool: 89,000.
 
 // The product pays for the transforms from this many channels on either side; with fewer, the transforms' own roundings
 // would show next to those of the sum as well.
@@ -115,48 +116,68 @@ inline bool all_finite(const T* x, int64_t size) {
   return reduce_add((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
+// m[k][tile][kColumns] = v[k][tile][channels] u[k][channels][kVectors vectors] for the 16 elements k of up to kRows tiles; sums of
+// at most `chain` terms one after another.
+template <int kVectors, class T>
+inline void winograd_products(int64_t tiles, const T* v, int64_t v_step, int64_t stride, int64_t channels, int64_t chain, const T* u, T* m,
+                              int64_t m_step) {
+  with_constant<ConvTile<T>::kRows>(tiles, [&](auto rows) {
+    vec<T> acc[rows.value][kVectors] = {};
+    for (int64_t k = 0; k < 16; ++k)
+      for (int64_t c = 0; c < channels; c += chain) {
+        const int64_t depth = std::min(chain, channels - c);
+        multiply_rows<rows.value, kVectors, T>(acc, v + k * v_step + c, stride, u + (k * channels + c) * kVectors * kLanes<T>, depth);
+        flush<rows.value, kVectors, T>(acc, m + k * m_step, ConvTile<T>::kColumns, c > 0);
+      }
+  });
+}
+
 // As direct_pass, for bands of even rows and columns; `packed` are the weights of direct_pass, u those of pack_winograd.
+// A band is computed in chunks of up to kTiles tiles: what is between the source block and y stays in the caches.
 template <class T, class Source, class Sink>
 inline void winograd_pass(const Pass& pass, const Bands& bands, const T* packed, const T* u, const Source& source, const Sink& sink) {
-  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kTiles = ConvTile<T>::kRows;
   const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, stride = round_up(C, W);
-  const int64_t across = (bands.full_columns() + 1) / 2, down = (bands.full_rows() + 1) / 2, tiles = across * down;
+  const int64_t across = (bands.full_columns() + 1) / 2, down = (bands.full_rows() + 1) / 2;
   const int64_t columns = 2 * across + 2, rows = 2 * down + 2, y_columns = 2 * across, per_image = bands.count();
   // One vector more than the data, so that the 16 matrices do not fall onto the same sets of the first-level cache.
-  const int64_t v_step = tiles * stride + W, m_step = tiles * kColumns + W;
-  std::vector<Tap> runs;
-  append_run(runs, {0, 0, C}, pass.sum_length);
-  mark_sums(runs, pass.sum_length);
+  const int64_t v_step = kTiles * stride + W, m_step = kTiles * kColumns + W;
+  const int64_t chains = (C + pass.sum_length - 1) / pass.sum_length, chain = (C + chains - 1) / chains;
   const auto taps = pass.taps(columns, stride);
   torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> block(rows * columns * stride), v(16 * v_step), m(16 * m_step), y(2 * down * y_columns * padded + W);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / per_image, i = task % per_image;
       const Band band = bands.full(i);
-      const int64_t band_across = (band.columns() + 1) / 2, band_tiles = band_across * ((band.rows() + 1) / 2);
+      const int64_t band_across = (band.columns() + 1) / 2, tiles = band_across * ((band.rows() + 1) / 2);
       source.load(block.get(), stride, columns, n, 0, C, pass.h.lowest(band.top), rows, pass.w.lowest(band.left), columns);
       if (!all_finite(block.get(), rows * columns * stride)) {
         direct_band<T>(pass, band, taps, packed, block.get(), columns * stride, stride, y.get(), y_columns);
         sink(n, 0, i, y.get(), y_columns, padded);
         continue;
       }
-      for (int64_t t = 0; t < band_tiles; ++t) {
-        const T* corner = block.get() + (t / band_across * 2 * columns + t % band_across * 2) * stride;
-        for (int64_t c = 0; c < stride; c += W) transform_source<T>(corner + c, columns * stride, stride, v.get() + t * stride + c, v_step);
-      }
-      for (int64_t first = 0; first < padded; first += kColumns) {
-        const int64_t width = std::min(kColumns, padded - first);
-        const T* panel = u + first * 16 * C;
-        for (int64_t k = 0; k < 16; ++k, panel += C * width) {
-          if (width == kColumns)
-            conv_row<2, T>(band_tiles, v.get() + k * v_step, stride, runs.data(), runs.size(), panel, m.get() + k * m_step, kColumns);
-          else
-            conv_row<1, T>(band_tiles, v.get() + k * v_step, stride, runs.data(), runs.size(), panel, m.get() + k * m_step, kColumns);
+      const int64_t chunks = (tiles + kTiles - 1) / kTiles;
+      for (int64_t chunk = 0, row = 0, column = 0, done = 0; chunk < chunks; ++chunk) {
+        const int64_t count = tiles * (chunk + 1) / chunks - done;
+        done += count;
+        T* to[kTiles];  // the upper left pixels of the tiles in y
+        for (int64_t t = 0; t < count; ++t) {
+          const T* from = block.get() + (row * columns + column) * stride;
+          for (int64_t c = 0; c < stride; c += W) transform_source<T>(from + c, columns * stride, stride, v.get() + t * stride + c, v_step);
+          to[t] = y.get() + (row * y_columns + column) * padded;
+          column += 2;
+          if (column == 2 * band_across) column = 0, row += 2;
         }
-        for (int64_t t = 0; t < band_tiles; ++t) {
-          T* corner = y.get() + (t / band_across * 2 * y_columns + t % band_across * 2) * padded + first;
-          for (int64_t j = 0; j < width; j += W)
-            transform_output<T>(m.get() + t * kColumns + j, m_step, corner + j, y_columns * padded, padded);
+        for (int64_t first = 0; first < padded; first += kColumns) {
+          const int64_t width = std::min(kColumns, padded - first);
+          const T* panel = u + first * 16 * C;
+          if (width == kColumns)
+            winograd_products<2, T>(count, v, v_step, stride, C, chain, panel, m, m_step);
+          else
+            winograd_products<1, T>(count, v, v_step, stride, C, chain, panel, m, m_step);
+          for (int64_t t = 0; t < count; ++t)
+            for (int64_t j = 0; j < width; j += W)
+              transform_output<T>(m.get() + t * kColumns + j, m_step, to[t] + first + j, y_columns * padded, padded);
         }
       }
       sink(n, 0, i, y.get(), y_columns, padded);

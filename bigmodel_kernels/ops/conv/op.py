@@ -268,12 +268,10 @@ def is_channels_last(t: Tensor) -> bool:
 def are_channels_last(sizes: Sequence[int], strides: Sequence[int]) -> bool:
     if len(sizes) != 4:
         return False
-    least = 0
-    for i in (1, 3, 2, 0):
-        if sizes[i] == 0 or strides[i] == 0 or strides[i] < least or (i == 0 and least == strides[1]):
-            return False
-        least = strides[i] * max(sizes[i], 1)
-    return True
+    (n, c, h, w), (step_n, step_c, step_h, step_w) = sizes, strides
+    if not (n and c and h and w and step_n and step_c and step_h and step_w):
+        return False
+    return step_w >= c * step_c and step_h >= w * step_w and step_n >= h * step_h and step_c != h * step_h
 
 
 def gives_channels_last(x: Tensor, weight: Tensor) -> bool:

@@ -3,6 +3,8 @@ and backward operators, for compiled graphs, whose backend is chosen only when t
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +17,7 @@ def supports(*args) -> str | None:
 
 def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
     """The convolution's arguments with the normalisation folded into the weights, and padding as PyTorch takes it."""
-    if any(before != after for before, after in zip(padding[::2], padding[1::2])):
+    if padding[::2] != padding[1::2]:
         pads = [p for i in reversed(range(len(padding) // 2)) for p in padding[2 * i : 2 * i + 2]]
         x, padding = F.pad(x, pads), [0] * len(padding)
     if scale is not None:
@@ -28,7 +30,12 @@ def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
 
 def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding):
     x, weight, bias, padding = _folded(x, weight, bias, scale, shift, padding, transposed, groups)
-    if groups == 1 and not transposed and not any(padding) and all(n == 1 for n in (*x.shape[2:], *weight.shape[2:])):
+    if (
+        groups == 1
+        and not transposed
+        and not any(padding)
+        and math.prod(x.shape[2:]) == math.prod(weight.shape[2:]) == 1
+    ):
         y = F.linear(x.flatten(1), weight.flatten(1), bias)  # one pixel: PyTorch's product is its faster kernel
         return y.view(*y.shape, *x.shape[2:])
     return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
