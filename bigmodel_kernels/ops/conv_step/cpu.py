@@ -18,7 +18,8 @@ def supports(x_t, ring, position, *rest) -> str | None:
 
 
 @functools.cache
-def _native():
+def native():
+    """The kernel's operator, which takes contiguous weights."""
     return torch.ops.bigmodel_native.conv_step_fwd.default
 
 
@@ -30,4 +31,4 @@ def fwd(
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip)
     ]
-    return _native()(x_t, ring, position, *tensors, dilation, groups, activation, slope)
+    return native()(x_t, ring, position, *tensors, dilation, groups, activation, slope)

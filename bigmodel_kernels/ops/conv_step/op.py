@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -70,28 +71,22 @@ def conv_step(
         TypeError, ValueError, RuntimeError: arguments of the wrong type, value, size, dtype or device.
     """
 
-    def checked() -> tuple:
-        return prepare(
-            x_t, state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation,
-            groups=groups, activation=activation,
-        )  # fmt: skip
-
     if (
         activation in PLAIN_ACTIVATIONS
         and type(state) is ConvState
         and _goes_to_the_kernel(x_t, state, weight, backend)
     ):
-        # The kernel checks all of its arguments itself: to check them here too would take as long as the step.
-        try:
-            y, total = cpu.fwd(
+        # The kernel checks all of its arguments before it writes: to check them here too would take as long as the step.
+        with contextlib.suppress(RuntimeError, TypeError):
+            y, total = cpu.native()(
                 x_t, *state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, groups,
                 activation or "none", 0.0,
             )  # fmt: skip
-        except (RuntimeError, TypeError, AttributeError):
-            checked()  # says what is wrong as it does for every backend
-            raise
-        return y, None if skip_weight is None else total, state
-    args = checked()
+            return y, None if skip_weight is None else total, state
+    args = prepare(
+        x_t, state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation,
+        groups=groups, activation=activation,
+    )  # fmt: skip
     if needs_grad(*args):
         if backend not in ("auto", "torch"):
             raise RuntimeError(f"conv_step: backend {backend!r} has no gradient; call it under torch.no_grad()")
