@@ -71,7 +71,7 @@ def run(row: cases.Row, *, rounds: int, compile: bool) -> report.Result:
     """Check, then time. A wrong result is returned with its errors and without a time."""
     problem = row.build(compile=compile)
     ours, stock = problem.ours, problem.stock
-    checks = check(ours, stock, row.pass_, row.dtype, steps=problem.steps)
+    checks = check(ours, stock, row.pass_, row.dtype, steps=problem.steps, whole=problem.whole)
     result = report.Result(
         group=row.case.group,
         case=row.case.name,

@@ -38,7 +38,9 @@ def results(contestant: Contestant, pass_: str) -> dict[str, Tensor]:
     return {"output": output.detach()} | dict(zip(map("grad {}".format, contestant.leaves()), gradients, strict=True))
 
 
-def check(ours: Contestant, stock: list[Contestant], pass_: str, dtype: str, *, steps: int = 0) -> list[Check]:
+def check(
+    ours: Contestant, stock: list[Contestant], pass_: str, dtype: str, *, steps: int = 0, whole: bool = False
+) -> list[Check]:
     """Compares `ours` with the float64 run of `stock[0]`; raises WrongBaseline if another contestant does not match."""
     exact = results(stock[0].converted("float64", dtype=torch.float64), pass_)
     baseline = results(stock[0], pass_)
@@ -53,9 +55,11 @@ def check(ours: Contestant, stock: list[Contestant], pass_: str, dtype: str, *, 
     checks = []
     for name, value in actual.items():
         gradient = name.startswith("grad")
-        report = testing.check_error(
-            value, exact[name], baseline[name], dtype=DTYPES[dtype], gradient=gradient, steps=steps, name=name
-        )
+        known = (value, exact[name], baseline[name])
+        if whole:
+            report = testing.check_whole_model(*known, dtype=DTYPES[dtype], name=name)
+        else:
+            report = testing.check_error(*known, dtype=DTYPES[dtype], gradient=gradient, steps=steps, name=name)
         checks.append(
             Check(name, report.rel_l2, report.max_err, report.baseline_max_err, bool(report.ok), report.message)
         )

@@ -38,7 +38,9 @@ def contestant(row: cases.Row, name: str):
     torch.set_num_threads(THREADS)
     problem = row.build(compile=False)
     wrong = [
-        c.message for c in check(problem.ours, problem.stock, row.pass_, row.dtype, steps=problem.steps) if not c.ok
+        c.message
+        for c in check(problem.ours, problem.stock, row.pass_, row.dtype, steps=problem.steps, whole=problem.whole)
+        if not c.ok
     ]
     assert not wrong, wrong
     yield next(c for c in problem.contestants() if c.name == name)

@@ -20,6 +20,7 @@ CAPS = {  # relative L2 error: forward, backward
     torch.float16: (6e-4, 1e-3),
     torch.bfloat16: (4e-3, 6e-3),
 }
+WHOLE_MODEL = 1.5
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
 
 
@@ -130,6 +131,22 @@ def check_error(
         if not largest <= bound:
             problems.append(f"largest error {largest:.2e} above {bound:.2e} (torch's own: {baseline_largest:.2e})")
     return ErrorReport(rel, largest, baseline_largest, not problems, f"{name}: " + ("; ".join(problems) or "ok"))
+
+
+def check_whole_model(
+    actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor, *, dtype: torch.dtype, name: str = "result"
+) -> ErrorReport:
+    """The rule for a result behind many layers, each of which adds its roundings: the relative L2 error is at most WHOLE_MODEL
+    times that of the same model on PyTorch's own ops in `dtype`, plus the cap of one op."""
+    if actual.shape != exact.shape:
+        return check_error(actual, exact, None, dtype=dtype, name=name)
+    rel, allowed = relative_l2(actual, exact), WHOLE_MODEL * relative_l2(baseline, exact) + CAPS[dtype][0]
+    largest, baseline_largest = (
+        (t.double() - exact.double()).abs().max().item() if exact.numel() else 0.0 for t in (actual, baseline)
+    )
+    ok = rel <= allowed
+    message = f"{name}: " + ("ok" if ok else f"relative L2 error {rel:.2e} above {allowed:.2e}, by PyTorch's own")
+    return ErrorReport(rel, largest, baseline_largest, ok, message)
 
 
 def assert_matches(actual: torch.Tensor, exact: torch.Tensor, baseline: torch.Tensor | None, **options) -> None:

@@ -305,7 +305,9 @@ def test_selection_of_rows():
 @pytest.mark.parametrize("row", cases.rows(quick=True), ids=lambda row: row.id)
 def test_quick_cases_are_right_on_stock_and_ours(row):
     problem = row.build(compile=False)
-    assert all(c.ok for c in check(problem.ours, problem.stock, row.pass_, row.dtype, steps=problem.steps))
+    assert all(
+        c.ok for c in check(problem.ours, problem.stock, row.pass_, row.dtype, steps=problem.steps, whole=problem.whole)
+    )
     assert problem.backend(row.pass_) in {"cpu", "torch", "cpu+torch", "torch+cpu"}
     assert row.flops(problem) > 0
     assert row.traffic(problem) > 0

@@ -65,3 +65,31 @@ def test_only_the_steps_asked_for(tmp_path, with_gpu, monkeypatch):
 def test_bounds():
     assert gpu.SECONDS < 9 * 60
     assert all(s.seconds < gpu.SECONDS for s in gpu.STEPS)
+
+
+def test_a_measured_case_is_one_line_and_losses_are_listed(tmp_path, with_gpu, capsys):
+    figure = {
+        "case": "conv", "ours": "triton", "ratio": 1.31, "low": 1.2, "high": 1.4, "best": "compile", "auto_ratio": 0.9,
+        "wall_ratio": 1.1, "teraflops": 412.0, "gigabytes_per_second": 900.0, "of_ceiling": 0.53, "us": {"triton": 3.0},
+    }  # fmt: skip
+    assert main(["--out", str(tmp_path)], (step("conv", f"print({json.dumps(figure)!r})"),)) == 0
+    shown = capsys.readouterr().out
+    assert "1.31 (1.20-1.40) of compile, by triton; auto 0.90; wall 1.10; 900 GB/s 412 TFLOP/s; 53% of the" in shown
+    assert "slower than the best stock option in 1 cases" in shown
+
+
+def test_a_step_without_its_file_or_program_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.why_not(Step("a", 1, (), file="no/such/file")) == "there is no no/such/file"
+    assert gpu.why_not(Step("b", 1, (), tool="no-such-program")) == "no-such-program is not installed"
+    assert gpu.why_not(Step("c", 1, (), file="setup.py")) is None
+
+
+def test_every_step_names_something_that_is_there():
+    from benchmarks.gpu_measure import MEASURES
+
+    for s in gpu.STEPS:
+        if "benchmarks.gpu_measure" in s.command:
+            assert s.command[-1] in MEASURES
+        for word in s.command:
+            assert not word.startswith("tests/") or (gpu.ROOT / word).exists(), word

@@ -11,7 +11,7 @@ from benchmarks.baselines import compiled
 from benchmarks.contestant import DTYPES, FWD, PASSES, TRAIN, Contestant
 
 OPS = ("attention", "conv", "lstm")
-MODELS = ("cnn", "rnn", "transformer")
+MODELS = ("cnn", "rnn", "transformer", "resnet", "bert", "gpt", "deepspeech")
 SEED = 20_26
 
 
@@ -24,6 +24,7 @@ class Problem:
     flops: float  # of the forward pass
     backward: float = 2.0  # flops of the backward pass over those of the forward pass
     steps: int = 0  # time steps of a recurrence: the error caps grow with their square root
+    whole: bool = False  # a deep model: held to the error of plain PyTorch in the same dtype
     compile: list[str] = field(default_factory=lambda: ["eager"])  # the stock contestants that are compiled as well
 
     def contestants(self) -> list[Contestant]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import bigmodel_kernels as bmk
 import bigmodel_models
+from benchmarks import plain_models
 from benchmarks.baselines import channels_last
 from benchmarks.cases import Case, Problem, on_grid
 from benchmarks.cases.conv import GRID
@@ -144,6 +145,90 @@ def build_transformer(dtype, pass_, *, b: int, s: int, i: int, e: int, hidden: i
     return build(dtype, pass_, plain=plain, ours=ours, x=torch.randn(b, s, i), flops=2.0 * b * s * products)
 
 
+class First(nn.Module):
+    """A layer's result, or the first of several: what ours gives beside it, the plain layer does not."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out = self.layer(*inputs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+def decide_norm_relu(norm: nn.BatchNorm2d) -> None:
+    """As decide_relu, behind a batch norm."""
+    with torch.no_grad():
+        norm.bias.fill_(4.0)[::2] = -4.0
+
+
+def build_layer(dtype, plain: nn.Module, ours: nn.Module, inputs: tuple[Tensor, ...], flops: float) -> Problem:
+    """A part of a network, with gradients for its input and its parameters."""
+    inputs = tuple(t.to(dtype).requires_grad_() if t.is_floating_point() else t for t in inputs)
+    return Problem(
+        ours=Contestant("ours", First(ours).to(dtype), inputs),
+        stock=[Contestant("eager", First(plain).to(dtype), inputs)],
+        flops=flops,
+    )
+
+
+def build_resnet(dtype, pass_, *, b: int, size: int) -> Problem:
+    plain = plain_models.PlainResNet((2, 2, 2, 2), (64, 128, 256, 512), False, False, 1000)
+    problem = build(
+        dtype,
+        pass_,
+        plain=plain,
+        ours=bigmodel_models.resnet18(),
+        x=torch.randn(b, 3, size, size),
+        flops=2 * 1.814e9 * b * (size / 224) ** 2,
+    )
+    problem.whole = True
+    problem.compile = ["channels_last"]  # eager+compile is slower, and each takes half a minute to compile
+    return problem
+
+
+def build_bert(dtype, pass_, *, b: int, s: int, e: int, heads: int) -> Problem:
+    plain, ours = (
+        layer(*sizes)
+        for layer, sizes in (
+            (plain_models.PlainBERTLayer, (e, heads, 4 * e)),
+            (bigmodel_models.bert.BERTLayer, (e, heads, 4 * e, 0.0)),
+        )
+    )
+    ours.load_state_dict(plain.state_dict())
+    for layer in (plain, ours):  # every score of a query moves by the same with it: its gradient is 0 but for rounding
+        layer.attention["self"]["key"].bias.requires_grad_(False)
+    padding = torch.arange(s) < torch.linspace(s // 2, s, b).long()[:, None]
+    inputs = (torch.randn(b, s, e), padding[:, None, None])
+    return build_layer(dtype, plain, ours, inputs, 2.0 * b * s * (12 * e * e + 2 * s * e))
+
+
+def build_gpt(dtype, pass_, *, b: int, s: int, e: int, heads: int) -> Problem:
+    plain, ours = plain_models.PlainGPTBlock(e, heads), bigmodel_models.gpt.GPTBlock(e, heads, 0.0)
+    ours.load_state_dict(plain.state_dict())
+    return build_layer(dtype, plain, ours, (torch.randn(b, s, e),), 2.0 * b * s * (12 * e * e + s * e))
+
+
+def build_deepspeech(dtype, pass_, *, b: int, t: int, h: int, layers: int) -> Problem:
+    classes, frequencies, channels = 29, 161, 32
+    plain = plain_models.PlainDeepSpeech(classes, frequencies, h, layers)
+    for norm in plain.conv_norms:
+        decide_norm_relu(norm)
+    ours = bigmodel_models.DeepSpeech(classes, frequencies, h, layers)
+    ours.load_state_dict(plain.state_dict())
+    lengths = torch.linspace(t, t // 2, b).long()
+    frames, bands = int(((lengths - 1) // 2 + 1).sum()), (81, 41)
+    products = 41 * 11 * channels * bands[0] + 21 * 11 * channels * channels * bands[1]
+    rnn = sum(2 * 4 * h * ((channels * bands[1] if i == 0 else h) + h) for i in range(layers))
+    problem = build_layer(
+        dtype, plain, ours, (torch.randn(b, t, frequencies), lengths), 2.0 * frames * (products + rnn + h * classes)
+    )
+    problem.whole = True
+    problem.compile = []  # dynamo takes no packed sequence
+    return problem
+
+
 CASES = [
     Case("cnn", "textbook B64 28x28", partial(build_cnn, b=64), quick=True),
     Case("cnn", "plain + optimize() B64 28x28", partial(build_cnn, b=64, optimize=True)),
@@ -153,4 +238,8 @@ CASES = [
         "B64 S28 E128 F256 L2 H4",
         partial(build_transformer, b=64, s=28, i=28, e=128, hidden=256, layers=2, heads=4),
     ),
+    Case("resnet", "ResNet-18 B1 224x224", partial(build_resnet, b=1, size=224), passes=(FWD,)),
+    Case("bert", "base layer B2 S128 padded", partial(build_bert, b=2, s=128, e=768, heads=12)),
+    Case("gpt", "small block B1 S256", partial(build_gpt, b=1, s=256, e=768, heads=12)),
+    Case("deepspeech", "B2 T200 F161 H256 L2", partial(build_deepspeech, b=2, t=200, h=256, layers=2)),
 ]

@@ -34,5 +34,5 @@ class CNN(nn.Module):
             raise ValueError(f"x: expected images of shape [B, C, 28, 28], got {list(x.shape)}")
         x = conv_block(self.conv1, x, activation="relu", pool=("max", 2))  # [B, 32, 14, 14]
         x = conv_block(self.conv2, x, activation="relu", pool=("max", 2))  # [B, 64, 7, 7]
-        x = x.view(-1, 64 * 7 * 7)
+        x = x.flatten(1)  # any memory format
         return self.fc2(linear_block(self.fc1, x, "relu"))
