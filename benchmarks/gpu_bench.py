@@ -73,7 +73,7 @@ class Bench:
         """torch.compile for these shapes alone. A dry run traces and does not generate code, which takes long."""
         torch._dynamo.reset()
         if self.dry:
-            return torch.compile(function, backend="aot_eager", dynamic=False)
+            return torch.compile(function, backend="eager", dynamic=False)
         return torch.compile(function, mode=mode, dynamic=False)
 
     def synchronize(self) -> None:

@@ -230,3 +230,30 @@ class PlainDeepSpeech(nn.Module):
             y = rnn(packed)[0].data
             packed = packed._replace(data=norm(y.unflatten(1, (-1, self.h)).sum(1)))
         return F.log_softmax(pad_packed_sequence(packed._replace(data=self.fc(packed.data)))[0], -1)
+
+
+class PlainWaveNet(nn.Module):
+    def __init__(self, classes, channels, skips, layers, stacks):
+        super().__init__()
+        self.embedding = nn.Embedding(classes, channels)
+        self.layers = nn.ModuleList()
+        for i in range(layers * stacks):
+            parts = {
+                "conv": nn.Conv1d(channels, 2 * channels, 2, dilation=2 ** (i % layers)),
+                "out": nn.Conv1d(channels, channels, 1),
+                "skip": nn.Conv1d(channels, skips, 1),
+            }
+            if i == layers * stacks - 1:
+                del parts["out"]
+            self.layers.append(nn.ModuleDict(parts))
+        self.hidden = nn.Linear(skips, skips)
+        self.fc = nn.Linear(skips, classes)
+
+    def forward(self, codes):  # [B, T] -> [B, T, classes]
+        x, total = self.embedding(codes).mT, 0
+        for layer in self.layers:
+            first, second = layer["conv"](F.pad(x, (layer["conv"].dilation[0], 0))).chunk(2, 1)
+            a = first.tanh() * second.sigmoid()
+            total = total + layer["skip"](a)
+            x = x + layer["out"](a) if "out" in layer else None
+        return self.fc(self.hidden(total.mT.relu()).relu())

@@ -35,7 +35,7 @@ def test_each_measurement_runs_dry(name, capsys):
 
 def test_triton_kernels_are_measured_too():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_measure", "--dry", "decode", "pointwise"], cwd=ROOT,
+        [sys.executable, "-m", "benchmarks.gpu_measure", "--dry", "pointwise"], cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

@@ -46,6 +46,10 @@ def gpt(dry: bool) -> tuple[int, ...]:  # vocabulary, width, layers, heads
     return (50, 16, 1, 2) if dry else (50257, 768, 12, 12)
 
 
+def wavenet(dry: bool) -> tuple[int, ...]:  # classes, channels, skip channels, layers, stacks
+    return (16, 16, 16, 2, 1) if dry else (256, 64, 256, 10, 3)
+
+
 def speech(dry: bool) -> tuple[Tensor, ...]:
     batch, steps, frequencies = (2, 30, 48) if dry else (16, 1000, 161)
     return torch.randn(batch, steps, frequencies), torch.linspace(steps, steps // 2, batch).long()
@@ -87,6 +91,12 @@ MODELS = [
         lambda dry: models.GPT(*gpt(dry), dropout=0.0),
         lambda dry: plain_models.PlainGPT(*gpt(dry), 1024),
         lambda dry: (torch.randint(50, (2, 9) if dry else (8, 1024)),),
+    ),
+    Model(
+        "WaveNet",
+        lambda dry: models.WaveNet(*wavenet(dry)),
+        lambda dry: plain_models.PlainWaveNet(*wavenet(dry)),
+        lambda dry: (torch.randint(16, (2, 20) if dry else (4, 16000)),),
     ),
     Model(
         "Deep Speech",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bigmodel_kernels.ops.conv.op import conv, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
 
+_LEAST_ROWS = 32  # of a linear layer, below which checking a convolution's arguments costs more than its product saves
 _POOLS = {  # by the rank of what is pooled
     3: {"max": F.max_pool1d, "avg": F.avg_pool1d},
     4: {"max": F.max_pool2d, "avg": F.avg_pool2d},
@@ -72,11 +73,27 @@ def linear_block(
     *,
     backend: str = "auto",
 ) -> Tensor:  # [.., out_features]
-    """activation(layer(x)): on the CPU without gradients one call, a convolution of single pixels."""
-    if x.dim() != 2 or x.is_cuda or torch.is_grad_enabled():
-        return activate(layer(x), *parse_activation(activation))
-    weight = layer.weight.unsqueeze(-1)
-    return conv(x.unsqueeze(-1), weight, layer.bias, activation=activation, backend=backend).squeeze(-1)
+    """activation(layer(x)), by `linear`."""
+    return linear(x, layer.weight, layer.bias, activation, backend=backend)
+
+
+def linear(
+    x: Tensor,  # [.., in_features]
+    weight: Tensor,  # [out_features, in_features]
+    bias: Tensor | None = None,  # [out_features]
+    activation: str | tuple[str, float] | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:  # [.., out_features]
+    """activation(x weight^T + bias). On the CPU without gradients it is one call, a convolution of single pixels: its product is
+    the faster one from some rows on (docs/decisions.md), and the activation costs no pass of its own."""
+    rows = x.shape[:-1].numel()
+    if x.is_cuda or torch.is_grad_enabled() or x.dim() < 2 or rows < _LEAST_ROWS or torch.is_autocast_enabled("cpu"):
+        return activate(F.linear(x, weight, bias), *parse_activation(activation))
+    out = conv(
+        x.reshape(rows, -1, 1), weight.unsqueeze(-1), bias, activation=activation, backend=backend
+    )  # fmt: skip
+    return out.view(*x.shape[:-1], -1)
 
 
 def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -114,7 +114,8 @@ class BERTLayer(nn.Module):
     ) -> Tensor:  # [B, S, E]
         project = self.attention["self"]
         q, k, v = (
-            project[name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+            linear_block(project[name], x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for name in ("query", "key", "value")
         )  # [B, H, S, D]
         dropout = self.dropout.p if self.training else 0.0
         y = bmk.attention(q, k, v, attn_mask=mask, dropout_p=dropout).transpose(1, 2).flatten(2)
@@ -122,7 +123,7 @@ class BERTLayer(nn.Module):
         return self._add(self.output, linear_block(self.intermediate["dense"], x, "gelu"), x)
 
     def _add(self, block: nn.ModuleDict, y: Tensor, x: Tensor) -> Tensor:
-        return _norm(block["LayerNorm"], self.dropout(block["dense"](y)), x)
+        return _norm(block["LayerNorm"], self.dropout(linear_block(block["dense"], y)), x)
 
 
 class BERTForMaskedLM(nn.Module):
@@ -187,7 +188,8 @@ class _Predictions(nn.Module):
         self,
         x: Tensor,  # [B, S, E]
     ) -> Tensor:  # [B, S, vocab_size]
-        return self.decoder(_norm(self.transform["LayerNorm"], linear_block(self.transform["dense"], x, "gelu")))
+        x = linear_block(self.transform["dense"], x, "gelu")
+        return linear_block(self.decoder, _norm(self.transform["LayerNorm"], x))
 
 
 def _output(in_features: int, out_features: int) -> nn.ModuleDict:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigmodel_kernels as bmk
+from bigmodel_kernels.nn.fused import linear, linear_block
 
 
 @dataclass
@@ -70,7 +71,7 @@ class GPT(nn.Module):
         self,
         tokens: Tensor,  # [B, S] int
     ) -> Tensor:  # [B, S, vocab_size], logits of the token after each position
-        return self.lm_head(self._hidden(tokens, None))
+        return linear_block(self.lm_head, self._hidden(tokens, None))
 
     def loss(
         self,
@@ -248,7 +249,7 @@ class _Linear(nn.Module):
         self,
         x: Tensor,  # [.., in]
     ) -> Tensor:  # [.., out]
-        return F.linear(x, self.weight.t(), self.bias)
+        return linear(x, self.weight.t(), self.bias)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

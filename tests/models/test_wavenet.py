@@ -3,41 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import bigmodel_kernels as bmk
 import bigmodel_models as models
+from benchmarks.plain_models import PlainWaveNet
 from bigmodel_models.wavenet import mu_law_decode, mu_law_encode
 
 SIZES = (17, 6, 10, 3, 2)  # classes, channels, skip channels, layers of a stack, stacks
-
-
-class TwinWaveNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        classes, channels, skips, layers, stacks = SIZES
-        self.embedding = nn.Embedding(classes, channels)
-        self.layers = nn.ModuleList()
-        for i in range(layers * stacks):
-            parts = {
-                "conv": nn.Conv1d(channels, 2 * channels, 2, dilation=2 ** (i % layers)),
-                "out": nn.Conv1d(channels, channels, 1),
-                "skip": nn.Conv1d(channels, skips, 1),
-            }
-            if i == layers * stacks - 1:
-                del parts["out"]
-            self.layers.append(nn.ModuleDict(parts))
-        self.hidden = nn.Linear(skips, skips)
-        self.fc = nn.Linear(skips, classes)
-
-    def forward(self, codes):
-        x, total = self.embedding(codes).mT, 0
-        for layer in self.layers:
-            first, second = layer["conv"](F.pad(x, (layer["conv"].dilation[0], 0))).chunk(2, 1)
-            a = first.tanh() * second.sigmoid()
-            total = total + layer["skip"](a)
-            x = x + layer["out"](a) if "out" in layer else None
-        return self.fc(self.hidden(total.mT.relu()).relu())
 
 
 def codes(batch=2, length=40, seed=0):
@@ -46,7 +18,7 @@ def codes(batch=2, length=40, seed=0):
 
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_same_weights_same_outputs_and_gradients(backend):
-    ours, twin = models.WaveNet(*SIZES).double(), TwinWaveNet().double()
+    ours, twin = models.WaveNet(*SIZES).double(), PlainWaveNet(*SIZES).double()
     twin.load_state_dict(ours.state_dict())
     with bmk.use_backend(backend):
         out = ours(codes())
