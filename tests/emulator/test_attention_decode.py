@@ -240,6 +240,8 @@ def test_no_barrier_can_be_left_out(barrier, monkeypatch):
         ({"head_dim": 12}, "head dimensions"),
         ({"requires_grad": True}, "no backward"),
         ({"dtype": torch.float32}, "float16 and bfloat16"),
+        ({"cache": torch.float32}, "k_cache is torch.float32, q is torch.float16"),
+        ({"cache": torch.float8_e4m3fn, "head_dim": 24}, "aligned to 16 bytes"),
     ],
     ids=str,
 )
@@ -247,7 +249,7 @@ def test_refuses(change, message, monkeypatch):
     change = dict(change)
     dtype, shape = change.pop("dtype", torch.float16), (1, 2, change.pop("q_len", 1), change.pop("head_dim", 64))
     q = torch.zeros(shape, dtype=dtype, requires_grad=change.pop("requires_grad", False))
-    cache = torch.zeros(1, 2, 8, shape[3], dtype=dtype)
+    cache = torch.zeros(1, 2, 8, shape[3]).to(change.pop("cache", dtype))
     monkeypatch.setattr(cuda_decode, "unavailable", lambda: None)
     with emulated(monkeypatch), pytest.raises(RuntimeError, match=message):
         bmk.attention_decode(q, cache, cache, torch.tensor([3]), **change, backend="cuda")

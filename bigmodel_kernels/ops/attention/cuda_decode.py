@@ -14,6 +14,7 @@ from bigmodel_kernels import _extension, _gpu
 from bigmodel_kernels._library import needs_grad
 
 DTYPES = (torch.float16, torch.bfloat16)
+QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
 LARGEST_HEAD_DIM = 128
 ROWS = 16  # of a tile
 SHORTEST_SPLIT = 128  # keys: two runs of 16 for each of the 4 warps
@@ -43,7 +44,7 @@ def supports(q, k_cache, v_cache, is_causal: bool, window, alibi_slopes) -> str 
         return f"it takes multiples of 8 up to {LARGEST_HEAD_DIM} as head dimensions, got {q.shape[3]} and {v_cache.shape[3]}"
     for name, t in (("k_cache", k_cache), ("v_cache", v_cache)):
         chunk = 16 // t.element_size()
-        if t.element_size() == 2 and t.dtype != q.dtype:
+        if t.dtype not in (q.dtype, *QUANTISED):
             return f"{name} is {t.dtype}, q is {q.dtype}"
         steps = [t.shape[3], t.storage_offset(), *(s for s, n in zip(t.stride(), t.shape[:3]) if n != 1)]
         if t.stride(3) != 1 or any(step % chunk for step in steps):

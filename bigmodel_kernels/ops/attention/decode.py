@@ -11,8 +11,6 @@ from bigmodel_kernels.ops.attention import cuda_decode
 from bigmodel_kernels.ops.attention.op import attention, slopes_2d
 from bigmodel_kernels.ops.attention.varlen import position_mask
 
-QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
-
 
 def attention_decode(
     q: Tensor,  # [B, Hq, Sq, D]
@@ -112,7 +110,7 @@ def attention_decode(
 
 def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -> Tensor | None:
     """The scales of a cache as float32, with the cache's first three dimensions; None where it has none."""
-    if cache.dtype not in QUANTISED:
+    if cache.dtype not in cuda_decode.QUANTISED:
         if scale is not None:
             raise RuntimeError(f"{name} is for caches of int8 or float8_e4m3fn, {of} is {cache.dtype}")
         return None
