@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bigmodel_kernels.ops.conv.op import conv, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
 
-_LEAST_ROWS = 32  # of a linear layer, below which checking a convolution's arguments costs more than its product saves
+_LEAST_PRODUCTS = 24e6  # of a linear layer: below, checking a convolution's arguments costs more than its product saves
 _POOLS = {  # by the rank of what is pooled
     3: {"max": F.max_pool1d, "avg": F.avg_pool1d},
     4: {"max": F.max_pool2d, "avg": F.avg_pool2d},
@@ -86,9 +86,10 @@ def linear(
     backend: str = "auto",
 ) -> Tensor:  # [.., out_features]
     """activation(x weight^T + bias). On the CPU without gradients it is one call, a convolution of single pixels: its product is
-    the faster one from some rows on (docs/decisions.md), and the activation costs no pass of its own."""
+    the faster one from some size on (docs/decisions.md), and the activation costs no pass of its own."""
     rows = x.shape[:-1].numel()
-    if x.is_cuda or torch.is_grad_enabled() or x.dim() < 2 or rows < _LEAST_ROWS or torch.is_autocast_enabled("cpu"):
+    few = x.dim() < 2 or rows * weight.numel() < _LEAST_PRODUCTS
+    if few or x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return activate(F.linear(x, weight, bias), *parse_activation(activation))
     out = conv(
         x.reshape(rows, -1, 1), weight.unsqueeze(-1), bias, activation=activation, backend=backend
@@ -101,5 +102,6 @@ def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:
     scale = torch.rsqrt(norm.running_var + norm.eps)
     if norm.weight is not None:
         scale = scale * norm.weight
-    shift = -norm.running_mean * scale
-    return scale, shift if norm.bias is None else shift + norm.bias
+    if norm.bias is None:
+        return scale, -norm.running_mean * scale
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
