@@ -21,23 +21,27 @@ struct Tile {
   static constexpr int kColumns = kVectors * kLanes<T>;
 };
 
+// C tile += one column of A times one row of B.
+template <int R, int NV, class T, class A>
+INLINE void multiply_step(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, const T* b) {
+  constexpr int W = kLanes<T>;
+  vec<T> bk[NV];
+#pragma GCC unroll 8
+  for (int v = 0; v < NV; ++v) bk[v] = load(b + v * W);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+    const vec<T> ar = broadcast<T>(to_compute(a[r * row_stride]));
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) c[r][v] += ar * bk[v];
+  }
+}
+
 // C tile += A B over `depth` steps. A(r, k) = a[r * row_stride + k * step_stride]; b is a packed panel of NV vectors
 // with `b_stride` elements between steps.
 template <int R, int NV, class T, class A>
 INLINE void multiply_tile(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
                           int64_t depth) {
-  constexpr int W = kLanes<T>;
-  for (int64_t k = 0; k < depth; ++k) {
-    vec<T> bk[NV];
-#pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) bk[v] = load(b + k * b_stride + v * W);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vec<T> ar = broadcast<T>(to_compute(a[r * row_stride + k * step_stride]));
-#pragma GCC unroll 8
-      for (int v = 0; v < NV; ++v) c[r][v] += ar * bk[v];
-    }
-  }
+  for (int64_t k = 0; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
 }
 
 // Packs B[k, n] = b[k * row_stride + n * column_stride] (storage type S) into panels of `panel` columns.

@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../check.h"
+#include "pooled_tensor.h"
 
 namespace bmk {
 
@@ -231,9 +232,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(const Tensor
       batch_sizes ? torch::stable::new_empty(x, {s.tokens, s.width()}) : torch::stable::new_empty(x, {s.steps, s.batch, s.width()});
   Tensor h_n = torch::stable::empty_like(h0), c_n = torch::stable::empty_like(c0);
   const ScalarType dtype = compute_dtype(x.scalar_type());
-  Tensor gates = torch::stable::new_empty(x, {kept, s.tokens, s.gates()}, dtype);
-  Tensor states = torch::stable::new_empty(x, {kept, s.tokens, s.hidden}, dtype);
-  Tensor hidden = torch::stable::new_empty(x, {p.layers - 1, save ? s.tokens : 0, s.width()});
+  const size_t element_size = dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
+  Tensor gates = pooled_empty(x, {kept, s.tokens, s.gates()}, dtype, element_size);
+  Tensor states = pooled_empty(x, {kept, s.tokens, s.hidden}, dtype, element_size);
+  Tensor hidden = pooled_empty(x, {p.layers - 1, save ? s.tokens : 0, s.width()}, x.scalar_type(),
+                               x.scalar_type() == ScalarType::BFloat16 ? sizeof(bfloat16) : element_size);
   DISPATCH_FLOATING(x.scalar_type(), "lstm",
                     [&] { run_forward<scalar_t>(p, x, h0, c0, weights, dropout_mask, output, h_n, c_n, gates, states, hidden, save); });
   return {output, h_n, c_n, gates, states, hidden};

@@ -49,6 +49,16 @@ INLINE void pointwise_gradient(const PointwiseGradient<T, M>& p, int64_t H, int6
   put(p.dc, dc * f);
 }
 
+// Fetches what the pointwise part for these units is going to read of the layer's own tensors.
+template <class T, class M>
+INLINE void fetch_pointwise(const PointwiseGradient<T, M>& p, int64_t H, int64_t first, int64_t last) {
+  for (int64_t unit = first; unit < last; unit += 64 / sizeof(T)) {
+    for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(p.gates + gate * H + unit);
+    __builtin_prefetch(p.c_prev + unit);
+    if (p.d_out) __builtin_prefetch(p.d_out + unit);
+  }
+}
+
 // What one direction's backward works with besides the layer's own tensors.
 template <class T, class M>
 struct GradientBuffers {
@@ -116,7 +126,7 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   };
   const auto pointwise = [&](int64_t t, int64_t first_unit, int64_t last_unit) {
     const int64_t active = rows.count(shape.batch_sizes[t]);
-    for (int64_t r = 0; r < active; ++r) {
+    const auto of_row = [&](int64_t r) {
       const int64_t row = rows[r], token = shape.offsets[t] + row, previous = previous_token(shape, d, t, row);
       PointwiseGradient<T, M> p;
       p.gates = gates + token * G;
@@ -127,6 +137,11 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
       p.dc = dc + r * H;
       p.dgates = buffers.of_token(token);
       p.panel = buffers.panel();
+      return p;
+    };
+    for (int64_t r = 0; r < active; ++r) {
+      const PointwiseGradient<T, M> p = of_row(r);
+      if (r + 1 < active) fetch_pointwise(of_row(r + 1), H, first_unit, last_unit);
       for (int64_t unit = first_unit; unit < last_unit; unit += W) pointwise_gradient(p, H, unit, std::min<int64_t>(W, last_unit - unit));
     }
   };
@@ -166,12 +181,9 @@ template <class S, class M>
 void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
                            int64_t d) {
   using T = compute_t<S>;
-  constexpr int W = kLanes<T>;
   const int64_t I = shape.input, P = shape.state, H = shape.hidden, G = shape.gates();
   const LstmWeights<S>& out = layer.d_weights[d];
   {
-    TokenPanels<T, M> x(shape.tokens, I), h(shape.tokens, P);
-    constexpr int pack = TokenPanels<T, M>::kTokens;
     Scratch<const S*> before(shape.tokens);  // where h_(t-1) of a token is
     for (int64_t t = 0; t < shape.steps; ++t)
       for (int64_t row = 0; row < shape.batch_sizes[t]; ++row) {
@@ -179,36 +191,24 @@ void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute
         before[shape.offsets[t] + row] =
             previous < 0 ? layer.h0 + (d * shape.batch + row) * P : layer.output + previous * shape.width() + d * P;
       }
-    torch::stable::parallel_for(0, (shape.tokens + pack - 1) / pack, std::max<int64_t>(1, 65536 / (I + P)),
-                                [&](int64_t begin, int64_t end) {
-                                  for (int64_t token = begin * pack; token < std::min(end * pack, shape.tokens); token += pack) {
-                                    const S *x_rows[2] = {}, *h_rows[2] = {};
-                                    for (int64_t i = 0; i < std::min<int64_t>(pack, shape.tokens - token); ++i) {
-                                      x_rows[i] = layer.x + (token + i) * I;
-                                      h_rows[i] = before[token + i];
-                                    }
-                                    x.set(token, x_rows);
-                                    h.set(token, h_rows);
-                                  }
-                                });
-    // A panel of units times a panel of [h x 1] is a task, whole sums each.
-    const int64_t h_panels = h.count(), panels = h_panels + x.count() + 1, tasks = buffers.unit_panels * panels;
-    const int64_t grain = shape.tokens * G * (I + P) < 65536 ? tasks : 1;
-    torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
+    // A panel of [h x] times some panels of units is a task, whole sums each.
+    constexpr int64_t N = GradientTile<T>::kColumns;
+    const int64_t h_panels = GradientTile<T>::panels(P), inputs = h_panels + GradientTile<T>::panels(I), units = buffers.unit_panels;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t share = std::clamp<int64_t>(units * inputs / (4 * threads), 1, kUnitPanels), parts = (units + share - 1) / share;
+    const bool small = shape.tokens * G * (I + P) < 65536;
+    torch::stable::parallel_for(0, inputs * parts, small ? inputs * parts : 1, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        const int64_t unit = task / panels * W, panel = task % panels;
-        const M* dgates = buffers.dgates.get() + unit / W * buffers.panel();
-        if (panel < h_panels) {
-          h.weight_gradient(dgates, shape.tokens, unit, H, panel, out.w_hh);
-        } else if (panel + 1 < panels) {
-          x.weight_gradient(dgates, shape.tokens, unit, H, panel - h_panels, out.w_ih);
-        } else if (out.b_ih) {
-          alignas(64) T sums[4 * W];
-          bias_gradient_panel(dgates, shape.tokens, sums);
-          for (int64_t gate = 0; gate < 4; ++gate)
-            for (int64_t j = 0; j < std::min<int64_t>(W, H - unit); ++j)
-              out.b_ih[gate * H + unit + j] = out.b_hh[gate * H + unit + j] = from_compute<S>(sums[gate * W + j]);
-        }
+        const int64_t input = task / parts, first = task % parts * share, last = std::min(first + share, units);
+        const bool biases = input == 0 && out.b_ih;
+        const auto gradient = [&](int64_t columns, int64_t column, auto row, S* d_w) {
+          weight_gradient<T>(static_cast<const M*>(buffers.dgates.get()), buffers.panel(), shape.tokens, first, last, H, columns, column,
+                             row, d_w, biases ? out.b_ih : nullptr, biases ? out.b_hh : nullptr);
+        };
+        if (input < h_panels)
+          gradient(P, input * N, [&](int64_t token) { return before.get()[token]; }, out.w_hh);
+        else
+          gradient(I, (input - h_panels) * N, [&](int64_t token) { return layer.x + token * I; }, out.w_ih);
       }
     });
   }
@@ -234,7 +234,7 @@ template <class S, class M>
 void lstm_input_gradient(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
                          int64_t d, bool direct) {
   using T = compute_t<S>;
-  constexpr int64_t kBlock = 96;  // tokens
+  constexpr int64_t kBlock = 192 / sizeof(M);  // tokens: a chain of their gradients stays in the first-level cache
   const int64_t I = shape.input, panels = GradientTile<T>::panels(I);
   const bool small = shape.tokens * shape.gates() * I < 65536;
   if constexpr (std::is_same_v<S, T>)

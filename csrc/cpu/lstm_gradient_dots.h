@@ -12,12 +12,13 @@ __attribute__((target("avx512bf16"))) void gate_product_tile(const bfloat16* a, 
 // Tokens are the steps: of dgates, a chain of them is interleaved at a time.
 template <int NV>
 __attribute__((target("avx512bf16"))) void weight_gradient_panel(const bfloat16* dgates, const bfloat16* inputs, int64_t tokens,
-                                                                 float* sums) {
+                                                                 const bfloat16* next, float* sums) {
   constexpr int W = kLanes<float>, G = 4 * W, N = NV * W, R = 4;
   alignas(64) bfloat16 pairs[kTokenChain * G];
-  std::fill_n(sums, G * N, 0.0f);
   for (int64_t t = 0; t < tokens; t += kTokenChain) {
     const int64_t steps = std::min(kTokenChain, tokens - t);
+    const bfloat16* ahead = t + kTokenChain < tokens ? dgates + (t + kTokenChain) * G : next;
+    for (int64_t i = 0; i < kTokenChain * G; i += 32) __builtin_prefetch(ahead + i);
     for (int64_t i = 0; i < steps; i += 2)
       for (int64_t gate = 0; gate < G; gate += W) {
         const bfloat16* first = dgates + (t + i) * G + gate;

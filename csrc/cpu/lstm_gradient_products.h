@@ -58,7 +58,7 @@ void gate_product_tile(const T* a, int64_t a_row, int64_t a_panel, const T* pack
                        int64_t columns, bool add) {
   constexpr int W = kLanes<T>;
   vec<T> acc[R][NV] = {};
-  for (int64_t p = 0; p < panels; ++p) multiply_tile<R, NV, T>(acc, a + p * a_panel, a_row, 1, packed + p * 4 * W * NV * W, NV * W, 4 * W);
+  for (int64_t p = 0; p < panels; ++p) multiply_chain<R, NV, T>(acc, a + p * a_panel, a_row, 1, packed + p * 4 * W * NV * W, NV * W, 4 * W);
   store_tile<R, NV, T>(acc, out, out_row, columns, add);
 }
 
@@ -71,6 +71,15 @@ INLINE void gate_product_rows(int64_t rows, const M* a, int64_t a_row, int64_t a
     else
       gate_product_rows<R - 1, NV>(rows, a, a_row, a_panel, packed, panels, out, out_row, columns, add);
   }
+}
+
+// Fetches rows of one panel: the products that follow find them in the first-level cache.
+template <class M>
+INLINE void fetch_panel(const GateRows<M>& a, int64_t panel, int64_t row, int64_t rows) {
+  constexpr int64_t G = 4 * kLanes<M>, line = 64 / sizeof(M);
+  if (panel >= a.panels) return;
+  for (int64_t r = row; r < row + rows; ++r)
+    for (int64_t b = 0; b < G; b += line) __builtin_prefetch(a.first + r * a.row + panel * a.panel + b);
 }
 
 // out[rows, columns of the panels first..last] (+)= dgates W, in chains of kSumDepth terms, W packed by pack_gate_rows. A run
@@ -87,6 +96,8 @@ void gate_product(int64_t rows, const GateRows<M>& a, const M* packed, T* out, i
       for (int64_t p = 0; p < a.panels; p += chain)
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
+          if (column == first * N)
+            for (int64_t next = p + chain; next < p + 2 * chain; ++next) fetch_panel(a, next, row, count);
           gate_product_rows<R, NV>(count, a.first + row * a.row + p * a.panel, a.row, a.panel,
                                    packed + column * a.depth() + p * 4 * W * NV * W, std::min(chain, a.panels - p),
                                    out + row * out_row + column, out_row, columns - column, accumulate || p > 0);
@@ -118,89 +129,95 @@ void gate_product_direct(int64_t rows, const GateRows<T>& a, const T* w, int64_t
 
 // ---- dgates^T [x h] ----------------------------------------------------------------------------------------------
 
-// sums[4 lanes, NV vectors] = one panel of dgates, transposed, times one panel of inputs.
-template <int NV, class T>
-void weight_gradient_panel(const T* dgates, const T* inputs, int64_t tokens, T* sums) {
-  constexpr int W = kLanes<T>, G = 4 * W, N = NV * W, R = 4, line = 64 / sizeof(T);
-  std::fill_n(sums, G * N, T(0));
-  for (int64_t t = 0; t < tokens; t += kTokenChain)
-    for (int gate = 0; gate < G; gate += R) {
-      // The next tokens come from the third-level cache: each tile fetches its share of them.
-      const int64_t next = t + kTokenChain + gate * kTokenChain / G;
-      for (int64_t i = 0; i < kTokenChain * R / G; ++i) {
-        for (int64_t b = 0; b < G; b += line) __builtin_prefetch(dgates + (next + i) * G + b);
-        for (int64_t b = 0; b < N; b += line) __builtin_prefetch(inputs + (next + i) * N + b);
-      }
-      vec<T> acc[R][NV] = {};
-      multiply_tile<R, NV, T>(acc, dgates + t * G + gate, 1, G, inputs + t * N, N, std::min(kTokenChain, tokens - t));
-      store_tile<R, NV, T>(acc, sums + gate * N, N, N, true);
-    }
+// A tile of gates over one chain of tokens; meanwhile it fetches its share of the chain that follows, which lies at `ahead`.
+template <int R, int NV, class T>
+INLINE void weight_gradient_tile(const T* dgates, const T* inputs, int64_t steps, int64_t gate, const T* ahead, T* sums) {
+  constexpr int W = kLanes<T>, G = 4 * W, N = NV * W, line = 64 / sizeof(T);
+  for (int64_t t = gate * kTokenChain / G; t < (gate + R) * kTokenChain / G; ++t)
+    for (int64_t b = 0; b < G; b += line) __builtin_prefetch(ahead + t * G + b);
+  vec<T> acc[R][NV] = {};
+  multiply_chain<R, NV, T>(acc, dgates + gate, 1, G, inputs, N, steps);
+  store_tile<R, NV, T>(acc, sums + gate * N, N, N, true);
 }
 
-// sums[4][lanes] = the sum of one panel of dgates over the tokens.
+// sums[4 lanes, NV vectors] += one panel of dgates, transposed, times one panel of inputs. `next`: the dgates read after these.
+template <int NV, class T>
+void weight_gradient_panel(const T* dgates, const T* inputs, int64_t tokens, const T* next, T* sums) {
+  constexpr int W = kLanes<T>, G = 4 * W, N = NV * W, R = GradientTile<T>::kAccumulators / NV < 6 ? 4 : 6;
+  for (int64_t t = 0; t < tokens; t += kTokenChain) {
+    const int64_t steps = std::min(kTokenChain, tokens - t);
+    const T* ahead = t + kTokenChain < tokens ? dgates + (t + kTokenChain) * G : next;
+    int64_t gate = 0;
+    for (; gate + R <= G; gate += R) weight_gradient_tile<R, NV>(dgates + t * G, inputs + t * N, steps, gate, ahead, sums);
+    if constexpr (G % R) weight_gradient_tile<G % R, NV>(dgates + t * G, inputs + t * N, steps, gate, ahead, sums);
+  }
+}
+
+// sums[4][lanes] += the sum of one panel of dgates over the tokens.
 template <class T, class M>
 void bias_gradient_panel(const M* dgates, int64_t tokens, T* sums) {
   constexpr int W = kLanes<T>;
-  vec<T> total[4] = {};
   for (int64_t t0 = 0; t0 < tokens; t0 += kTokenChain) {
     vec<T> chain[4] = {};
     for (int64_t t = t0; t < std::min(tokens, t0 + kTokenChain); ++t)
 #pragma GCC unroll 4
       for (int g = 0; g < 4; ++g) chain[g] += load(dgates + (t * 4 + g) * W);
 #pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) total[g] += chain[g];
+    for (int g = 0; g < 4; ++g) store(sums + g * W, load(sums + g * W) + chain[g]);
   }
-  for (int g = 0; g < 4; ++g) store(sums + g * W, total[g]);
 }
 
-// Rows of one matrix, cut into panels of [token][columns of the panel], columns past the last one 0.
-template <class T, class M>
-struct TokenPanels {
-  static constexpr int kTokens = std::is_same_v<M, T> ? 1 : 2;  // that lie side by side
-  int64_t tokens, columns;
-  Scratch<M> packed;
+// Some tokens' rows of a matrix, at most one panel of their columns, as B of that product. row(token) is where a row begins.
+// vectors: of the panel; n: how many of its columns there are.
+template <class T, class M, class Row>
+void pack_tokens(M* packed, int64_t tokens, int64_t vectors, int64_t n, Row row) {
+  constexpr int64_t W = kLanes<T>, kTokens = std::is_same_v<M, T> ? 1 : 2;  // that lie side by side
+  for (int64_t token = 0; token < tokens; token += kTokens)
+    for (int64_t v = 0; v < vectors; ++v, packed += kTokens * W) {
+      const int64_t columns = std::min(W, n - v * W);
+      if constexpr (kTokens == 2)
+        store_pair(packed, row(token) + v * W, token + 1 < tokens ? row(token + 1) + v * W : nullptr, columns);
+      else
+        store(packed, columns == W ? load(row(token) + v * W) : load_partial(row(token) + v * W, columns));
+    }
+}
 
-  TokenPanels(int64_t tokens, int64_t columns)
-      : tokens((tokens + kTokens - 1) / kTokens * kTokens), columns(columns), packed(this->tokens * padded<T>(columns)) {}
+// A block of tokens is packed at a time: it stays in the second-level cache for all panels of dgates, whose sums do too.
+inline constexpr int64_t kTokenBlock = 4 * kTokenChain, kUnitPanels = 16;
 
-  int64_t count() const { return GradientTile<T>::panels(columns); }
-
-  // Sets kTokens tokens from `token` on; a row that is null is past the last one.
-  template <class S>
-  void set(int64_t token, const S* const* rows) {
-    constexpr int W = kLanes<T>;
-    constexpr int64_t N = GradientTile<T>::kColumns;
-    for (int64_t column = 0; column < columns; column += N) {
-      const int64_t vectors = GradientTile<T>::vectors(columns, column);
-      M* out = packed + column * tokens + token * vectors * W;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = column + v * W, n = std::min<int64_t>(W, columns - at);
-        if constexpr (kTokens == 2)
-          store_pair(out + v * 2 * W, rows[0] + at, rows[1] ? rows[1] + at : nullptr, n);
-        else
-          store(out + v * W, n == W ? load(rows[0] + at) : load_partial(rows[0] + at, n));
+// Rows of the weight gradients that belong to the panels [first, last) of units, for one panel of inputs: d_w[4 H, columns]
+// from `column` on, and the biases' too if d_bias is not null. dgates: of panel 0, the next one `panel_size` elements on.
+template <class T, class M, class S, class Row>
+void weight_gradient(const M* dgates, int64_t panel_size, int64_t tokens, int64_t first, int64_t last, int64_t hidden, int64_t columns,
+                     int64_t column, Row row, S* d_w, S* d_b_ih, S* d_b_hh) {
+  constexpr int W = kLanes<T>, G = 4 * W;
+  const int64_t n = std::min<int64_t>(GradientTile<T>::kColumns, columns - column);
+  with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
+    constexpr int NV = decltype(vectors)::value, N = NV * W;
+    Scratch<M> block((kTokenBlock + 1) * N);
+    Scratch<T> sums((last - first) * G * N), bias((last - first) * G);
+    std::fill_n(sums.get(), (last - first) * G * N, T(0));
+    std::fill_n(bias.get(), (last - first) * G, T(0));
+    for (int64_t token = 0; token < tokens; token += kTokenBlock) {
+      const int64_t count = std::min(kTokenBlock, tokens - token);
+      pack_tokens<T>(block.get(), count, NV, n, [&](int64_t t) { return row(token + t) + column; });
+      for (int64_t p = first; p < last; ++p) {
+        const M* these = dgates + p * panel_size + token * G;
+        const M* next = p + 1 < last ? these + panel_size : dgates + first * panel_size + (token + count) * G;
+        weight_gradient_panel<NV>(these, block.get(), count, next, sums + (p - first) * G * N);
+        if (d_b_ih) bias_gradient_panel(these, count, bias + (p - first) * G);
       }
     }
-  }
-
-  // d_w[4 H, columns] of `all` tokens: the rows of one panel of units x the columns of one panel of these.
-  template <class S>
-  void weight_gradient(const M* dgates, int64_t all, int64_t unit, int64_t hidden, int64_t panel, S* d_w) const {
-    constexpr int W = kLanes<T>;
-    const int64_t column = panel * GradientTile<T>::kColumns, n = std::min<int64_t>(GradientTile<T>::kColumns, columns - column);
-    const M* inputs = packed.get() + column * tokens;
-    alignas(64) T sums[4 * W * GradientTile<T>::kColumns];
-    with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
-      constexpr int NV = decltype(vectors)::value;
-      weight_gradient_panel<NV>(dgates, inputs, all, sums);
+    for (int64_t p = first; p < last; ++p)
       for (int64_t gate = 0; gate < 4; ++gate)
-        for (int64_t j = 0; j < std::min<int64_t>(W, hidden - unit); ++j) {
-          const T* sum = sums + (gate * W + j) * NV * W;
-          S* out = d_w + (gate * hidden + unit + j) * columns + column;
+        for (int64_t j = 0; j < std::min<int64_t>(W, hidden - p * W); ++j) {
+          const int64_t at = (p - first) * G + gate * W + j, unit = gate * hidden + p * W + j;
+          const T* sum = sums + at * N;
+          S* out = d_w + unit * columns + column;
           int64_t i = 0;
           for (; i + W <= n; i += W) store(out + i, load(sum + i));
           if (i < n) store_partial(out + i, load(sum + i), n - i);
+          if (d_b_ih) d_b_ih[unit] = d_b_hh[unit] = from_compute<S>(bias[at]);
         }
-    });
-  }
-};
+  });
+}

@@ -60,6 +60,11 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
     } else if constexpr (std::is_same_v<S, M>) {
       step.x = layer.x + token * shape.input;
       step.x_row = rows.stride * shape.input;
+      if (s + 1 < shape.steps) {
+        const int64_t next = d == 0 ? t + 1 : t - 1;
+        step.x_next = layer.x + (shape.offsets[next] + rows.first) * shape.input;
+        step.x_next_rows = rows.count(shape.batch_sizes[next]);
+      }
     } else {
       for (int64_t r = 0; r < active; ++r)
         load_row<T>(x_memory + r * shape.input, layer.x + (token + r * rows.stride) * shape.input, shape.input, shape.input);

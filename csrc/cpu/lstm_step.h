@@ -42,7 +42,9 @@ Plan make_plan(const LstmShape& shape) {
   Plan plan;
   plan.direct = shape.steps == 1 && shape.batch <= 16 && !shape.projected;
   plan.dot = dots<S>(shape) && (plan.direct || (shape.input % 2 == 0 && shape.state % 2 == 0));
-  plan.hoist_input = !plan.direct && shape.batch < (plan.dot ? 8 : 24);
+  // A step of few sequences hardly reuses what it loads of W_ih, and weights past the third-level cache should come once.
+  const int64_t all_bytes = shape.gates() * (shape.input + shape.state) * (plan.dot ? 2 : 4);
+  plan.hoist_input = !plan.direct && (shape.batch < 8 || all_bytes >= int64_t{16} << 20);
   const int64_t wanted = threads % shape.directions == 0 ? threads / shape.directions : threads;
   // More than 64 sequences at a time would push the states out of the first-level cache.
   const int64_t balanced = (shape.batch + wanted * 64 - 1) / (wanted * 64) * wanted;
@@ -162,6 +164,8 @@ struct CellStep {
   const M* x;                // the rows' input, or null:
   int64_t x_row;
   const T* x_product;  // W_ih x, [.., 4 H] by token
+  const M* x_next;     // the input of the next step's rows, to be fetched in the meantime, or null
+  int64_t x_next_rows;
   const M* h;
   int64_t h_row;
   T* c;  // updated in place
@@ -193,7 +197,7 @@ template <int R, class T>
 void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
   constexpr int W = kLanes<T>;
   vec<T> acc[R][4] = {};
-  multiply_tile<R, 4, T>(acc, a, a_row, 1, panel, 4 * W, depth);
+  multiply_chain<R, 4, T>(acc, a, a_row, 1, panel, 4 * W, depth);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -279,6 +283,14 @@ __attribute__((noinline)) void cell_pointwise(const LstmShape& shape, const Cell
   }
 }
 
+// Fetches one of `parts` of what the next step reads of x. Else it would wait for memory in every row.
+template <class S, class M>
+INLINE void fetch_next_input(const CellStep<S, M>& step, int64_t input, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(M);
+  for (int64_t r = part * step.x_next_rows / parts; r < (part + 1) * step.x_next_rows / parts; ++r)
+    for (int64_t i = 0; i < input; i += line) __builtin_prefetch(step.x_next + r * step.x_row + i);
+}
+
 // All active sequences x the panels [first, last).
 template <class S, class M>
 void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, const CellStep<S, M>& step, int64_t first, int64_t last) {
@@ -289,6 +301,7 @@ void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, 
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
     const T* bias = cell.bias.get() + panel * 4 * W;
+    if (step.x_next) fetch_next_input(step, shape.input, panel - first, last - first);
     for (int64_t block = 0; block < blocks; ++block) {
       const int64_t row = block * step.rows / blocks, rows = (block + 1) * step.rows / blocks - row;
       for (int64_t r = 0; r < rows; ++r)

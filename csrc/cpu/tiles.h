@@ -31,6 +31,18 @@ INLINE void with_constant(int64_t n, F f) {
     with_constant<N - 1>(n, f);
 }
 
+// As multiply_tile, four steps to a round: a branch predictor does not foresee the exit of a long loop of single steps, and the
+// multiply-add units run dry once a tile.
+template <int R, int NV, class T, class A>
+INLINE void multiply_chain(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
+                           int64_t depth) {
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) multiply_step<R, NV, T>(c, a + (k + i) * step_stride, row_stride, b + (k + i) * b_stride);
+  for (; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
+}
+
 // c[r][v] (+)= acc[r][v], of which `columns` columns exist.
 template <int R, int NV, class T>
 INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t columns, bool add) {
@@ -71,6 +83,7 @@ template <int R, int NV>
 __attribute__((target("avx512bf16"), always_inline)) inline void multiply_pairs(vec<float> (&c)[R][NV], const bfloat16* a, int64_t row,
                                                                                 int64_t step, const bfloat16* b, int64_t pairs,
                                                                                 int64_t b_step = NV * 32) {
+#pragma GCC unroll 4
   for (int64_t k = 0; k < pairs; ++k, b += b_step) {
     __m512i bk[NV];
 #pragma GCC unroll 4

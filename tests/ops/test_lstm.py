@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -298,7 +299,21 @@ def restore_threads():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("size", [(4, 1, 6, 200), (4, 9, 20, 200), (5, 37, 10, 33), (3, 150, 30, 40)], ids=str)
 def test_results_do_not_depend_on_the_threads(size, variant, restore_threads):
-    p = Problem(*size, **VARIANTS[variant])
+    assert_same_for_any_threads(Problem(*size, **VARIANTS[variant]))
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shared_steps_do_not_depend_on_the_threads(dtype, deterministic, restore_threads):
+    # Weights for which several threads share every step, in bfloat16 too, and enough tokens for several blocks of sums.
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        assert_same_for_any_threads(Problem(25, 9, 40, 320, dtype=dtype))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_same_for_any_threads(p):
     found = []
     for threads in (1, 2, 3, 8):
         torch.set_num_threads(threads)
@@ -307,6 +322,28 @@ def test_results_do_not_depend_on_the_threads(size, variant, restore_threads):
     for other in found[1:]:
         for name, first in found[0].items():
             assert torch.equal(first, other[name]), name
+
+
+def test_every_call_keeps_its_own_state_for_the_backward():
+    # What a forward saves lies in memory that earlier calls gave back: calls that are alive together must not share it.
+    problems = [Problem(20, 16, 8, 64, num_layers=2, seed=seed) for seed in range(3)]
+    expected = [p.run("cpu")[1]["d_x"] for p in problems]
+
+    def forward(p):
+        x = p.x.clone().requires_grad_()
+        output, (h_n, c_n) = bmk.lstm(x, (p.h0, p.c0), p.weights, num_layers=2, backend="cpu")
+        return x, [output, h_n, c_n]
+
+    def gradient(x, results, p):
+        return torch.autograd.grad(results, x, p.upstream)[0]
+
+    calls = [forward(p) for p in problems]
+    with ThreadPoolExecutor(1) as other_thread:  # the memory then goes back to a thread that did not take it
+        last = other_thread.submit(gradient, *calls.pop(), problems[2]).result()
+    assert torch.equal(last, expected[2])
+    calls.append(forward(problems[2]))
+    for call, p, truth in zip(calls, problems, expected):
+        assert torch.equal(gradient(*call, p), truth)
 
 
 def dropout_problem():
