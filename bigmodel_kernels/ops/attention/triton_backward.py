@@ -79,8 +79,8 @@ def query_gradient(
 ):  # fmt: skip
     """dq of BLOCK_M queries, with delta [BLOCK_M]; CAREFUL: keys that are not finite count as 0."""
     batch, head = batch_head // heads, batch_head % heads
-    kv_head = head // group
     q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
+    kv_head = head // group
     k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
     v_head = head_of(v_pointer, v_strides, batch, kv_head, DESCRIPTORS)
     grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)

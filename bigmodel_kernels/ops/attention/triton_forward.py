@@ -45,8 +45,8 @@ def attend(
 ):  # fmt: skip
     """out and lse of BLOCK_M queries; CAREFUL: values that are not finite count as 0, and the rows attending to any are told."""
     batch, head = batch_head // heads, batch_head % heads
-    kv_head = head // group
     q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
+    kv_head = head // group
     k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
     v_head = head_of(v_pointer, v_strides, batch, kv_head, DESCRIPTORS)
     mask_head, slope, seed = mask_pointer, 0.0, 0
