@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Worker processes of the tests; each runs torch with one thread.
 JOBS   ?= $(shell nproc)
 
-.PHONY: build cuda gpu test bench smoke lint format clean
+.PHONY: build cuda gpu test sanitize bench smoke lint format clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10-3.13 is needed (make PYTHON=python3.12)")'
@@ -29,6 +29,10 @@ gpu:
 
 test: build
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The CPU kernels under AddressSanitizer and UBSan, every instruction set: some half an hour on 2 cores.
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/sanitize.py
 
 bench: build
 	$(BIN)/python -m bigmodel_models train cnn --out benchmarks/out/cnn

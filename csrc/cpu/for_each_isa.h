@@ -65,3 +65,14 @@ namespace bmk::avx512 {
 #undef ISA_VECTOR_BYTES
 #pragma GCC pop_options
 #endif
+
+// What is the same in all of them.
+#if defined(ONE_ISA_AVX512)
+namespace bmk {
+namespace any_isa = avx512;
+}
+#else
+namespace bmk {
+namespace any_isa = generic;
+}
+#endif

@@ -134,7 +134,7 @@ template <class S>
 void run_forward(const Problem& p, const Tensor& x, const Tensor& h0, const Tensor& c0, const std::vector<Tensor>& weights,
                  const std::optional<Tensor>& dropout_mask, Tensor& output, Tensor& h_n, Tensor& c_n, Tensor& gates, Tensor& states,
                  Tensor& hidden, bool save) {
-  using T = generic::compute_t<S>;
+  using T = any_isa::compute_t<S>;
   const LstmShape& s = p.shape;
   const int64_t size = s.tokens * s.width();
   Scratch<S> between(save ? 0 : std::min<int64_t>(p.layers - 1, 2) * size), dropped(dropout_mask ? size : 0);
@@ -167,7 +167,7 @@ void run_backward(const Problem& p, const std::optional<Tensor>& d_output, const
                   const Tensor& x, const Tensor& h0, const Tensor& c0, const std::vector<Tensor>& weights,
                   const std::optional<Tensor>& dropout_mask, bool need_d_x, Tensor& d_x, Tensor& d_h0, Tensor& d_c0,
                   std::vector<Tensor>& d_weights) {
-  using T = generic::compute_t<S>;
+  using T = any_isa::compute_t<S>;
   const LstmShape& s = p.shape;
   const int64_t size = s.tokens * s.width();
   constexpr bool same = std::is_same_v<S, T>;
