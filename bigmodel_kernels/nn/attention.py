@@ -78,9 +78,11 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         causal = is_causal and k.shape[2] == key_length
         weights = None
         if need_weights:
-            weights, _ = reference.probabilities(
-                q, k, mask, scale=1 / math.sqrt(self.head_dim), window_right=0 if causal else -1
-            )
+            scale = 1 / math.sqrt(self.head_dim)
+            if mask is None and not causal:  # no row is without a key, which the general form looks for
+                weights = torch.softmax((q * scale) @ k.mT, -1)
+            else:
+                weights, _ = reference.probabilities(q, k, mask, scale=scale, window_right=0 if causal else -1)
             weights = F.dropout(weights, dropout)
             out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
