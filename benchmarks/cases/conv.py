@@ -160,6 +160,18 @@ CASES = [
         lambda: [nn.Conv2d(256, 256, 3, padding=1, groups=256)],
         last=True,
     ),
+    case(
+        "depthwise 3x3 256 28² B8 + ReLU",
+        (8, 256, 28, 28),
+        lambda: [nn.Conv2d(256, 256, 3, padding=1, groups=256), nn.ReLU()],
+        last=True,
+    ),
+    case(
+        "depthwise 7x7 96 56² B4 + ReLU",
+        (4, 96, 56, 56),
+        lambda: [nn.Conv2d(96, 96, 7, padding=3, groups=96), nn.ReLU()],
+        last=True,
+    ),
     Case("conv", "causal 1d k2 d4 64 T16000 B1", partial(build_causal, channels=64, length=16000, dilation=4)),
     case(
         "transposed 4x4/2 128-64 16² B16 + ReLU",

@@ -13,7 +13,9 @@
 #include "conv_direct.h"
 #include "conv_wgrad.h"
 #include "conv_depthwise.h"
+#include "conv_depthwise_gradient.h"
 #include "conv_winograd.h"
+#include "conv_scatter.h"
 #include "conv_pass.h"
 #include "conv_gradient.h"
 // clang-format on

@@ -192,10 +192,29 @@ inline void store_block(const T* block, int64_t stride, int64_t block_columns, c
   }
 }
 
+// Where a pass may store its sums as soon as they are complete: pixels whose channels are adjacent, at those of a band and group.
+// Where alpha is given, y becomes max(y * alpha + beta, floor), NaN staying NaN. No data: they go to a block and its sink.
+template <class T>
+struct DirectOutput {
+  T* data = nullptr;
+  int64_t row_step = 0, pixel_step = 0;
+  const T *alpha = nullptr, *beta = nullptr;
+  T floor = 0;
+};
+template <class T, class S>
+inline DirectOutput<T> direct_output(const Image<S>& out, int64_t n, int64_t c0, const Band& band) {
+  if constexpr (std::is_same_v<T, S>)
+    if (out.c == 1) return {out.data + n * out.n + c0 + band.top * out.h + band.left * out.w, out.h, out.w};
+  return {};
+}
+
 // What a pass reads: a tensor as it is. (conv_gradient.h has the other kind, a gradient taken back through the epilogue.)
 template <class T, class S>
 struct TensorSource {
+  using Stored = S;
   Image<const S> x;
+  // The tensor, where reading it is all there is to do; else null.
+  const Image<const S>* plain() const { return &x; }
   void load(T* block, int64_t stride, int64_t block_columns, int64_t n, int64_t c0, int64_t channels, int64_t row, int64_t rows,
             int64_t column, int64_t columns) const {
     load_block<T>(block, stride, block_columns, x, n, c0, channels, row, rows, column, columns);

@@ -256,6 +256,7 @@ struct TensorSink {
   Image<S> out;
   const Bands* bands;
   int64_t channels;  // per group; the last may have fewer
+  DirectOutput<T> direct(int64_t n, int64_t g, const Band& band) const { return direct_output<T>(out, n, g * channels, band); }
   void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
     const Band band = bands->full(i);
     const int64_t count = std::min(channels, out.channels - g * channels);

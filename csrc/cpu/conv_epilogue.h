@@ -21,6 +21,15 @@ struct Epilogue {
   int64_t present(int64_t g) const { return gated() ? channels : std::min(channels, out.channels - g * channels); }
   int64_t kept(int64_t g) const { return gated() ? channels / 2 : present(g); }
 
+  DirectOutput<T> direct(int64_t n, int64_t g, const Band& band) const {
+    const bool relu = activation == Activation::relu;
+    if (residual.data || pre.data || bands->window.kind != Pooling::none || !(relu || activation == Activation::none)) return {};
+    DirectOutput<T> found = direct_output<T>(out, n, g * channels, band);
+    found.alpha = alpha + g * channels, found.beta = beta + g * channels;
+    found.floor = relu ? T(0) : -std::numeric_limits<T>::infinity();
+    return found;
+  }
+
   void operator()(int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) const {
     const Window& window = bands->window;
     const bool max = window.kind == Pooling::max;

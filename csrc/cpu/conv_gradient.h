@@ -4,6 +4,7 @@
 // A source (see TensorSource) over the output of the convolution.
 template <class T, class S>
 struct GradientSource {
+  using Stored = S;
   static constexpr int W = kLanes<T>;
   Image<const S> grad, out, pre;  // out, pre: what the derivative is computed from, the other is not read
   Image<const uint8_t> index;
@@ -14,6 +15,7 @@ struct GradientSource {
   int64_t height, width;
 
   bool gated() const { return activation == Activation::tanh_sigmoid; }
+  const Image<const S>* plain() const { return activation == Activation::none && window.kind == Pooling::none ? &grad : nullptr; }
 
   void load(T* block, int64_t stride, int64_t block_columns, int64_t n, int64_t c0, int64_t count, int64_t row, int64_t rows,
             int64_t column, int64_t columns) const {
@@ -88,9 +90,14 @@ struct GradientSource {
       gated_gradient(block, stride, block_columns, n, row, rows, column, columns);
       return;
     }
-    spread(block, stride, block_columns, n, c0, count, row, rows, column, columns);
     // A max-pool's index already says where its ReLU is off.
-    if (activation == Activation::none || (activation == Activation::relu && window.kind == Pooling::max)) return;
+    const bool as_it_is = activation == Activation::none || (activation == Activation::relu && window.kind == Pooling::max);
+    if (!as_it_is && window.kind == Pooling::none && !pre.data && grad.c == 1 && out.c == 1) {
+      in_one_pass(block, stride, block_columns, n, c0, count, row, rows, column, columns);
+      return;
+    }
+    spread(block, stride, block_columns, n, c0, count, row, rows, column, columns);
+    if (as_it_is) return;
     const int64_t size = (rows - 1) * block_columns * stride + columns * stride;
     Scratch<T> known(size);
     load_block<T>(known.get(), stride, block_columns, pre.data ? pre : out, n, c0, count, row, rows, column, columns);
@@ -105,6 +112,30 @@ struct GradientSource {
           vec<T> z = read_lanes<T>(k + i, lanes);
           if (from_pre) z = activate<kind.value>(z, slope);
           write_lanes<T>(d + i, read_lanes<T>(d + i, lanes) * derivative<kind.value>(z, slope), lanes);
+        }
+      }
+    });
+  }
+
+  // The gradient times the derivative, both known from tensors whose channels are adjacent.
+  void in_one_pass(T* block, int64_t stride, int64_t block_columns, int64_t n, int64_t c0, int64_t count, int64_t row, int64_t rows,
+                   int64_t column, int64_t columns) const {
+    const int64_t left = std::max<int64_t>(column, 0), right = std::min(column + columns, width);
+    const bool whole = left == column && right == column + columns && stride == count;
+    with_activation(activation, [&](auto kind) {
+      for (int64_t r = 0; r < rows; ++r) {
+        const int64_t h = row + r;
+        const bool outside = h < 0 || h >= height;
+        if (outside || !whole) std::memset(block + r * block_columns * stride, 0, columns * stride * sizeof(T));
+        if (outside) continue;
+        for (int64_t w = left; w < right; ++w) {
+          const S* g = grad.data + n * grad.n + c0 + h * grad.h + w * grad.w;
+          const S* value = out.data + n * out.n + c0 + h * out.h + w * out.w;
+          T* d = block + (r * block_columns + w - column) * stride;
+          for (int64_t c = 0; c < count; c += W) {
+            const int64_t lanes = count - c;
+            write_lanes<T>(d + c, read_lanes<T>(g + c, lanes) * derivative<kind.value>(read_lanes<T>(value + c, lanes), slope), lanes);
+          }
         }
       }
     });

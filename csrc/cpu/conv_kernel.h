@@ -7,6 +7,7 @@
 #include "conv_wgrad.h"
 #include "conv_depthwise.h"
 #include "conv_winograd.h"
+#include "conv_scatter.h"
 #include "conv_pass.h"
 #include "conv_epilogue.h"
 #include "conv_planar.h"
@@ -80,6 +81,6 @@ void conv_forward(const ConvForward& given) {
                       channels_per_sink<T>(pass)};
   run_pass<T>(pass, call.window, weights, source, !call.transposed, [&](const Bands& bands) {
     sink.bands = &bands;
-    return [&sink](int64_t n, int64_t g, int64_t i, T* y, int64_t y_columns, int64_t y_stride) { sink(n, g, i, y, y_columns, y_stride); };
+    return sink;
   });
 }

@@ -26,8 +26,19 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     Scratch<T> packed(pass.depth() * padded_channels<T>(pass.groups));
     pack_depthwise<T, S>(packed.get(), pass, weights);
     const int64_t chunk = std::min(kDepthwiseChannels<T>, pass.groups), tasks = pass.batch * ((pass.groups + chunk - 1) / chunk);
-    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, tasks, 2 * chunk * sizeof(T), 2 * kCacheBudget);
+    const bool in_place = reads_in_place<T>(source.plain());
+    // Without a block of sources there is nothing that a band could share but its place in the first-level cache.
+    const int64_t per_pixel = (in_place ? 1 : 2) * chunk * sizeof(T), budget = in_place ? 24 << 10 : 2 * kCacheBudget;
+    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, tasks, per_pixel, budget, 2);
     depthwise_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
+    return;
+  }
+  if (scatter_applies<T>(pass)) {
+    Scratch<T> packed(pass.channels * scatter_columns<T>(pass));
+    pack_scatter<T, S>(packed.get(), pass, weights);
+    const int64_t per_source = (pass.channels + scatter_columns<T>(pass)) * sizeof(T) / (pass.h.axis.stride * pass.w.axis.stride);
+    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_source + padded * sizeof(T), kCacheBudget);
+    scatter_pass_to_few<T>(pass, bands, packed.get(), source, make_sink(bands));
     return;
   }
   Scratch<T> packed(packed_weights_size<T>(pass));

@@ -84,22 +84,31 @@ inline void add_partials(T* total, const T* partial, int64_t chunks, int64_t siz
   });
 }
 
-// sums[c] += the pixels of a block, with what each addition rounds off carried to the next (Kahan): a plain sum over an
-// image loses two digits against PyTorch's pairwise one.
+// sums[c] += one value of each of `count` pixels, with what the addition rounds off carried to the next in lost[c] (Kahan): a
+// plain sum over an image loses two digits against PyTorch's pairwise one, a sum of few values first does not.
 template <class T>
-inline void add_pixels(T* sums, const T* block, const Band& band, int64_t block_columns, int64_t channels, int64_t stride) {
-  constexpr int W = kLanes<T>;
+inline void add_compensated(T* sums, T* lost, const T* const* pixels, int64_t count, int64_t channels) {
+  constexpr int64_t W = kLanes<T>;
   for (int64_t c = 0; c < channels; c += W) {
-    vec<T> sum = {}, lost = {};
-    for (int64_t r = 0; r < band.rows(); ++r)
-      for (int64_t p = 0; p < band.columns(); ++p) {
-        const vec<T> term = load(block + (r * block_columns + p) * stride + c) - lost;
-        const vec<T> next = sum + term;
-        lost = (next - sum) - term;
-        sum = next;
-      }
-    store(sums + c, load(sums + c) + sum);
+    const int64_t lanes = channels - c;
+    vec<T> few = read_lanes<T>(pixels[0] + c, lanes);
+    for (int64_t p = 1; p < count; ++p) few += read_lanes<T>(pixels[p] + c, lanes);
+    const vec<T> sum = load(sums + c), term = few - load(lost + c), next = sum + term;
+    store(lost + c, (next - sum) - term);
+    store(sums + c, next);
   }
+}
+// The same for a block of whole vectors of channels.
+template <class T>
+inline void add_pixels(T* sums, T* lost, const T* block, const Band& band, int64_t block_columns, int64_t channels, int64_t stride) {
+  constexpr int64_t kFew = 8;
+  const T* pixels[kFew];
+  for (int64_t r = 0; r < band.rows(); ++r)
+    for (int64_t p = 0; p < band.columns(); p += kFew) {
+      const int64_t count = std::min(kFew, band.columns() - p);
+      for (int64_t i = 0; i < count; ++i) pixels[i] = block + (r * block_columns + p + i) * stride;
+      add_compensated(sums, lost, pixels, count, channels);
+    }
 }
 
 // dw [group][taps * wide channels][padded narrow channels] and, unless null, the sums of the narrow side [group][padded].
@@ -119,12 +128,13 @@ inline void weight_gradient(const Conv& conv, const WideSource& wide, const Narr
   const Chunks chunks(conv.batch * bands.count(), conv.groups * (size + padded) * sizeof(T));
   Scratch<T> partial(chunks.count * conv.groups * size), partial_sums(chunks.count * conv.groups * padded);
   torch::stable::parallel_for(0, chunks.count * conv.groups, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> a(rows * columns * C), b(bands.rows * bands.columns * padded);
+    Scratch<T> a(rows * columns * C), b(bands.rows * bands.columns * padded), lost(padded);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / conv.groups, g = task % conv.groups;
       T *part = partial.get() + task * size, *part_sums = partial_sums.get() + task * padded;
       std::memset(part, 0, size * sizeof(T));
       std::memset(part_sums, 0, padded * sizeof(T));
+      std::memset(lost.get(), 0, padded * sizeof(T));
       for (int64_t unit = chunks.begin(chunk); unit < chunks.begin(chunk + 1); ++unit) {
         const int64_t n = unit / bands.count();
         const Band band = bands.full(unit % bands.count());
@@ -145,7 +155,7 @@ inline void weight_gradient(const Conv& conv, const WideSource& wide, const Narr
             k += count;
           }
         }
-        if (sums) add_pixels(part_sums, b.get(), band, bands.columns, padded, padded);
+        if (sums) add_pixels<T>(part_sums, lost, b.get(), band, bands.columns, padded, padded);
       }
     }
   });
@@ -162,15 +172,16 @@ inline void channel_sums(const Source& source, int64_t batch, int64_t channels, 
   const Chunks chunks(batch * bands.count(), padded * sizeof(T));
   Scratch<T> partial(chunks.count * padded);
   torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(bands.rows * bands.columns * padded);
+    Scratch<T> block(bands.rows * bands.columns * padded), lost(padded);
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       T* part = partial.get() + chunk * padded;
       std::memset(part, 0, padded * sizeof(T));
+      std::memset(lost.get(), 0, padded * sizeof(T));
       for (int64_t unit = chunks.begin(chunk); unit < chunks.begin(chunk + 1); ++unit) {
         const Band band = bands.full(unit % bands.count());
         source.load(block.get(), padded, bands.columns, unit / bands.count(), 0, channels, band.top, band.rows(), band.left,
                     band.columns());
-        add_pixels(part, block.get(), band, bands.columns, padded, padded);
+        add_pixels<T>(part, lost, block.get(), band, bands.columns, padded, padded);
       }
     }
   });

@@ -62,6 +62,34 @@ GEOMETRIES = {
     "linear": (70, 100, 45, (1, 1), (1, 1), {}),
 }
 
+# Depthwise: fewer channels than a vector, one vector and a tail, two chunks of 256 with a long and with a short second one; rows
+# shorter than a tile of 4, between 4 and 8, and of several tiles; every kernel of its own and the one for any taps.
+DEPTHWISE = {
+    "few_channels": (1, 5, 5, (6, 9), (3, 3), {"groups": 5, "padding": 1}),
+    "k3": (2, 37, 37, (9, 11), (3, 3), {"groups": 37, "padding": 1}),
+    "k3_even": (1, 32, 32, (8, 24), (3, 3), {"groups": 32, "padding": 1}),
+    "k3_short_rows": (1, 16, 16, (7, 3), (3, 3), {"groups": 16, "padding": 1}),
+    "k3_pixel": (2, 48, 48, (1, 1), (3, 3), {"groups": 48, "padding": 1}),
+    "k3_no_padding": (1, 24, 24, (8, 10), (3, 3), {"groups": 24}),
+    "k3_two_chunks": (1, 290, 290, (5, 6), (3, 3), {"groups": 290, "padding": 1}),
+    "k3_short_chunk": (1, 262, 262, (4, 5), (3, 3), {"groups": 262, "padding": 1}),
+    "k3s2": (2, 34, 34, (12, 17), (3, 3), {"groups": 34, "padding": 1, "stride": 2}),
+    "k3s3": (1, 19, 19, (10, 29), (3, 3), {"groups": 19, "stride": 3}),
+    "k3_dilated": (1, 17, 17, (12, 14), (3, 3), {"groups": 17, "padding": (2, 3), "dilation": (2, 3)}),
+    "k3s2_dilated": (1, 17, 17, (12, 14), (3, 3), {"groups": 17, "padding": 2, "dilation": 2, "stride": 2}),
+    "k5": (1, 20, 20, (7, 13), (5, 5), {"groups": 20, "padding": 2}),
+    "k5s2": (1, 33, 33, (11, 20), (5, 5), {"groups": 33, "padding": 2, "stride": 2}),
+    "k7": (1, 40, 40, (9, 15), (7, 7), {"groups": 40, "padding": 3}),
+    "k9": (1, 18, 18, (10, 11), (9, 9), {"groups": 18, "padding": 4}),
+    "k2x6": (1, 21, 21, (6, 18), (2, 6), {"groups": 21, "padding": (1, 3)}),
+    "k4_causal": (2, 35, 35, (27,), (4,), {"groups": 35, "padding": "causal"}),
+    "k3_causal_dilated": (1, 35, 35, (33,), (3,), {"groups": 35, "padding": "causal", "dilation": 5}),
+    "transposed": (1, 22, 22, (6, 7), (4, 4), {"groups": 22, "transposed": True, "stride": 2, "padding": 1}),
+    "transposed_gap": (1, 22, 22, (4, 6), (2, 2), {"groups": 22, "transposed": True, "stride": 3}),
+}
+
+DEPTHWISE_BY_NAME = {f"depthwise_{name}": geometry for name, geometry in DEPTHWISE.items()}
+
 # id: which of the optional tensors, activation, pool.
 TAILS = {
     "bias": (("bias",), None, None),
@@ -78,6 +106,7 @@ TAILS = {
 
 # Those that not every backend has: a max-pool with padding, a slope of the leaky ReLU.
 MORE_TAILS = {
+    "norm_relu": (("bias", "scale", "shift"), "relu", None),
     "norm_relu_padded": (("scale", "shift"), "relu", ("max", 3, 2, 1)),
     "gelu_padded": (("bias", "residual"), "gelu", ("max", 3, 1, 1)),
     "leaky": (("bias",), ("leaky_relu", 0.2), None),
@@ -90,7 +119,7 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        n, cin, cout, size, kernel, options = GEOMETRIES[geometry]
+        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME)[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
         self.options = dict(options)

@@ -11,7 +11,7 @@ import torch
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.conv import op, reference
 from bigmodel_kernels.testing import assert_matches, make
-from tests.ops.conv_problem import GEOMETRIES, MORE_TAILS, NAMES, TAILS, Problem
+from tests.ops.conv_problem import DEPTHWISE, GEOMETRIES, MORE_TAILS, NAMES, TAILS, Problem
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
@@ -84,6 +84,42 @@ def _layouts():
 def test_layouts(geometry, layout, dtype):
     Problem(geometry, "norm_residual_relu", dtype, seed=5).check(_layouts()[layout])
     Problem(geometry, "relu_max", dtype, seed=6).check(_layouts()[layout])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("geometry", DEPTHWISE)
+def test_depthwise(geometry, dtype):
+    """Channels innermost, read and written where they lie, and as they are."""
+    for seed, tail in enumerate(("bias", "norm_relu", "all_gelu_max")):
+        for layout in ("innermost", "sliced_innermost"):
+            Problem(f"depthwise_{geometry}", tail, dtype, seed=seed).check(_layouts()[layout])
+    Problem(f"depthwise_{geometry}", "norm_relu", dtype, seed=3).check()
+
+
+@pytest.mark.parametrize("geometry", DEPTHWISE)
+def test_depthwise_integers_are_exact(geometry):
+    p = Problem(f"depthwise_{geometry}", "norm_relu", seed=4, integer=True)
+    exact = p.run(torch.float64, "torch")
+    for layout in (lambda t: t, _layouts()["innermost"]):
+        for name, ours, other in zip(("out", *NAMES), p.run(torch.float32, "cpu", layout=layout), exact):
+            if ours is not None:
+                assert torch.equal(ours, other.float()), name
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize("column", [0, 4, 12])
+def test_depthwise_keeps_infinities_where_they_reach(column, value):
+    x, w = make(1, 20, 7, 13), make(20, 1, 3, 3, seed=1)
+    x[0, 3, 2, column] = value
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = make(1, 20, 7, 13, seed=2)
+    finite = []
+    for backend in ("cpu", "torch"):
+        leaves = [x.detach().requires_grad_(), w.detach().requires_grad_()]
+        out = bmk.conv(*leaves, padding=1, groups=20, backend=backend)
+        finite.append([t.isfinite() for t in (out, *torch.autograd.grad(out, leaves, grad))])
+    for ours, stock in zip(*finite):
+        assert torch.equal(ours, stock)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "expanded"])
@@ -254,7 +290,7 @@ def test_the_number_of_threads_does_not_change_a_bit(geometry):
 def test_other_instruction_sets(isa):
     code = """
 import torch
-from tests.ops.conv_problem import GEOMETRIES, Problem
+from tests.ops.conv_problem import DEPTHWISE, GEOMETRIES, Problem
 for i, geometry in enumerate(GEOMETRIES):
     tail = ("relu_max", "norm_residual_relu", "all_gelu_max", "silu_avg", "gate_max")[i % 5]
     Problem(geometry, tail, (torch.float32, torch.bfloat16, torch.float64)[i % 3]).check()

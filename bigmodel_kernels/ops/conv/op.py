@@ -358,8 +358,12 @@ def prefer(
     if x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
         ours = second <= 3 and groups == 1 and not transposed and not save
     elif groups > 1:
-        depthwise = first == groups and second == 1
-        ours = depthwise and (taps >= 25 or len(kernel) == 1 if save else taps <= 25 and not last)
+        dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
+        if save:
+            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and x.numel() >= 3 << 18)
+        else:
+            ours = dense and (taps in (9, 49) and not spread if last else taps <= 25)
+        ours = ours and first == groups and second == 1
     elif transposed:
         ours = not save and not last and weights <= 128 * 128
     elif one_pixel:  # a matrix product
