@@ -82,9 +82,9 @@ inline void scatter_pass_to_few(const Pass& pass, const Bands& bands, const T* p
         for (int64_t first = 0; first < padded; first += kColumns) {
           const T* panel = packed + first * C;
           if (padded - first >= kColumns)
-            conv_row<2, T>(height * width, block.get(), C, run.data(), run.size(), panel, t.get() + first, padded);
+            conv_row<2, T>(height * width, block.get(), C, run.data(), run.size(), panel, t.get() + first, padded, false);
           else
-            conv_row<1, T>(height * width, block.get(), C, run.data(), run.size(), panel, t.get() + first, padded);
+            conv_row<1, T>(height * width, block.get(), C, run.data(), run.size(), panel, t.get() + first, padded, false);
         }
         add_taps<T>(pass, band, t.get(), padded, width, row, height, column, width, y.get(), y_columns, y_stride);
       }
