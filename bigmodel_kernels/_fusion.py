@@ -1,6 +1,6 @@
 """Finds convolution (+ batch norm) + activation (+ max-pool) in a traced forward, and runs each as one fused call.
 
-In eval a linear layer with its activation is one as well: a convolution of single pixels.
+A linear layer with its activation is one as well.
 
 A forward is overlaid only where tracing cannot change its meaning: no optional arguments (a branch on one would be frozen
 in), no state changed while tracing, no tensor made from constants. Train and eval are traced apart, so that a branch on
@@ -20,6 +20,7 @@ from torch import fx, nn
 
 from bigmodel_kernels import nn as bnn
 from bigmodel_kernels.nn.fused import conv_block, linear_block
+from bigmodel_kernels.nn.linear import LINEAR_LAYERS, has_hooks
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, bnn.Conv1d, bnn.Conv2d)  # a subclass may compute anything
 _ACTIVATION_MODULES: dict[type, str] = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -33,7 +34,6 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid"}
-_LEAST_LINEAR = 1 << 16  # weights of a linear layer whose product is worth a call of its own
 
 
 @dataclass
@@ -93,7 +93,7 @@ def _fuse_module(module: nn.Module, path: str, allowed: Callable, backend: str) 
     if all(graphs.values()) and "forward" not in module.__dict__:
         chains: dict[bool, list[_Chain]] = {}
         for mode, graph in graphs.items():
-            found = _find_chains(module, graph) + ([] if mode else _find_linears(module, graph))
+            found = _find_chains(module, graph) + _find_linears(module, graph)
             chains[mode] = [
                 c for c in found if all(allowed(m, _join(path, name)) for m, name in _modules_of(module, c))
             ]
@@ -138,9 +138,7 @@ def _traced(module: nn.Module, training: bool) -> fx.Graph | None:
 def _layer_of(module: nn.Module) -> Callable[[fx.Node], nn.Module | None]:
     """The layer that a node calls; None for any other node, and for a layer with hooks."""
     layers = dict(module.named_modules())
-    return lambda node: (
-        layers[node.target] if node.op == "call_module" and not _has_hooks(layers[node.target]) else None
-    )
+    return lambda node: layers[node.target] if node.op == "call_module" and not has_hooks(layers[node.target]) else None
 
 
 def _next_node(node: fx.Node) -> fx.Node | None:
@@ -159,11 +157,11 @@ def _find_linears(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
     layer = _layer_of(module)
     chains = []
     for node in graph.nodes:
-        linear = layer(node)
-        if type(linear) is nn.Linear and len(node.args) == 1 and linear.weight.numel() >= _LEAST_LINEAR:
+        if type(layer(node)) in LINEAR_LAYERS and len(node.args) == 1:
             chain = _Chain([node], ["Linear"])
             _append_activation(chain, layer)
-            chains.append(chain)
+            if chain.activation is not None:
+                chains.append(chain)
     return chains
 
 
@@ -189,10 +187,6 @@ def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
         if len(chain.nodes) > 1:
             chains.append(chain)
     return chains
-
-
-def _has_hooks(m: nn.Module) -> bool:
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
 
 
 def _folds(norm: nn.Module | None, convolution: nn.Module) -> bool:

@@ -109,6 +109,8 @@ class Op:
         """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
         if torch.compiler.is_compiling():
             _registry.check_name(backend)
+        elif _registry.wanted(backend) == "auto" and self._is_torch_only(args):
+            backend = "torch"
         else:
             backend = _registry.select(self.name, backend, self.prefer, args)
         if backend == "torch" and not torch.compiler.is_compiling():
@@ -118,6 +120,22 @@ class Op:
         flat, lengths = _flatten(args, self._tensors["fwd"])
         pair = _EagerPair if is_plain_eager(self._tensors["fwd"], args) else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
+
+    def _is_torch_only(self, args: Sequence) -> bool:
+        """Whether only PyTorch's own ops know what is asked of them here: batching (vmap), forward-mode derivatives, and
+        tensors of other libraries' classes, such as distributed or quantized ones."""
+        if torch._C._are_functorch_transforms_active() and any(
+            interpreter.key() != _GRADIENT for interpreter in torch._C._functorch.get_interpreter_stack()
+        ):
+            return True
+        if torch.autograd.forward_ad._current_level >= 0:
+            return True
+        tensors = [args[i] for i in self._tensors["fwd"]]
+        return any(
+            type(t) not in _PLAIN and not type(t).__module__.startswith("torch._subclasses")
+            for a in tensors
+            for t in (a if isinstance(a, (list, tuple)) else (a,))
+        )
 
     def fwd(self, *args: Any):
         """The forward on the backend named last, which has been selected for these arguments; no gradient."""
@@ -181,6 +199,7 @@ def is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
     return True
 
 
+_GRADIENT = torch._C._functorch.TransformType.Grad
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 

@@ -22,6 +22,7 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
     for name in (
         "LSTM",
         "LSTMCell",
+        "Linear",
         "MultiheadAttention",
         "TransformerEncoderLayer",
         "TransformerDecoderLayer",

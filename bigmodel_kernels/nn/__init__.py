@@ -10,6 +10,7 @@ from bigmodel_kernels.nn.conv_blocks import ConvBlock1d as ConvBlock1d
 from bigmodel_kernels.nn.conv_blocks import ConvBlock2d as ConvBlock2d
 from bigmodel_kernels.nn.conv_blocks import GatedCausalConv1d as GatedCausalConv1d
 from bigmodel_kernels.nn.conv_blocks import WaveNetLayer as WaveNetLayer
+from bigmodel_kernels.nn.linear import Linear as Linear
 from bigmodel_kernels.nn.lstm import LSTM as LSTM
 from bigmodel_kernels.nn.lstm import LayerNormLSTM as LayerNormLSTM
 from bigmodel_kernels.nn.lstm import LSTMCell as LSTMCell

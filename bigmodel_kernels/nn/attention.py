@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.ops.attention import attention, reference
+from bigmodel_kernels.ops.linear import linear
 
 
 class MultiheadAttention(torch.nn.MultiheadAttention):
@@ -89,7 +90,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         else:
             out = attention(q, k, v, attn_mask=mask, is_causal=causal, dropout_p=dropout, backend=self.backend)
         out = out.transpose(1, 2) if (batched and self.batch_first) or not batched else out.permute(2, 0, 1, 3)
-        out = F.linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
+        out = self._linear(out.flatten(-2), self.out_proj.weight, self.out_proj.bias)
         if not batched:
             return out.squeeze(0), None if weights is None else weights.squeeze(0)
         return out, weights
@@ -111,6 +112,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 f"key must have the batch size of query, {query.shape[batch_dim]}, got {key.shape[batch_dim]}"
             )
 
+    def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias, backend=self.backend)
+
     def _heads(self, t: Tensor, length_first: bool) -> Tensor:
         """[N, S, E] or [S, N, E] as [N, H, S, D]."""
         return _order(t.unflatten(-1, (self.num_heads, self.head_dim)), length_first)
@@ -121,19 +125,19 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if not self._qkv_same_embed_dim:
             weights = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
         elif query is key and key is value:
-            packed = F.linear(query, self.in_proj_weight, bias).unflatten(-1, (3, *heads))
+            packed = self._linear(query, self.in_proj_weight, bias).unflatten(-1, (3, *heads))
             q, k, v = packed.unbind(-3)
             return _order(q, length_first), _order(k, length_first), _order(v, length_first)
         elif key is value:
             e = self.embed_dim
-            q = F.linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
-            packed = F.linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:])
+            q = self._linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
+            packed = self._linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:])
             k, v = packed.unflatten(-1, (2, *heads)).unbind(-3)
             return self._heads(q, length_first), _order(k, length_first), _order(v, length_first)
         else:
             weights = self.in_proj_weight.chunk(3)
         biases = (None, None, None) if bias is None else bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
+        q, k, v = (self._linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases))
         return self._heads(q, length_first), self._heads(k, length_first), self._heads(v, length_first)
 
     def _mask(

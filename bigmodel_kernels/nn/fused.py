@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigmodel_kernels.nn.linear import LINEAR_LAYERS, has_hooks, takes_linear
 from bigmodel_kernels.ops.conv.op import conv, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
+from bigmodel_kernels.ops.linear import linear
 
-_LEAST_PRODUCTS = 24e6  # of a linear layer: below, checking a convolution's arguments costs more than its product saves
 _POOLS = {  # by the rank of what is pooled
     3: {"max": F.max_pool1d, "avg": F.avg_pool1d},
     4: {"max": F.max_pool2d, "avg": F.avg_pool2d},
@@ -67,34 +68,25 @@ def conv_block(
 
 
 def linear_block(
-    layer: nn.Linear,
+    layer: nn.Module,  # a linear layer
     x: Tensor,  # [.., in_features]
     activation: str | tuple[str, float] | None = None,
     *,
-    backend: str = "auto",
+    residual: Tensor | None = None,  # [.., out_features], added last
+    backend: str | None = None,
 ) -> Tensor:  # [.., out_features]
-    """activation(layer(x)), by `linear`."""
-    return linear(x, layer.weight, layer.bias, activation, backend=backend)
+    """activation(layer(x)) + residual, in one call.
 
+    A layer of another class than torch.nn's or ours, or one with hooks, is called as it is.
 
-def linear(
-    x: Tensor,  # [.., in_features]
-    weight: Tensor,  # [out_features, in_features]
-    bias: Tensor | None = None,  # [out_features]
-    activation: str | tuple[str, float] | None = None,
-    *,
-    backend: str = "auto",
-) -> Tensor:  # [.., out_features]
-    """activation(x weight^T + bias). On the CPU without gradients it is one call, a convolution of single pixels: its product is
-    the faster one from some size on (docs/decisions.md), and the activation costs no pass of its own."""
-    rows = x.shape[:-1].numel()
-    few = x.dim() < 2 or rows * weight.numel() < _LEAST_PRODUCTS
-    if few or x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-        return activate(F.linear(x, weight, bias), *parse_activation(activation))
-    out = conv(
-        x.reshape(rows, -1, 1), weight.unsqueeze(-1), bias, activation=activation, backend=backend
-    )  # fmt: skip
-    return out.view(*x.shape[:-1], -1)
+    Args:
+        backend: that of the layer if None.
+    """
+    if type(layer) not in LINEAR_LAYERS or has_hooks(layer) or not takes_linear(layer, x):
+        y = activate(layer(x), *parse_activation(activation))
+        return y if residual is None else y + residual
+    backend = backend or getattr(layer, "backend", "auto")
+    return linear(x, layer.weight, layer.bias, activation=activation, residual=residual, backend=backend)
 
 
 def folded_norm(norm: nn.Module) -> tuple[Tensor, Tensor]:

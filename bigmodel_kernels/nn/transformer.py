@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.nn.attention import MultiheadAttention
+from bigmodel_kernels.nn.fused import linear_block
+
+_ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
@@ -45,6 +49,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         x = self.norm1(src + attend(src))
         return self.norm2(x + self._ff_block(x))
 
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout2(_feed_forward(self, x))
+
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: same constructor, parameters and results."""
@@ -63,6 +70,9 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         layer = _share(cls, module)
         layer._use_our_attention()
         return layer
+
+    def _ff_block(self, x: Tensor) -> Tensor:
+        return self.dropout3(_feed_forward(self, x))
 
 
 class Transformer(torch.nn.Transformer):
@@ -84,6 +94,13 @@ class Transformer(torch.nn.Transformer):
             setattr(model, name, stack)
             _convert_layers(stack)
         return model
+
+
+def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    """Both linear layers of a Transformer layer, the first with its activation in one call."""
+    name = _ACTIVATIONS.get(layer.activation)
+    inner = layer.activation(layer.linear1(x)) if name is None else linear_block(layer.linear1, x, name)
+    return linear_block(layer.linear2, layer.dropout(inner))
 
 
 def _share(cls: type, module: torch.nn.Module) -> torch.nn.Module:

@@ -9,6 +9,7 @@ from bigmodel_kernels.ops.conv_step import ConvState as ConvState
 from bigmodel_kernels.ops.conv_step import conv_step as conv_step
 from bigmodel_kernels.ops.cross_entropy import cross_entropy as cross_entropy
 from bigmodel_kernels.ops.gated_conv import gated_conv as gated_conv
+from bigmodel_kernels.ops.linear import linear as linear
 from bigmodel_kernels.ops.lstm import lstm as lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
 from bigmodel_kernels.ops.norm import layer_norm as layer_norm

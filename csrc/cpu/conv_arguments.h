@@ -15,20 +15,6 @@ namespace bmk {
 
 using torch::stable::Tensor;
 
-inline Activation parse_activation(const std::string& name) {
-  static const std::pair<const char*, Activation> kNames[] = {{"none", Activation::none},
-                                                              {"relu", Activation::relu},
-                                                              {"leaky_relu", Activation::leaky_relu},
-                                                              {"tanh", Activation::tanh},
-                                                              {"sigmoid", Activation::sigmoid},
-                                                              {"gelu", Activation::gelu},
-                                                              {"silu", Activation::silu},
-                                                              {"tanh_sigmoid", Activation::tanh_sigmoid}};
-  for (const auto& [known, activation] : kNames)
-    if (name == known) return activation;
-  STD_TORCH_CHECK(false, "activation: unknown name ", name);
-}
-
 inline Pooling parse_pooling(const std::string& name) {
   STD_TORCH_CHECK(name == "none" || name == "max" || name == "avg", "pool: unknown name ", name);
   return name == "max" ? Pooling::max : name == "avg" ? Pooling::avg : Pooling::none;

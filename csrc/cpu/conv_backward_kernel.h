@@ -9,7 +9,7 @@
 // clang-format off: each builds on those before it
 #include "tiles.h"
 #include "conv_block.h"
-#include "conv_activation.h"
+#include "activation_kernel.h"
 #include "conv_direct.h"
 #include "conv_wgrad.h"
 #include "conv_depthwise.h"

@@ -64,27 +64,6 @@ INLINE S narrow_one(T x) {
     return from_compute<S>(x);
 }
 
-// m[i][j] <-> m[j][i]: log2(W) rounds that swap the off-diagonal halves of every square.
-template <int kHalf, class T, int... kLane>
-INLINE void swap_halves(vec<T>& a, vec<T>& b, std::integer_sequence<int, kLane...>) {
-  constexpr int W = kLanes<T>;
-  const vec<T> low = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane - kHalf : kLane)...);
-  b = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane : kLane + kHalf)...);
-  a = low;
-}
-template <int kHalf, class T>
-INLINE void transpose_round(vec<T> (&m)[kLanes<T>]) {
-  constexpr int W = kLanes<T>;
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i)
-    if (!(i & kHalf)) swap_halves<kHalf, T>(m[i], m[i + kHalf], std::make_integer_sequence<int, W>{});
-  if constexpr (kHalf > 1) transpose_round<kHalf / 2, T>(m);
-}
-template <class T>
-INLINE void transpose(vec<T> (&m)[kLanes<T>]) {
-  transpose_round<kLanes<T> / 2, T>(m);
-}
-
 // `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride].
 template <class T, class S>
 inline void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count) {

@@ -6,9 +6,10 @@
 #include <utility>
 #include <vector>
 
+#include "activation.h"
+
 namespace bmk {
 
-enum class Activation { none, relu, leaky_relu, tanh, sigmoid, gelu, silu, tanh_sigmoid };
 enum class Pooling { none, max, avg };
 
 // In the saved index of a max-pool: the ReLU of this window is off, so no gradient flows.

@@ -61,8 +61,23 @@ inline void pack_panels(T* packed, const S* b, int64_t row_stride, int64_t colum
         for (; j < n; ++j) out[j] = to_compute(source[j]);
         for (; j < panel; ++j) out[j] = 0;
       }
+    } else if (row_stride == 1) {
+      // Columns that lie in one piece each: squares are transposed in registers.
+      for (int64_t j = 0; j < panel; j += W) {
+        const int64_t lanes = std::clamp<int64_t>(n - j, 0, W);
+        for (int64_t k = 0; k < depth; k += W) {
+          const int64_t count = std::min<int64_t>(W, depth - k);
+          vec<T> m[W];
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i) m[i] = i < lanes ? load_partial(source + (j + i) * column_stride + k, count) : vec<T>{};
+          transpose<T>(m);
+#pragma GCC unroll 16
+          for (int i = 0; i < W; ++i)
+            if (i < count) store(out + (k + i) * panel + j, m[i]);
+        }
+      }
     } else {
-      // Transposing: short runs of k for every column, so that reads stay in a few cache lines and writes in one panel.
+      // Short runs of k for every column, so that reads stay in a few cache lines and writes in one panel.
       for (int64_t k0 = 0; k0 < depth; k0 += 16) {
         const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
         for (int64_t j = 0; j < n; ++j)
@@ -182,15 +197,24 @@ inline void pack_a(T* packed, const S* a, int64_t row_stride, int64_t step_strid
   }
 }
 
+// What gemm_packed does with each tile of C once its sums are complete, by default nothing.
+struct NoFinish {
+  template <class C>
+  INLINE void operator()(C*, int64_t, int64_t, int64_t, int64_t) const {}
+};
+
 // C (+)= A B with all of the threads; A of any strides and storage type, B packed by pack_b.
-// Blocks of rows x chunks of panels are the tasks; each packs its block of A once and runs it over its panels.
+// Blocks of rows x chunks of panels are the tasks; each packs its block of A once and runs it over its panels, unless the
+// panels are too few to pay for that and A's steps are contiguous. `finish(c, row, column, rows, columns)` is called for every
+// complete tile, which is then in the first-level cache: c is where the tile begins, row and column its place in C.
 // Sums run over the depth in the same order whatever the number of threads: results do not depend on it. `chain` is how many
 // terms are added up one after the other, where the sums of a caller need shorter blocks than depth_block.
-template <class T, class A, class C>
+template <class T, class A, class C, class Finish = NoFinish>
 inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed, C* c,
-                        int64_t c_row, bool accumulate = false, std::optional<int64_t> chain = std::nullopt) {
+                        int64_t c_row, bool accumulate = false, std::optional<int64_t> chain = std::nullopt, Finish finish = {}) {
   constexpr int R = Tile<T>::kRows;
   constexpr int64_t panel_columns = Tile<T>::kColumns;
+  constexpr int64_t kWorthPacking = 8;  // panels
   const int64_t panels = (columns + panel_columns - 1) / panel_columns;
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t work = rows * columns * depth;
@@ -201,30 +225,38 @@ inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a
   const int64_t chunk_panels = (panels + chunks - 1) / std::max<int64_t>(chunks, 1);
   const int64_t tasks = row_blocks * chunks;
   const int64_t grain = work < 65536 ? tasks : 1;
+  const bool in_place = std::is_same_v<A, T> && a_step == 1 && chunk_panels < kWorthPacking;
   torch::stable::parallel_for(0, tasks, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
-    Scratch<T> block(row_block * depth);
+    Scratch<T> block(in_place ? 0 : row_block * depth);
     int64_t packed_block = -1;
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m0 = task / chunks * row_block, p0 = task % chunks * chunk_panels;
       const int64_t m1 = std::min(rows, m0 + row_block), p1 = std::min(panels, p0 + chunk_panels);
       if (p0 >= p1) continue;
-      if (packed_block != m0) {
+      if (!in_place && packed_block != m0) {
         pack_a<T>(block.get(), a + m0 * a_row, a_row, a_step, m1 - m0, depth);
         packed_block = m0;
       }
       const int64_t step = chain.value_or(depth_block<C>(depth));
       for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
         const int64_t steps = std::min(step, depth - k0);
-        const bool add = accumulate || k0 > 0;
+        const bool add = accumulate || k0 > 0, complete = k0 + steps >= depth;
         for (int64_t p = p0; p < p1; ++p) {
           const int64_t n = p * panel_columns;
           const T* panel = packed + n * depth + k0 * panel_columns;
           for (int64_t m = m0; m < m1; m += R) {
-            const T* ap = block.get() + (m - m0) * depth + k0 * R;
-            if (m + R <= m1)
-              gemm_tile<R>(ap, 1, R, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+            C* tile = c + m * c_row + n;
+            const auto multiply = [&](const auto* ap, int64_t row_stride, int64_t step_stride) {
+              if (m + R <= m1)
+                gemm_tile<R>(ap, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
+              else
+                gemm_rows<R - 1>(m1 - m, ap, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
+            };
+            if (in_place)
+              multiply(a + m * a_row + k0, a_row, int64_t{1});
             else
-              gemm_rows<R - 1>(m1 - m, ap, 1, R, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+              multiply(block.get() + (m - m0) * depth + k0 * R, int64_t{1}, int64_t{R});
+            if (complete) finish(tile, m, n, std::min<int64_t>(R, m1 - m), std::min(panel_columns, columns - n));
           }
         }
       }
@@ -233,11 +265,11 @@ inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a
 }
 
 // C[rows, columns] (+)= A B, all three with any row and column stride but C, whose columns are contiguous.
-template <class A, class B, class C>
+template <class A, class B, class C, class Finish = NoFinish>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_row,
-                 int64_t b_column, C* c, int64_t c_row, bool accumulate = false) {
+                 int64_t b_column, C* c, int64_t c_row, bool accumulate = false, Finish finish = {}) {
   using T = compute_t<A>;
   Scratch<T> packed(packed_size<T>(depth, columns));
   pack_b<T>(packed.get(), b, b_row, b_column, depth, columns);
-  gemm_packed<T>(rows, columns, depth, a, a_row, a_step, packed.get(), c, c_row, accumulate);
+  gemm_packed<T>(rows, columns, depth, a, a_row, a_step, packed.get(), c, c_row, accumulate, std::nullopt, finish);
 }

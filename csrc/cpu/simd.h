@@ -127,6 +127,27 @@ INLINE void store_partial(T* p, vec<compute_t<T>> v, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+// m[i][j] <-> m[j][i]: log2(W) rounds that swap the off-diagonal halves of every square.
+template <int kHalf, class T, int... kLane>
+INLINE void swap_halves(vec<T>& a, vec<T>& b, std::integer_sequence<int, kLane...>) {
+  constexpr int W = kLanes<T>;
+  const vec<T> low = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane - kHalf : kLane)...);
+  b = __builtin_shufflevector(a, b, ((kLane & kHalf) ? W + kLane : kLane + kHalf)...);
+  a = low;
+}
+template <int kHalf, class T>
+INLINE void transpose_round(vec<T> (&m)[kLanes<T>]) {
+  constexpr int W = kLanes<T>;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i)
+    if (!(i & kHalf)) swap_halves<kHalf, T>(m[i], m[i + kHalf], std::make_integer_sequence<int, W>{});
+  if constexpr (kHalf > 1) transpose_round<kHalf / 2, T>(m);
+}
+template <class T>
+INLINE void transpose(vec<T> (&m)[kLanes<T>]) {
+  transpose_round<kLanes<T> / 2, T>(m);
+}
+
 // ---- arithmetic -------------------------------------------------------------------------------------------------
 
 // maximum/minimum: where either is NaN the second argument comes back. One instruction: the compiler knows the form.

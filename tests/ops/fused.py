@@ -8,25 +8,33 @@ from tests.triton_aot import SHARED_LIMIT, compiling
 DTYPES = [torch.float32, torch.float16]  # those that Triton's interpreter has
 
 
-def run(function, tensors, dtype, backend, grad_seed=90):
-    """(results, gradients) of function(*tensors, backend=...) in `dtype`; None among the tensors stays."""
+def run(function, tensors, dtype, backend, grad_seed=90, upstream_dtype=None):
+    """(results, gradients) of function(*tensors, backend=...) in `dtype`; None among the tensors stays.
+
+    The upstream gradients are rounded to `upstream_dtype`, or `dtype`.
+    """
     leaves = [None if t is None else t.detach().to(dtype).requires_grad_() for t in tensors]
     results = function(*leaves, backend=backend)
     results = results if isinstance(results, tuple) else (results,)
-    upstream = [make(*r.shape, dtype=torch.float64, seed=grad_seed + i).to(dtype) for i, r in enumerate(results)]
+    rounded = upstream_dtype or dtype
+    upstream = [make(*r.shape, dtype=rounded, seed=grad_seed + i).to(dtype) for i, r in enumerate(results)]
     wanted = [t for t in leaves if t is not None]
     return [r.detach() for r in results], torch.autograd.grad(results, wanted, upstream)
 
 
-def check(function, tensors, dtype, backend):
-    """The error rule for every result and gradient; `tensors` are in float64."""
+def check(function, tensors, dtype, backend, least=16):
+    """The error rule for every result and gradient; `tensors` are in float64.
+
+    Of a result of fewer than `least` elements, torch's largest error is a draw of luck, and no yardstick.
+    """
     tensors = [None if t is None else t.to(dtype) for t in tensors]
     exact, ours, theirs = (
-        run(function, tensors, *how) for how in ((torch.float64, "torch"), (dtype, backend), (dtype, "torch"))
+        run(function, tensors, *how, upstream_dtype=dtype)
+        for how in ((torch.float64, "torch"), (dtype, backend), (dtype, "torch"))
     )
     for gradient in (False, True):
         for i, (e, a, t) in enumerate(zip(exact[gradient], ours[gradient], theirs[gradient])):
-            yardstick = t if e.numel() >= 16 else None  # of fewer, torch's largest error is a draw of luck
+            yardstick = t if e.numel() >= least else None
             assert_matches(
                 a, e, yardstick, dtype=dtype, gradient=gradient, magnitude=0.1, name=f"{'gradient' * gradient} {i}"
             )

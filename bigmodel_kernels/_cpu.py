@@ -1,0 +1,26 @@
+"""What choices between CPU kernels go by."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+
+
+@functools.cache
+def vendor() -> str:
+    """The processor's maker as Linux names it, such as GenuineIntel or AuthenticAMD; empty where it does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+@functools.cache
+def slow_products() -> bool:
+    """Whether PyTorch's float32 products are held far below this CPU's peak: its MKL gives its AVX-512 kernels to Intel's own
+    processors only (half of the peak was measured on AMD's Zen 5; without AVX-512 nothing was measured)."""
+    mkl = torch.backends.mkl.is_available()
+    return mkl and vendor() == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"

@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.linear.op import linear as linear

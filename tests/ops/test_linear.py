@@ -1,0 +1,243 @@
+"""bmk.linear: contract, the C++ kernels against float64, PyTorch's ops."""
+
+import os
+import subprocess
+import sys
+
+import hypothesis.strategies as st
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels import _cpu
+from bigmodel_kernels.ops.linear import reference
+from bigmodel_kernels.ops.linear.op import ACTIVATIONS
+from bigmodel_kernels.testing import LAYOUTS, make
+from tests.ops.fused import DTYPES, check, check_compiled, check_operators, run
+from tests.triton_interpreter import interpreted
+
+# Rows, inputs, outputs: tails of the 8 x 48 tile, of blocks of 96 rows and of 192 inputs; 0 and 1.
+SIZES = [(1, 1, 1), (3, 5, 7), (8, 48, 48), (97, 193, 49), (200, 33, 130), (5, 400, 1), (64, 16, 500), (130, 1, 3)]
+
+
+def problem(size, activation, bias=True, residual=True, seed=0, layout="contiguous", leading=(), integer=False):
+    """(function of the tensors, tensors in float64)."""
+    rows, inputs, outputs = size
+    options = {"dtype": torch.float64, "layout": layout, "integer": integer}
+    tensors = [
+        make(*leading, rows, inputs, seed=seed + 1, **options),
+        make(outputs, inputs, seed=seed + 2, **options) / (1 if integer else max(1, inputs) ** 0.5),
+        make(outputs, dtype=torch.float64, seed=seed + 3, integer=integer) if bias else None,
+        make(*leading, rows, outputs, seed=seed + 4, **options) if residual else None,
+    ]
+
+    def function(x, weight, bias, residual, backend="auto"):
+        return bmk.linear(x, weight, bias, activation=activation, residual=residual, backend=backend)
+
+    return function, tensors
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS, ("leaky_relu", 0.3)], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_matches_float64(size, activation, dtype):
+    for residual in (False, True):
+        check(*problem(size, activation, residual=residual), dtype, "cpu")
+
+
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+@pytest.mark.parametrize("size", [(97, 193, 49), (64, 16, 500)], ids=str)
+def test_bfloat16(size, activation):
+    for residual in (False, True):
+        check(*problem(size, activation, residual=residual), torch.bfloat16, "cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("leading", [(), (3,), (2, 2)], ids=str)
+def test_takes_any_layout(layout, leading):
+    check(*problem((20, 40, 30), "gelu", layout=layout, leading=leading), torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
+def test_without_parts(bias, residual, seed):
+    check(*problem((60, 70, 80), "tanh", bias=bias, residual=residual, seed=seed), torch.float32, "cpu")
+
+
+def check_triton(activation, dtype):
+    for residual in (False, True):
+        check(*problem((40, 24, 33), activation, residual=residual), dtype, "triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
+def test_triton_matches_float64(activation, dtype):
+    interpreted(check_triton, activation, dtype)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.tuples(st.integers(1, 210), st.integers(1, 410), st.integers(1, 110)),
+    st.sampled_from([None, *ACTIVATIONS]), st.sampled_from(LAYOUTS), st.booleans(), st.booleans(), st.integers(0, 9),
+)  # fmt: skip
+def test_any_size(size, activation, layout, bias, residual, seed):
+    check(*problem(size, activation, bias, residual, seed, layout), torch.float32, "cpu", least=256)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_integers_are_exact(size):
+    function, tensors = problem(size, "relu", integer=True)
+    exact, ours = (run(function, tensors, dtype, "cpu") for dtype in (torch.float64, torch.float32))
+    for a, e in zip((*ours[0],), (*exact[0],)):
+        assert torch.equal(a.double(), e)
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_lower_instruction_sets(isa):
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "parts or layout or exact",
+    ]
+    done = subprocess.run(command, env=os.environ | {"BIGMODEL_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_result_does_not_depend_on_the_number_of_threads():
+    function, tensors = problem((700, 300, 170), "silu")
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(run(function, tensors, torch.float32, "cpu"))
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip((*found[0][0], *found[0][1]), (*other[0], *other[1])))
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4), (3, 0, 4), (3, 4, 0)], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_empty(size, backend):
+    function, tensors = problem(size, "relu")
+    expected = run(function, tensors, torch.float32, "torch")
+    ours = run(function, tensors, torch.float32, backend)
+    for a, e in zip((*ours[0], *ours[1]), (*expected[0], *expected[1])):
+        torch.testing.assert_close(a, e)
+
+
+def test_nan_and_infinity_keep_their_places():
+    x = make(10, 20)
+    x[3, 4], x[5, 6] = float("nan"), float("inf")
+    weight = make(30, 20, seed=1)
+    for activation in (None, "relu", "silu"):
+        ours = bmk.linear(x, weight, activation=activation, backend="cpu")
+        theirs = bmk.linear(x, weight, activation=activation, backend="torch")
+        torch.testing.assert_close(ours, theirs, equal_nan=True, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["none", *ACTIVATIONS])
+def test_reference_agrees_with_autograd(activation):
+    function, tensors = problem((4, 5, 6), None if activation == "none" else activation)
+    for residual in (None, tensors[3]):
+        inputs = [*tensors[:3], residual]
+        args = [*inputs, activation, 0.01, True]
+        (y,), gradients = run(function, inputs, torch.float64, "torch")
+        found, known = reference.fwd(*args)
+        torch.testing.assert_close(found, y)
+        dy = make(4, 6, dtype=torch.float64, seed=90)
+        for a, e in zip(reference.bwd(dy, found, known, [1, 1, 1], *args), gradients):
+            torch.testing.assert_close(a, e)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu"])
+def test_opcheck(backend, activation):
+    for layout in ("contiguous", "transposed"):
+        for residual in (False, True):
+            _, tensors = problem((6, 8, 10), None, residual=residual, layout=layout, leading=(2,))
+            args = [*(t if t is None else t.float() for t in tensors), activation, 0.01, True]
+            dy = make(2, 6, 10, layout=layout)
+            for needs in ([1, 1, 1], [0, 1, 0], [1, 0, 0]):
+                check_operators("linear", args, lambda saved, dy=dy, needs=needs: (dy, *saved, needs), backend)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_gradcheck(backend):
+    function, tensors = problem((3, 4, 5), "gelu")
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *t: function(*t, backend=backend), leaves)
+    assert torch.autograd.gradgradcheck(lambda *t: function(*t, backend=backend), leaves, fast_mode=True)
+
+
+def test_compile():
+    function, tensors = problem((40, 64, 64), "gelu")
+    check_compiled(function, [tensors, problem((50, 64, 64), "gelu")[1]])
+
+
+def test_compile_with_the_input_as_residual():
+    x, weight = make(6, 5), make(5, 5, seed=1)
+    compiled = torch.compile(lambda x, w: bmk.linear(x, w, residual=x), fullgraph=True)
+    torch.testing.assert_close(compiled(x, weight.requires_grad_()), x @ weight.t() + x)
+
+
+def test_result_may_be_overwritten_where_the_backward_does_not_read_it():
+    x, weight = make(40, 64), make(64, 64, seed=1, requires_grad=True)
+    bmk.linear(x, weight, backend="cpu").relu_().sum().backward()
+    expected = F.linear(x, weight.detach()).gt(0).float().t() @ x
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_torch_is_what_a_user_would_have_written():
+    x, weight, bias = make(3, 7), make(5, 7, seed=1), make(5, seed=2)
+    assert torch.equal(
+        bmk.linear(x, weight, bias, activation="gelu", backend="torch"), F.gelu(F.linear(x, weight, bias))
+    )
+    for dtype in (torch.float16, torch.bfloat16):
+        args = (x.to(dtype), weight.to(dtype), bias.to(dtype))
+        assert torch.equal(bmk.linear(*args), F.linear(*args))
+
+
+def test_autocast():
+    x, weight = make(40, 64), make(64, 64, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(bmk.linear(x, weight), F.linear(x, weight))
+
+
+def test_auto_knows_where_the_products_of_torch_are_slow(monkeypatch):
+    x, weight = make(512, 128), make(128, 128)
+    for slow, backend in ((True, "cpu"), (False, "torch")):
+        monkeypatch.setattr(_cpu, "slow_products", lambda slow=slow: slow)
+        assert bmk.explain(bmk.linear, x, weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:8], weight).backend == "torch"
+
+
+ERRORS = [
+    (TypeError, "x must be a tensor", dict(x=[1.0])),
+    (TypeError, "weight must be a tensor", dict(weight=1)),
+    (TypeError, "bias must be a tensor", dict(bias=1)),
+    (ValueError, "activation must be None or one of relu.*got 'swish'", dict(activation="swish")),
+    (ValueError, "activation must be None or one of relu.*got 'tanh_sigmoid'", dict(activation="tanh_sigmoid")),
+    (RuntimeError, "x must have a floating dtype, got torch.int64", dict(x=torch.zeros(2, 3, dtype=torch.int64))),
+    (RuntimeError, r"x must have a last dimension of 3, got shape \[\]", dict(x=torch.tensor(1.0))),
+    (RuntimeError, r"x must have a last dimension of 3, got shape \[2, 4\]", dict(x=torch.zeros(2, 4))),
+    (RuntimeError, r"weight must have 2 dimensions, got shape \[3\]", dict(weight=torch.zeros(3))),
+    (RuntimeError, r"bias must have shape \[4\], got \[3\]", dict(bias=torch.zeros(3))),
+    (RuntimeError, r"residual must have shape \[2, 4\], got \[4\]", dict(residual=torch.zeros(4))),
+    (RuntimeError, "bias must be torch.float32 on cpu as x is, got torch.float64", dict(bias=torch.zeros(4).double())),
+    (ValueError, "backend must be one of", dict(backend="fast")),
+    (NotImplementedError, "backend 'cuda' cannot run this call", dict(backend="cuda")),
+    (RuntimeError, "x is torch.float16", dict(x=torch.zeros(2, 3).half(), weight=torch.zeros(4, 3).half(), backend="cpu")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "message", "arguments"), ERRORS)
+def test_errors(kind, message, arguments):
+    with pytest.raises(kind, match=message):
+        bmk.linear(**{"x": torch.zeros(2, 3), "weight": torch.zeros(4, 3)} | arguments)
