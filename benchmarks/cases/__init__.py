@@ -10,7 +10,7 @@ import bigmodel_kernels as bmk
 from benchmarks.baselines import compiled
 from benchmarks.contestant import DTYPES, FWD, PASSES, TRAIN, Contestant
 
-OPS = ("attention", "conv", "lstm")
+OPS = ("attention", "conv", "linear", "lstm")
 MODELS = ("cnn", "rnn", "transformer", "resnet", "bert", "gpt", "deepspeech")
 SEED = 20_26
 
