@@ -265,7 +265,8 @@ class _Pair(torch.autograd.Function):
         flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
         args = _unflatten(flat, ctx.lengths)
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # torch.func asks for a graph even where no gradient of the gradient can be wanted.
+        if not torch.compiler.is_compiling() and needs_grad(*flat, *grads):
             return None, None, None, *_gradient_with_graph(op.differentiable, args, flat, needs, grads)
         gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
         if not ctx.lengths:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.nn.fused import linear, linear_block
+from bigmodel_kernels.nn.fused import linear_block
 
 
 @dataclass
@@ -249,7 +249,7 @@ class _Linear(nn.Module):
         self,
         x: Tensor,  # [.., in]
     ) -> Tensor:  # [.., out]
-        return linear(x, self.weight.t(), self.bias)
+        return bmk.linear(x, self.weight.t(), self.bias)
 
 
 def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""What only PyTorch's own ops know, `auto` leaves to them: batching, forward-mode derivatives, tensors of other classes."""
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.testing import make
+
+WEIGHT = make(6, 6, 3, seed=1)
+MATRIX = make(64, 64, seed=2)
+FUNCTIONS = {
+    "attention": (lambda x: bmk.attention(x, x, x, is_causal=True), (2, 2, 40, 8)),
+    "conv": (lambda x: bmk.conv(x, WEIGHT, padding=1, activation="tanh"), (2, 6, 20)),
+    "linear": (lambda x: bmk.linear(x, MATRIX, activation="gelu"), (2100, 64)),
+    "layer_norm": (lambda x: bmk.layer_norm(x, MATRIX[0]), (5, 64)),
+}
+
+
+class Marked(torch.Tensor):
+    """A tensor class of somebody else's."""
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_vmap(name):
+    function, shape = FUNCTIONS[name]
+    x = make(3, *shape)
+    expected = torch.stack([function(row) for row in x])
+    torch.testing.assert_close(torch.func.vmap(function)(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["conv", "linear"])
+def test_forward_mode(name):
+    function, shape = FUNCTIONS[name]
+    x, tangent = make(*shape, dtype=torch.float64), make(*shape, dtype=torch.float64, seed=5)
+    with pytest.MonkeyPatch.context() as patch:
+        for constant in ("WEIGHT", "MATRIX"):
+            patch.setitem(globals(), constant, globals()[constant].double())
+        _, forward = torch.func.jvp(function, (x,), (tangent,))
+        _, pullback = torch.func.vjp(function, x)
+        y = function(x)
+        upstream = make(*y.shape, dtype=torch.float64, seed=6)
+        torch.testing.assert_close((forward * upstream).sum(), (pullback(upstream)[0] * tangent).sum())
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_grad_of_grad(name):
+    function, shape = FUNCTIONS[name]
+    x, direction = make(*shape), make(*shape, seed=7)
+
+    def slope(x):
+        return (torch.func.grad(lambda t: function(t).square().sum())(x) * direction).sum()
+
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda t: function(t).square().sum())(x), first, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.grad(slope)(x), second, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_tensors_of_other_classes_keep_their_class(name):
+    function, shape = FUNCTIONS[name]
+    x = make(*shape)
+    y = function(x.as_subclass(Marked))
+    assert type(y) is Marked
+    torch.testing.assert_close(y.as_subclass(torch.Tensor), function(x), rtol=1e-5, atol=1e-5)
