@@ -7,7 +7,7 @@
 // Weights are read as they lie, [rows][C / groups][K], a vector of rows at a time: each row's products stay in a vector of their
 // own, and the vectors are transposed and added at the end. The ring is read at K places and written at one, whatever its length.
 // Floor: the weights read once, from the cache that holds them.
-#include "conv_activation.h"
+#include "activation_kernel.h"
 #include "tiles.h"
 
 // out[i] = (row first + i of w) . v for i < W, rows past `rows` 0.
