@@ -87,7 +87,7 @@ def _show(result: TrainResult) -> None:
         result.metric_label: format_metric(result.metric, result.metric_label),
         "epochs": result.epochs,
         "seconds": f"{result.seconds:.1f}",
-        "backends": backends or "none: this model is made of linear layers",
+        "backends": backends or "none: this model calls no op of the library",
         **result.files,
     }
     width = max(map(len, lines))

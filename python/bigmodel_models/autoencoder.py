@@ -21,10 +21,10 @@ class Autoencoder(nn.Module):
     def __init__(self, code_size: int = 32) -> None:
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Linear(PIXELS, 128), nn.ReLU(), nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, code_size)
+            bnn.Linear(PIXELS, 128), nn.ReLU(), bnn.Linear(128, 64), nn.ReLU(), bnn.Linear(64, code_size)
         )
         self.decoder = nn.Sequential(
-            nn.Linear(code_size, 64), nn.ReLU(), nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, PIXELS), nn.Sigmoid()
+            bnn.Linear(code_size, 64), nn.ReLU(), bnn.Linear(64, 128), nn.ReLU(), bnn.Linear(128, PIXELS), nn.Sigmoid()
         )
 
     def encode(
@@ -57,8 +57,8 @@ class ConvAutoencoder(nn.Module):
         super().__init__()
         self.conv1 = bnn.Conv2d(1, 16, kernel_size=3, stride=2, padding=1)
         self.conv2 = bnn.Conv2d(16, 32, kernel_size=3, stride=2, padding=1)
-        self.fc_encode = nn.Linear(32 * 7 * 7, code_size)
-        self.fc_decode = nn.Linear(code_size, 32 * 7 * 7)
+        self.fc_encode = bnn.Linear(32 * 7 * 7, code_size)
+        self.fc_decode = bnn.Linear(code_size, 32 * 7 * 7)
         self.deconv1 = bnn.ConvTranspose2d(32, 16, kernel_size=4, stride=2, padding=1)
         self.deconv2 = bnn.ConvTranspose2d(16, 1, kernel_size=4, stride=2, padding=1)
 

@@ -57,7 +57,7 @@ class BERT(nn.Module):
         self.dropout = nn.Dropout(dropout)
         layers = [BERTLayer(hidden_size, num_heads, intermediate_size, dropout) for _ in range(num_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(hidden_size, hidden_size)}) if pooler else None
+        self.pooler = nn.ModuleDict({"dense": bmk.nn.Linear(hidden_size, hidden_size)}) if pooler else None
         self.apply(_initialise)
 
     def forward(
@@ -99,11 +99,11 @@ class BERTLayer(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, intermediate_size: int, dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        projections = {name: nn.Linear(hidden_size, hidden_size) for name in ("query", "key", "value")}
+        projections = {name: bmk.nn.Linear(hidden_size, hidden_size) for name in ("query", "key", "value")}
         self.attention = nn.ModuleDict(
             {"self": nn.ModuleDict(projections), "output": _output(hidden_size, hidden_size)}
         )
-        self.intermediate = nn.ModuleDict({"dense": nn.Linear(hidden_size, intermediate_size)})
+        self.intermediate = nn.ModuleDict({"dense": bmk.nn.Linear(hidden_size, intermediate_size)})
         self.output = _output(intermediate_size, hidden_size)
         self.dropout = nn.Dropout(dropout)
 
@@ -165,7 +165,7 @@ class BERTForClassification(nn.Module):
         super().__init__()
         self.bert = BERT(*args, **options)
         self.dropout = nn.Dropout(self.bert.dropout.p)
-        self.classifier = nn.Linear(self.bert.embeddings["LayerNorm"].weight.shape[0], num_classes)
+        self.classifier = bmk.nn.Linear(self.bert.embeddings["LayerNorm"].weight.shape[0], num_classes)
         self.classifier.apply(_initialise)
 
     def forward(
@@ -181,7 +181,7 @@ class _Predictions(nn.Module):
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()
         self.transform = _output(hidden_size, hidden_size)
-        self.decoder = nn.Linear(hidden_size, vocab_size)
+        self.decoder = bmk.nn.Linear(hidden_size, vocab_size)
         self.bias = self.decoder.bias
 
     def forward(
@@ -194,7 +194,7 @@ class _Predictions(nn.Module):
 
 def _output(in_features: int, out_features: int) -> nn.ModuleDict:
     return nn.ModuleDict(
-        {"dense": nn.Linear(in_features, out_features), "LayerNorm": nn.LayerNorm(out_features, eps=1e-12)}
+        {"dense": bmk.nn.Linear(in_features, out_features), "LayerNorm": nn.LayerNorm(out_features, eps=1e-12)}
     )
 
 

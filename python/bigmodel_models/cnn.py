@@ -23,8 +23,8 @@ class CNN(nn.Module):
         super().__init__()
         self.conv1 = bnn.Conv2d(in_channels, 32, kernel_size=3, padding=1)
         self.conv2 = bnn.Conv2d(32, 64, kernel_size=3, padding=1)
-        self.fc1 = nn.Linear(64 * 7 * 7, 128)
-        self.fc2 = nn.Linear(128, num_classes)
+        self.fc1 = bnn.Linear(64 * 7 * 7, 128)
+        self.fc2 = bnn.Linear(128, num_classes)
 
     def forward(
         self,

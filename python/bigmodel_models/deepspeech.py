@@ -66,7 +66,7 @@ class DeepSpeech(nn.Module):
         sizes = [depth * bands] + [hidden_size] * (num_layers - 1)
         self.rnns = nn.ModuleList(bnn.LSTM(size, hidden_size, bidirectional=bidirectional) for size in sizes)
         self.rnn_norms = nn.ModuleList(nn.BatchNorm1d(hidden_size) for _ in sizes)  # each behind its layer
-        self.fc = nn.Linear(hidden_size, num_classes, bias=False)
+        self.fc = bnn.Linear(hidden_size, num_classes, bias=False)
 
     def forward(
         self,

@@ -22,9 +22,9 @@ class Generator(nn.Module):
     def __init__(self, latent_dim: int = 64) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.fc1 = nn.Linear(latent_dim, 256)
-        self.fc2 = nn.Linear(256, 512)
-        self.fc3 = nn.Linear(512, PIXELS)
+        self.fc1 = bnn.Linear(latent_dim, 256)
+        self.fc2 = bnn.Linear(256, 512)
+        self.fc3 = bnn.Linear(512, PIXELS)
 
     def forward(
         self,
@@ -40,9 +40,9 @@ class Discriminator(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(PIXELS, 512)
-        self.fc2 = nn.Linear(512, 256)
-        self.fc3 = nn.Linear(256, 1)
+        self.fc1 = bnn.Linear(PIXELS, 512)
+        self.fc2 = bnn.Linear(512, 256)
+        self.fc3 = bnn.Linear(256, 1)
 
     def forward(
         self,
@@ -59,7 +59,7 @@ class ConvGenerator(nn.Module):
     def __init__(self, latent_dim: int = 64) -> None:
         super().__init__()
         self.latent_dim = latent_dim
-        self.fc = nn.Linear(latent_dim, 64 * 7 * 7, bias=False)
+        self.fc = bnn.Linear(latent_dim, 64 * 7 * 7, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.deconv1 = bnn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(32)
@@ -84,7 +84,7 @@ class ConvDiscriminator(nn.Module):
         self.conv1 = bnn.Conv2d(1, 32, kernel_size=4, stride=2, padding=1)
         self.conv2 = bnn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(64)
-        self.fc = nn.Linear(64 * 7 * 7, 1)
+        self.fc = bnn.Linear(64 * 7 * 7, 1)
         self.apply(_dcgan_init)
 
     def forward(

@@ -61,7 +61,7 @@ class GPT(nn.Module):
             }
         )
         self.dropout = nn.Dropout(dropout)
-        self.lm_head = nn.Linear(embedding_dim, vocab_size, bias=False)
+        self.lm_head = bmk.nn.Linear(embedding_dim, vocab_size, bias=False)
         self.lm_head.weight = self.transformer["wte"].weight
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:  # what ends up in the sum of all blocks is smaller the more blocks there are

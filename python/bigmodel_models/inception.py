@@ -76,8 +76,8 @@ class InceptionAux(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()
         self.conv = BasicConv2d(in_channels, 128, kernel_size=1)
-        self.fc1 = nn.Linear(2048, 1024)
-        self.fc2 = nn.Linear(1024, num_classes)
+        self.fc1 = bnn.Linear(2048, 1024)
+        self.fc2 = bnn.Linear(1024, num_classes)
         self.dropout = nn.Dropout(dropout)
 
     def forward(
@@ -145,7 +145,7 @@ class GoogLeNet(nn.Module):
         self.aux1 = InceptionAux(512, num_classes, dropout_aux) if aux_logits else None
         self.aux2 = InceptionAux(528, num_classes, dropout_aux) if aux_logits else None
         self.dropout = nn.Dropout(dropout)
-        self.fc = nn.Linear(1024, num_classes)
+        self.fc = bnn.Linear(1024, num_classes)
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.01, a=-2, b=2)
@@ -189,7 +189,7 @@ class SmallInception(nn.Module):
         self.inception2b = Inception(64, 16, (24, 32), (4, 8), 8, third_kernel=5)
         self.inception3a = Inception(64, 24, (24, 48), (8, 16), 8, third_kernel=5)
         self.inception3b = Inception(96, 32, (32, 64), (8, 16), 16, third_kernel=5)
-        self.fc = nn.Linear(128, num_classes)
+        self.fc = bnn.Linear(128, num_classes)
 
     def forward(
         self,

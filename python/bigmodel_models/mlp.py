@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
+
+from bigmodel_kernels import nn as bnn
+from bigmodel_kernels.nn.fused import linear_block
 
 
 class BigModel(nn.Module):
@@ -31,14 +33,12 @@ class BigModel(nn.Module):
         self.relu = relu
         self.num_layers = len(layer_sizes) - 1
         for index in range(self.num_layers):
-            self.add_module(f"fc{index + 1}", nn.Linear(layer_sizes[index], layer_sizes[index + 1]))
+            self.add_module(f"fc{index + 1}", bnn.Linear(layer_sizes[index], layer_sizes[index + 1]))
 
     def forward(
         self,
         x: Tensor,  # [B, layer_sizes[0]]
     ) -> Tensor:  # [B, layer_sizes[-1]]
         for index in range(1, self.num_layers):
-            x = getattr(self, f"fc{index}")(x)
-            if self.relu:
-                x = torch.relu(x)
+            x = linear_block(getattr(self, f"fc{index}"), x, "relu" if self.relu else None)
         return getattr(self, f"fc{self.num_layers}")(x)

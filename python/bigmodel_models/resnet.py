@@ -97,7 +97,7 @@ class ResNet(nn.Module):
                 blocks.append(block(channels, width, 2 if i > 0 and j == 0 else 1))
                 channels = width * block.expansion
             setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        self.fc = nn.Linear(channels, num_classes)
+        self.fc = bnn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -21,7 +21,7 @@ class RNN(nn.Module):
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
         super().__init__()
         self.lstm = bnn.LSTM(input_size, hidden_size, num_layers, batch_first=True)
-        self.fc = nn.Linear(hidden_size, num_classes)
+        self.fc = bnn.Linear(hidden_size, num_classes)
 
     def forward(
         self,

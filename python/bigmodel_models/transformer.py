@@ -98,7 +98,7 @@ class Transformer(nn.Module):
         )
         norm = nn.LayerNorm(embedding_dim) if norm_first else None
         self.encoder = nn.TransformerEncoder(layer, num_layers, norm=norm, enable_nested_tensor=False)
-        self.fc = nn.Linear(embedding_dim, num_classes)
+        self.fc = bnn.Linear(embedding_dim, num_classes)
 
     def forward(
         self,
@@ -164,7 +164,7 @@ class Seq2SeqTransformer(nn.Module):
             batch_first=True,
             norm_first=norm_first,
         )
-        self.fc = nn.Linear(embedding_dim, target_vocab)
+        self.fc = bnn.Linear(embedding_dim, target_vocab)
 
     def encode(
         self,
@@ -250,7 +250,7 @@ def _embedding(kind: str, input_size: int, embedding_dim: int) -> nn.Module:
     if kind == "tokens":
         return nn.Embedding(input_size, embedding_dim)
     if kind == "vectors":
-        return nn.Linear(input_size, embedding_dim)
+        return bnn.Linear(input_size, embedding_dim)
     raise ValueError(f"input_kind: expected one of {INPUT_KINDS}, got {kind!r}")
 
 

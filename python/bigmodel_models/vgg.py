@@ -62,13 +62,13 @@ class VGG(nn.Module):
         self.features = nn.Sequential(*modules)
         self.grid = grid
         self.classifier = nn.Sequential(
-            nn.Linear(channels * grid * grid, hidden_size),
+            bnn.Linear(channels * grid * grid, hidden_size),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden_size, hidden_size),
+            bnn.Linear(hidden_size, hidden_size),
             nn.ReLU(),
             nn.Dropout(dropout),
-            nn.Linear(hidden_size, num_classes),
+            bnn.Linear(hidden_size, num_classes),
         )
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

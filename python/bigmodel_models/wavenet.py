@@ -70,8 +70,8 @@ class WaveNet(nn.Module):
             bnn.WaveNetLayer(channels, channels, skip_channels, kernel_size, dilation, residual=i < last)
             for i, dilation in enumerate(dilations)
         )
-        self.hidden = nn.Linear(skip_channels, skip_channels)
-        self.fc = nn.Linear(skip_channels, num_classes)
+        self.hidden = bnn.Linear(skip_channels, skip_channels)
+        self.fc = bnn.Linear(skip_channels, num_classes)
 
     @property
     def receptive_field(self) -> int:

@@ -320,6 +320,15 @@ def test_offsets_past_two_to_the_31():
     assert torch.equal(bmk.conv(x, w, backend="cpu"), bmk.conv(x.contiguous(), w, backend="cpu"))
 
 
+def test_auto_trains_kernels_taller_than_the_image_on_our_kernels():
+    """PyTorch's backward of this one was seen not to return."""
+    x, weight = make(1, 2, 21, 24), make(3, 2, 41, 11, requires_grad=True)
+    assert bmk.explain(bmk.conv, x, weight, stride=2, padding=(20, 5)).backend == "cpu"
+    bmk.conv(x, weight, stride=2, padding=(20, 5)).sum().backward()
+    expected = torch.autograd.grad(bmk.conv(x.double(), weight.double(), stride=2, padding=(20, 5)).sum(), weight)[0]
+    torch.testing.assert_close(weight.grad, expected.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_auto_and_explain():
     assert set(bmk.explain(bmk.conv, make(1, 2, 8, 8), make(3, 2, 3, 3)).reasons) == {"cpu", "cuda", "triton", "torch"}
     half = make(1, 2, 8, 8, dtype=torch.float16), make(3, 2, 3, 3, dtype=torch.float16)

@@ -355,7 +355,10 @@ def prefer(
     first, second, *kernel = weight.shape
     last, taps, weights = is_channels_last(x), math.prod(kernel), first * second
     one_pixel = taps == 1 and all(n == 1 for n in x.shape[2:])
-    if x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
+    beyond = any(k > n for k, n in zip(kernel, x.shape[2:]))
+    if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
+        ours = True
+    elif x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
         ours = second <= 3 and groups == 1 and not transposed and not save
     elif groups > 1:
         dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
