@@ -122,11 +122,9 @@ class Op:
         return pair.apply(self.name, backend, lengths, *flat)
 
     def _is_torch_only(self, args: Sequence) -> bool:
-        """Whether only PyTorch's own ops know what is asked of them here: batching (vmap), forward-mode derivatives, and
-        tensors of other libraries' classes, such as distributed or quantized ones."""
-        if torch._C._are_functorch_transforms_active() and any(
-            interpreter.key() != _GRADIENT for interpreter in torch._C._functorch.get_interpreter_stack()
-        ):
+        """Whether only PyTorch's own ops know what is asked of them here: the transforms of torch.func, forward-mode derivatives,
+        and tensors of other libraries' classes, such as distributed or quantized ones."""
+        if torch._C._are_functorch_transforms_active():
             return True
         if torch.autograd.forward_ad._current_level >= 0:
             return True
@@ -199,7 +197,6 @@ def is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
     return True
 
 
-_GRADIENT = torch._C._functorch.TransformType.Grad
 _PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
 
 
@@ -267,7 +264,7 @@ class _Pair(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         # torch.func asks for a graph even where no gradient of the gradient can be wanted.
         if not torch.compiler.is_compiling() and needs_grad(*flat, *grads):
-            return None, None, None, *_gradient_with_graph(op.differentiable, args, flat, needs, grads)
+            return None, None, None, *_gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads)
         gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
         if not ctx.lengths:
             return None, None, None, *gradients
@@ -291,9 +288,12 @@ class _EagerPair(torch.autograd.Function):
 
 
 def _gradient_with_graph(
-    differentiable: Callable, args: tuple, flat: list, needs: Sequence[bool], grads: Sequence
+    differentiable: Callable, flat: Sequence, lengths: tuple[int, ...], needs: Sequence[bool], grads: Sequence
 ) -> list:
     """The gradient as a differentiable function of inputs and upstream gradients: autograd through the plain formula."""
+    # Views of their own: of a tensor that is given as two arguments, each is to get its own part of the gradient.
+    flat = [a.view_as(a) if need else a for a, need in zip(flat, needs)]
+    args = _unflatten(flat, lengths)
     outputs = differentiable(*args)
     outputs = outputs if isinstance(outputs, (tuple, list)) else (outputs,)
     used = [(o, g) for o, g in zip(outputs, grads) if g is not None]

@@ -66,6 +66,10 @@ def _bias_act(x, bias, residual, backend):
     return bmk.bias_act(x, bias, activation="gelu", residual=residual, backend=backend)
 
 
+def _linear(x, weight, bias, residual, backend):
+    return bmk.linear(x, 0.1 * weight, bias, activation="gelu", residual=residual, backend=backend)
+
+
 def _cross_entropy(logits, backend):
     target = torch.arange(logits.shape[0], device=logits.device)
     return bmk.cross_entropy(logits, target, label_smoothing=0.1, backend=backend)
@@ -103,6 +107,7 @@ def _cases() -> Iterator[Case]:
     rows, row = (7, 70), (70,)
     yield Case("norm", "layer", _layer_norm, (rows, row, row, rows))
     yield Case("norm", "rms", lambda x, w, backend: bmk.rms_norm(x, w, backend=backend), (rows, row))
+    yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)))
     yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
     yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
     yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer))

@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(256, 1) lstm_backward(LstmBackward<T> p) {
     load(k + 1);
     const unsigned* words = exchange_receive<scope>(exchange, k, sent);
     float sums[kBackwardTiles][4] = {};
-    multiply<T, scope>(sums, weights, others, depth_tiles, words);
+    multiply<T, scope, true>(sums, weights, others, depth_tiles, words);
     for (int u = 0; u < 2; ++u)
       for (int j = 0; j < 2; ++j)
         if (active(k, j)) d_h[u][j] = sums[0][u * 2 + j];

@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, scope, Registers>, 1) lstm_
     if (k + 1 < rows.longest) load_ahead(k + 1);
     const unsigned* words = exchange.shared;
     if (k > 0) words = exchange_receive<scope>(exchange, k, [&](int word) { return Words<T>::depth(word) < hidden; });
-    multiply<T, scope>(sums, weights, others, depth_tiles, words);
+    multiply<T, scope, scope != Scope::block>(sums, weights, others, depth_tiles, words);
     LstmGates gates[2];
     const float4 b = *bias;
     for (int j = 0; j < 2; ++j) {

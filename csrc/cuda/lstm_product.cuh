@@ -105,8 +105,8 @@ __device__ __forceinline__ void read_tile(unsigned (&a)[kFragment<T>], const uin
   }
 }
 
-// acc += weights times words. In scope block all of the weights are in registers.
-template <class T, Scope scope, int Tiles, int Registers>
+// acc += weights times words. Without More, all of the weights are in registers.
+template <class T, Scope scope, bool More, int Tiles, int Registers>
 __device__ __forceinline__ void multiply(float (&acc)[Tiles][4], const unsigned (&in_registers)[Tiles][Registers][kFragment<T>],
                                          const uint4* others, int depth_tiles, const unsigned* words) {
   // How many pairs of tiles are loaded before the first is needed: the way to L2 is longer than a product.
@@ -119,7 +119,7 @@ __device__ __forceinline__ void multiply(float (&acc)[Tiles][4], const unsigned 
     for (int tile = 0; tile < Tiles; ++tile) sums.add(acc, tile, k, in_registers[tile][k]);
   }
 #pragma unroll kAhead
-  for (int first = Registers; scope != Scope::block && first < depth_tiles; first += 2)
+  for (int first = Registers; More && first < depth_tiles; first += 2)
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
       sums.load(words + first * Words<T>::kPerTile, k);

@@ -229,7 +229,7 @@ class TestCommand:
         assert metrics["name"] == "cnn"
         assert metrics["epochs"] == 1
         assert len(metrics["losses"]) == 20
-        assert metrics["kernels"] == {"conv": "torch"}, "the environment chose the backend"
+        assert metrics["kernels"] == {"conv": "torch", "linear": "torch"}, "the environment chose the backend"
         again = command(
             "train",
             "cnn",
