@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
+from torch._inductor.exc import InductorError
 
 import bigmodel_kernels as bmk
 from benchmarks import __main__ as command
@@ -311,3 +312,13 @@ def test_quick_cases_are_right_on_stock_and_ours(row):
     assert problem.backend(row.pass_) in {"cpu", "torch", "cpu+torch", "torch+cpu"}
     assert row.flops(problem) > 0
     assert row.traffic(problem) > 0
+
+
+def test_what_torch_cannot_compile_is_left_out_and_said(monkeypatch, capsys):
+    def fail(contestant, pass_):
+        raise InductorError(RuntimeError("no such instruction"), None)
+
+    monkeypatch.setattr(cases, "compiled", fail)
+    row = next(r for r in cases.rows(("linear",), name="64 x 3136") if r.pass_ == "fwd")
+    assert [c.name for c in row.build(compile=True).stock] == ["eager"]
+    assert "torch.compile fails on 'eager'" in capsys.readouterr().err

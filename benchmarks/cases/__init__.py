@@ -1,10 +1,12 @@
 """The cases: what is computed, at which sizes, and by whom. One file per op, named after it, one for whole models."""
 
 import importlib
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
+from torch._inductor.exc import InductorError
 
 import bigmodel_kernels as bmk
 from benchmarks.baselines import compiled
@@ -69,7 +71,12 @@ class Row:
                 contestant.forward.train(self.pass_ == TRAIN)
         if compile:
             torch._dynamo.reset()  # a code object is compiled only a few times before dynamo gives up on it
-            problem.stock += [compiled(c, self.pass_) for c in list(problem.stock) if c.name in problem.compile]
+            for contestant in [c for c in problem.stock if c.name in problem.compile]:
+                try:
+                    problem.stock.append(compiled(contestant, self.pass_))
+                except InductorError as error:  # its C++ for the gradient of a bfloat16 gate does not compile
+                    reason = str(error).strip().splitlines()[0]
+                    print(f"{self.id}: torch.compile fails on {contestant.name!r} ({reason})", file=sys.stderr)
         return problem
 
     def flops(self, problem: Problem) -> float:
