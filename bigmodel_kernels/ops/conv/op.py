@@ -363,9 +363,9 @@ def prefer(
     elif groups > 1:
         dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
         if save:
-            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and x.numel() >= 3 << 18)
+            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and x.numel() >= 3 << 18)
         else:
-            ours = dense and (taps in (9, 49) and not spread if last else taps <= 25)
+            ours = dense and (taps == 49 and not spread if last else taps <= 25)
         ours = ours and first == groups and second == 1
     elif transposed:
         ours = not save and not last and weights <= 128 * 128
