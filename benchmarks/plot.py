@@ -17,6 +17,10 @@ TITLE = {
     "cnn": "CNN, whole model",
     "rnn": "RNN, whole model",
     "transformer": "Transformer, whole model",
+    "resnet": "ResNet, whole model",
+    "bert": "BERT, one layer",
+    "gpt": "GPT, one block",
+    "deepspeech": "Deep Speech, whole model",
 }
 INK, FAINT = "#22272b", "#8a9199"
 TICKS = (0.1, 0.2, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100)

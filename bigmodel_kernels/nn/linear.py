@@ -28,9 +28,10 @@ LINEAR_LAYERS = (torch.nn.Linear, Linear)  # a subclass may compute anything
 def takes_linear(layer: torch.nn.Linear, x: Tensor) -> bool:
     """Whether layer(x) is what `linear` computes: floating tensors that fit. Torch words the errors of others."""
     weight = layer.weight
-    fits = weight.is_floating_point() and x.dim() > 0 and x.shape[-1] == weight.shape[-1] and x.device == weight.device
-    same = fits and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
-    return same and not x.is_nested
+    if x.is_nested or not weight.is_floating_point() or x.device != weight.device:
+        return False
+    fits = x.dim() > 0 and x.shape[-1] == weight.shape[-1]
+    return fits and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
 
 
 def has_hooks(m: torch.nn.Module) -> bool:

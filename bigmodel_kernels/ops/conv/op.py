@@ -97,14 +97,14 @@ def prepare(
         options, channels, full = _geometry(*call) if torch.compiler.is_compiling() else _known_geometry(*call)
     except TypeError:  # symbolic sizes and lists have no hash; anything else that is wrong comes again
         options, channels, full = _geometry(*call)
-    _check_like("weight", weight, x)
+    check_like("weight", weight, x)
     for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
         if t is not None:
-            _check_like(name, t, x)
+            check_like(name, t, x)
             if t.dim() != 1 or t.shape[0] != channels:
                 raise RuntimeError(f"{name} must have shape {[channels]}, got {list(t.shape)}")
     if residual is not None:
-        _check_like("residual", residual, x)
+        check_like("residual", residual, x)
         if unbatched and residual.dim() == x.dim() - 1:
             residual = residual.unsqueeze(0)
         expected = [x.shape[0], channels, *full]
@@ -113,7 +113,8 @@ def prepare(
     return x, weight, bias, scale, shift, residual, *options, save
 
 
-def _check_like(name: str, t: Any, x: Tensor) -> None:
+def check_like(name: str, t: Any, x: Tensor) -> None:
+    """Raises unless t is a tensor of the dtype and on the device of x."""
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if t.dtype != x.dtype or t.device != x.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bigmodel_kernels import _cpu
 from bigmodel_kernels._library import Op, autocast, needs_grad
-from bigmodel_kernels.ops.conv.op import parse_activation
+from bigmodel_kernels.ops.conv.op import check_like, parse_activation
 from bigmodel_kernels.ops.linear import reference, torch_op
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu")
@@ -67,7 +67,7 @@ def prepare(
         raise RuntimeError(f"weight must have 2 dimensions, got shape {list(weight.shape)}")
     if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
         raise RuntimeError(f"x must have a last dimension of {weight.shape[1]}, got shape {list(x.shape)}")
-    _check("weight", weight, x, weight.shape)
+    check_like("weight", weight, x)
     if bias is not None:
         _check("bias", bias, x, weight.shape[:1])
     if residual is not None:
@@ -78,12 +78,9 @@ def prepare(
 
 
 def _check(name: str, t: Any, x: Tensor, shape: tuple) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if tuple(t.shape) != tuple(shape):
+    if isinstance(t, Tensor) and tuple(t.shape) != tuple(shape):
         raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
-    if t.dtype != x.dtype or t.device != x.device:
-        raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    check_like(name, t, x)
 
 
 def _fake_fwd(x, weight, bias, residual, activation, slope, save):
