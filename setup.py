@@ -32,9 +32,8 @@ from setuptools import Extension, find_packages, setup
 TARGET = "0x020a000000000000"  # LibTorch stable ABI of torch 2.10
 DEBUG = os.environ.get("DEBUG") == "1"
 SANITIZE = os.environ.get("SANITIZE", "")  # for example "address,undefined"; `make sanitize` uses it
-ONE_ISA = os.environ.get(
-    "ONE_ISA", ""
-)  # "generic" or "avx512": kernels of that set alone, for a quick build that checks them
+# "generic" or "avx512": kernels of that set alone, for a quick build that checks them.
+ONE_ISA = os.environ.get("ONE_ISA", "")
 CUDA_ARCHS = "8.0+PTX;9.0a"  # unless TORCH_CUDA_ARCH_LIST says otherwise
 NVCC_FLAGS = ["-O3", "-std=c++20", "-lineinfo", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
 

@@ -17,9 +17,8 @@ ROWS = 8  # of the batch, to a block
 LARGEST_CLUSTER = 8  # blocks, which every GPU that has clusters can place
 WARP, TILE = 32, 16  # lanes; rows and depth of a tile of weights
 BIAS_BYTES = 16  # of a unit
-STREAMED_REGISTERS = (
-    8  # tiles of the depth in registers where the others are streamed: the rest holds what is on its way
-)
+# Tiles of the depth in registers where the others are streamed: the rest of the registers holds what is on its way.
+STREAMED_REGISTERS = 8
 MOST_WARPS = 8
 
 
