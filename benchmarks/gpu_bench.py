@@ -25,6 +25,7 @@ HEAD_START = (
 )
 GEMM_SIZE = 8192
 COPY_BYTES = 1 << 30
+KERNELS_SHOWN = 12  # of a profile, those that take longest
 WALL_CALLS = 20  # back to back, for the time that a program sees
 SAME_COMPUTATION = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # of a stock contestant
 
@@ -48,10 +49,15 @@ def gradients(function: Callable[[], Tensor], leaves: Iterable[Tensor], upstream
 
 @dataclass
 class Bench:
-    """One run of measurements; `failures` holds what was wrong."""
+    """One run of measurements; `failures` holds what was wrong.
+
+    With `only`, every other case is left out; with `profiled`, that contestant (of ours or stock) is profiled in place of timing.
+    """
 
     dry: bool = False
     rounds: int = MIN_ROUNDS
+    only: str | None = None
+    profiled: str | None = None
     failures: list[str] = field(default_factory=list)
 
     @property
@@ -161,6 +167,11 @@ class Bench:
             whole: a whole model, held to `check_whole_model` in place of the rule for one op.
             part: what of a result is compared with `exact`.
         """
+        if self.only not in (None, case):
+            return
+        if self.profiled is not None:
+            self._profile(case, self.profiled, (ours | stock)[self.profiled])
+            return
         results, missing, wrong = {}, {}, {}
         for name, function in (stock | ours).items():
             try:
@@ -208,6 +219,29 @@ class Bench:
             us={name: round(value, 2) for name, value in medians.items()},
             **extras,
         )
+
+    def _profile(self, case: str, name: str, function: Callable[[], object]) -> None:
+        """The kernels of one call with their times, by torch.profiler; then a call that an outer profiler such as ncu sees."""
+        for _ in range(3):
+            function()
+        self.synchronize()
+        activity = torch.profiler.ProfilerActivity.CPU if self.dry else torch.profiler.ProfilerActivity.CUDA
+        with torch.profiler.profile(activities=[activity]) as recorded:
+            function()
+            self.synchronize()
+        on_device = [e for e in recorded.key_averages() if self.dry or e.device_type == torch.autograd.DeviceType.CUDA]
+        took = {e.key: e.self_cpu_time_total if self.dry else e.self_device_time_total for e in on_device}
+        calls = {e.key: e.count for e in on_device}
+        kernels = [
+            {"kernel": key[:120], "us": round(took[key], 2), "calls": calls[key]}
+            for key in sorted(took, key=took.get, reverse=True)[:KERNELS_SHOWN]
+        ]
+        show(profiled=case, contestant=name, device_us=round(sum(took.values()), 2), kernels=kernels)
+        if not self.dry:
+            torch.cuda.profiler.start()
+            function()
+            self.synchronize()
+            torch.cuda.profiler.stop()
 
     def _error(self, results, truth, baseline, ours, dtype, gradient, steps, whole) -> str | None:
         """What is wrong with the results; None where nothing is."""

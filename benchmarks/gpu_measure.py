@@ -5,7 +5,8 @@ overwritten before each. A ratio is the median over the rounds of the best stock
 `wall_ratio` is that of back-to-back calls, launches included. `of_ceiling` is the least time that the ceilings of the same run
 (a product of large matrices, a copy) allow, over ours. Exit code 1 if a result of ours is wrong.
 
---dry runs all of it on the CPU at tiny sizes, which shows that it runs and nothing else.
+--dry runs all of it on the CPU at tiny sizes, which shows that it runs and nothing else. --profile CONTESTANT, with --only CASE,
+shows the kernels of one contestant instead, and is what benchmarks.gpu_profile lets ncu look at.
 """
 
 from __future__ import annotations
@@ -79,10 +80,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_measure", description=__doc__)
     parser.add_argument("names", nargs="+", choices=(*MEASURES, "all"), metavar="NAME", help=", ".join(MEASURES))
     parser.add_argument("--dry", action="store_true", help="on the CPU, at tiny sizes")
+    parser.add_argument("--only", metavar="CASE", help="this case alone, by its whole name")
+    parser.add_argument(
+        "--profile", metavar="CONTESTANT", help="profile this contestant of the case, in place of timing"
+    )
     options = parser.parse_args(argv)
     if not options.dry and not torch.cuda.is_available():
         sys.exit("not measured: no GPU was found")
-    bench = Bench(dry=options.dry)
+    bench = Bench(dry=options.dry, only=options.only, profiled=options.profile)
     for name in MEASURES if "all" in options.names else options.names:
         MEASURES[name](bench)
     for failure in bench.failures:

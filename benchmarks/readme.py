@@ -7,17 +7,22 @@ from pathlib import Path
 from benchmarks import report
 
 README = Path(__file__).parents[1] / "README.md"
-BEGIN, END = "<!-- benchmark table: begin -->", "<!-- benchmark table: end -->"
+CPU, GPU = "benchmark table", "gpu table"  # the parts of README.md between <!-- NAME: begin --> and <!-- NAME: end -->
+
+
+def put(readme: str, name: str, text: str) -> str:
+    """`readme` with `text` as its part `name`."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = readme.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"README.md has no markers {begin} and {end}")
+    return f"{before}{begin}\n{text}{end}{after}"
 
 
 def render(readme: str, path: Path) -> str:
-    """`readme` with the table of the report at `path` between the two markers."""
-    before, _, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"README.md has no markers {BEGIN} and {END}")
-    table = report.markdown(report.read_json(path), json.loads(path.read_text()))
-    return f"{before}{BEGIN}\n{table}{END}{after}"
+    """`readme` with the table of the report at `path`."""
+    return put(readme, CPU, report.markdown(report.read_json(path), json.loads(path.read_text())))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -47,6 +48,17 @@ def has_kernel(op: str, dispatch_key: str) -> bool:
     name = f"bigmodel_native::{op}"
     exists = native_error is None and torch._C._dispatch_has_kernel(name)
     return exists and torch._C._dispatch_has_kernel_for_dispatch_key(name, dispatch_key)
+
+
+def lack_of_memory(error: RuntimeError, op: str, args: Sequence) -> RuntimeError | None:
+    """PyTorch's own error where a native kernel could not allocate a tensor, which comes through the stable ABI without type and
+    words; None of any other error. Programs that try a smaller batch then look for these."""
+    text = str(error)
+    if "API call failed" not in text or "empty" not in text:
+        return None
+    if any(isinstance(a, torch.Tensor) and a.is_cuda for a in args):
+        return torch.OutOfMemoryError(f"CUDA out of memory. {op} could not allocate its result or its working memory")
+    return RuntimeError(f"{op}: DefaultCPUAllocator: can't allocate memory for its result or its working memory")
 
 
 def build_info() -> dict[str, str]:

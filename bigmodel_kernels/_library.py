@@ -101,7 +101,7 @@ class Op:
             else:
                 _registry.require(self.name, backend, forward_args)
             with torch.no_grad():  # the gradient is _Pair's business, whoever calls the operator
-                return getattr(_registry.module(self.name, backend), direction)(*rest)
+                return _run(self.name, backend, direction, rest)
 
         return _operator(name, schema, implementation, fake)
 
@@ -146,7 +146,7 @@ class Op:
     def _run(self, direction: str, args: tuple):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
         if args[-1] != "auto" and is_plain_eager(self._tensors[direction], args):
-            return getattr(_registry.module(self.name, args[-1]), direction)(*args[:-1])
+            return _run(self.name, args[-1], direction, args[:-1])
         return self._operators[direction](*args)
 
 

@@ -5,11 +5,15 @@ The error rule, for a result in dtype d against the same computation in float64:
       since independent roundings add up as a random walk;
   (b) the largest error is at most twice (gradients: three times) that of PyTorch's own op in d on the same input, plus one
       rounding step of d at the size of the result.
+Inside `tf32(True)` float32 is held to what TF32 keeps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +24,30 @@ CAPS = {  # relative L2 error: forward, backward
     torch.float16: (6e-4, 1e-3),
     torch.bfloat16: (4e-3, 6e-3),
 }
+TF32_CAPS = (
+    2**-9,
+    2**-8,
+)  # of float32 by TF32: two operands, each of which may be cut after 10 bits, by less than 2^-10
 WHOLE_MODEL = 1.5
 LAYOUTS = ("contiguous", "transposed", "sliced", "expanded", "offset")
+
+_tf32: ContextVar[bool] = ContextVar("bigmodel_kernels_tf32", default=False)
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """PyTorch's switches for TF32 on a GPU, of products, convolutions and LSTMs, all on or all off; bounds are as they say."""
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+    before = [switch.fp32_precision for switch in switches]
+    token = _tf32.set(allowed)
+    try:
+        for switch in switches:
+            switch.fp32_precision = "tf32" if allowed else "ieee"
+        yield
+    finally:
+        _tf32.reset(token)
+        for switch, value in zip(switches, before):
+            switch.fp32_precision = value
 
 
 def make(
@@ -117,7 +143,8 @@ def check_error(
         return ErrorReport(math.inf, math.inf, 0.0, False, f"{name}: infinities or NaNs are not where they belong")
     a, e = actual.double()[finite], exact.double()[finite]
     growth = math.sqrt(max(1.0, steps / 200))
-    cap = CAPS[dtype][1 if gradient else 0] * growth
+    short = dtype == torch.float32 and _tf32.get()
+    cap = (TF32_CAPS if short else CAPS[dtype])[1 if gradient else 0] * growth
     rel = relative_l2(a, e, magnitude)
     largest = (a - e).abs().max().item() if e.numel() else 0.0
     problems = []
@@ -126,7 +153,7 @@ def check_error(
     baseline_largest = math.nan
     if baseline is not None and dtype != torch.float64 and e.numel():  # in float64 `exact` is itself a rounded result
         baseline_largest = (baseline.double()[finite] - e).abs().max().item()
-        rounding_step = torch.finfo(dtype).eps * max(e.abs().max().item(), magnitude)
+        rounding_step = (TF32_CAPS[0] if short else torch.finfo(dtype).eps) * max(e.abs().max().item(), magnitude)
         bound = (3 if gradient else 2) * baseline_largest + rounding_step
         if not largest <= bound:
             problems.append(f"largest error {largest:.2e} above {bound:.2e} (torch's own: {baseline_largest:.2e})")

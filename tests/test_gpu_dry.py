@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_measure import MEASURES, main
+from bigmodel_kernels.ops.attention.torch_op import nan_in_cudnn
 from tests.cuda import random_cases
-from tests.cuda.calls import CALLS, gradients, repeat
+from tests.cuda.calls import CALLS, TINY, check_rows_of_small_lse, gradients, repeat
 
 ROOT = Path(__file__).parents[1]
 
@@ -85,9 +86,19 @@ class TestCompare:
 
 @pytest.mark.parametrize("family", random_cases.FAMILIES)
 def test_random_cases_on_the_cpu(family):
-    run = random_cases.run(family, 12, seed=3, device="cpu", backends=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+    dtypes = (torch.float32, torch.bfloat16)
+    run = random_cases.run(family, range(12), seed=3, device="cpu", backends=("cpu",), dtypes=dtypes)
     assert not run.failures, str(run)
     assert run.ran["cpu"] >= 6
+
+
+def test_random_cases_in_processes(capsys):
+    arguments = ["lstm", "--device", "cpu", "--cases", "9", "--processes", "2", "--seed", "4"]
+    assert random_cases.main(arguments) == 0
+    shown = lines(capsys.readouterr().out)[0]
+    assert shown == {"family": "lstm", "seed": 4, "asked": 9, "cpu": shown["cpu"], "failures": 0}
+    alone = random_cases.run("lstm", range(9), seed=4, device="cpu", backends=("cpu",))
+    assert shown["cpu"] == alone.ran["cpu"]
 
 
 def test_random_cases_find_what_is_wrong(monkeypatch):
@@ -98,7 +109,7 @@ def test_random_cases_find_what_is_wrong(monkeypatch):
         return [found[0] * 1.01, *found[1:]] if backend == "cpu" else found
 
     monkeypatch.setattr(random_cases.conv_problem.Problem, "run", planted)
-    run = random_cases.run("conv", 6, seed=3, device="cpu", backends=("cpu",), dtypes=(torch.float32,))
+    run = random_cases.run("conv", range(6), seed=3, device="cpu", backends=("cpu",), dtypes=(torch.float32,))
     assert run.failures
     assert "seed 3" in str(run)
 
@@ -109,3 +120,21 @@ def test_calls_of_the_hard_tests(name):
     inputs = call.inputs("cpu", torch.float32)
     assert len(gradients(call, inputs, "auto")) == 1 + call.leaves
     repeat(call, inputs, "auto", forwards=2, backwards=2)
+    assert all(bool(t.isfinite().all()) for t in gradients(TINY[name], TINY[name].inputs("cpu", torch.float32), "auto"))
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_small_lse(dtype, backend):
+    check_rows_of_small_lse("cpu", dtype, backend)
+
+
+def test_cudnn_is_left_out_where_it_gives_nan():
+    q, mask = torch.zeros(1, 2, 192, 64, dtype=torch.bfloat16), torch.zeros(192, 192)
+    assert nan_in_cudnn(q, q, mask)
+    assert not nan_in_cudnn(q, q, None)
+    assert not nan_in_cudnn(q.float(), q.float(), mask)
+    assert not nan_in_cudnn(q[:, :, :128], q[:, :, :128], mask)
+    assert nan_in_cudnn(q[:, :, :128], q, mask)
+    with torch.no_grad():
+        assert not nan_in_cudnn(q, q, mask)

@@ -1,5 +1,6 @@
 """make gpu, as far as a machine without a GPU can run it: steps that need one say so, others are bounded and logged."""
 
+import importlib.util
 import json
 import sys
 
@@ -26,7 +27,7 @@ def test_without_a_gpu_nothing_is_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.delenv("STEP", raising=False)
     assert main([]) == 0
-    written = json.loads((tmp_path / "gpu.json").read_text())
+    written = json.loads((tmp_path / "gpu.json").read_text())["outcomes"]
     assert [o["step"] for o in written] == [s.name for s in gpu.STEPS]
     assert {o["result"] for o in written} == {"not measured"}
     assert "no GPU was found" in capsys.readouterr().out
@@ -47,6 +48,13 @@ def test_figures_failures_and_timeouts(tmp_path, with_gpu):
     assert (tmp_path / "slow.log").read_text() == "begun\n"
 
 
+def test_a_tool_that_is_not_let_at_the_gpu_has_measured_nothing(tmp_path, with_gpu):
+    refused = step("memcheck", "print('========= Error: Device not supported. Please refer to'); raise SystemExit(1)")
+    outcome = run_all((refused,), tmp_path)[0]
+    assert outcome.result == "not measured"
+    assert "Device not supported" in outcome.note
+
+
 def test_a_call_ends_in_time(tmp_path, with_gpu):
     outcomes = run_all((step("first", "pass"), step("second", "pass")), tmp_path, seconds=0)
     assert [o.result for o in outcomes] == ["not measured"] * 2
@@ -57,7 +65,7 @@ def test_only_the_steps_asked_for(tmp_path, with_gpu, monkeypatch):
     steps = (step("one", "pass"), step("two", "pass"))
     monkeypatch.setenv("STEP", "two")
     assert main(["--out", str(tmp_path)], steps) == 0
-    assert [o["step"] for o in json.loads((tmp_path / "gpu.json").read_text())] == ["two"]
+    assert [o["step"] for o in json.loads((tmp_path / "gpu.json").read_text())["outcomes"]] == ["two"]
     with pytest.raises(SystemExit):
         main(["--step", "three", "--out", str(tmp_path)], steps)
 
@@ -91,5 +99,8 @@ def test_every_step_names_something_that_is_there():
     for s in gpu.STEPS:
         if "benchmarks.gpu_measure" in s.command:
             assert s.command[-1] in MEASURES
+        if "-m" in s.command:
+            module = s.command[s.command.index("-m") + 1]
+            assert importlib.util.find_spec(module) is not None, module
         for word in s.command:
             assert not word.startswith("tests/") or (gpu.ROOT / word).exists(), word

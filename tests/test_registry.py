@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels import _library, _registry
+from bigmodel_kernels import _extension, _library, _registry
 
 
 def _fake(x, scales, n):
@@ -254,3 +254,12 @@ def test_torch_func_takes_gradients(ran):
     x.requires_grad_()
     call(x, *scales, backend="cpu").sum().backward()
     torch.testing.assert_close(grad, x.grad)
+
+
+def test_lack_of_memory_is_told_as_pytorch_tells_it():
+    x = torch.ones(2_000_000, 1)  # a product of 16 terabytes
+    with pytest.raises(RuntimeError, match=r"linear: DefaultCPUAllocator: can't allocate memory"):
+        bmk.linear(x, x, backend="cpu")
+    other = RuntimeError("torch_call_dispatcher(aten::fill_) API call failed")
+    assert _extension.lack_of_memory(other, "linear", (x,)) is None
+    assert _extension.lack_of_memory(RuntimeError("empty input"), "linear", (x,)) is None

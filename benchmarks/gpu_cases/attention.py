@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
@@ -13,6 +12,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import bigmodel_kernels as bmk
 from benchmarks.gpu_bench import Bench, Contestants, gradients
+from benchmarks.gpu_cases import peers
 
 BACKENDS = ("auto", "cuda", "triton")
 KERNELS = {
@@ -20,9 +20,9 @@ KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-PACKAGES = {"FA3": "flash_attn_interface", "FA2": "flash_attn"}
 # batch, heads, key heads, length, head dim, kind: causal | full | padded (a mask of each sequence's length) | window (of 1024)
 FORWARD = [
+    (8, 16, 16, 2048, 128, "causal"),
     (16, 16, 16, 1024, 128, "causal"),
     (4, 16, 16, 4096, 128, "causal"),
     (2, 16, 16, 8192, 128, "causal"),
@@ -30,6 +30,7 @@ FORWARD = [
     (4, 16, 16, 4096, 128, "full"),
     (4, 32, 8, 4096, 128, "causal"),
     (4, 16, 16, 4096, 64, "causal"),
+    (1, 16, 16, 16384, 64, "full"),
     (32, 12, 12, 512, 64, "full"),
     (32, 12, 12, 512, 64, "padded"),
     (2, 16, 16, 8192, 128, "window"),
@@ -143,21 +144,13 @@ def _flex(bench, q, k, v, kind, lengths, window, gqa) -> Callable[[], Tensor]:
 
 
 def _packages(q, k, v, kind, window) -> Contestants:
-    """FlashAttention's own packages, of those that are installed; they take [B, S, H, D]."""
-    found: Contestants = {}
+    """FlashAttention's own kernels take [B, S, H, D]."""
     sides = (window - 1, 0) if kind == "window" else (-1, -1)
-    for name, package in PACKAGES.items():
-        try:
-            function = importlib.import_module(package).flash_attn_func
-        except (ImportError, AttributeError):
-            continue
 
-        def call(function=function) -> Tensor:
-            out = function(*(t.transpose(1, 2) for t in (q, k, v)), causal=kind != "full", window_size=sides)
-            return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+    def call(function: peers.Attention) -> Tensor:
+        return function(*(t.transpose(1, 2) for t in (q, k, v)), kind != "full", sides).transpose(1, 2)
 
-        found[name] = call
-    return found
+    return {name: lambda f=function: call(f) for name, function in peers.installed().items()}
 
 
 def measure_decode(bench: Bench) -> None:

@@ -28,6 +28,9 @@ class Model:
     plain: Callable[[bool], nn.Module]
     inputs: Callable[[bool], tuple[Tensor, ...]]
     compiles: bool = True  # as a whole: dynamo takes no nn.LSTM
+    float32: bool = (
+        False  # measured in float32 too, as PyTorch's switches have it, which is how small models are trained
+    )
 
 
 def image(batch: int, channels: int, size: int) -> tuple[Tensor, ...]:
@@ -57,7 +60,11 @@ def speech(dry: bool) -> tuple[Tensor, ...]:
 
 MODELS = [
     Model(
-        "textbook CNN", lambda dry: models.CNN(), lambda dry: PlainCNN(), lambda dry: image(2 if dry else 256, 1, 28)
+        "textbook CNN",
+        lambda dry: models.CNN(),
+        lambda dry: PlainCNN(),
+        lambda dry: image(2 if dry else 256, 1, 28),
+        float32=True,
     ),
     Model(
         "textbook RNN",
@@ -65,12 +72,14 @@ MODELS = [
         lambda dry: PlainRNN(28, 16 if dry else 128, 2),
         lambda dry: (torch.randn(2 if dry else 64, 28, 28),),
         compiles=False,
+        float32=True,
     ),
     Model(
         "Transformer",
         lambda dry: transformer(dry, models.Transformer, num_classes=10, input_kind="vectors", dropout=0.0),
         lambda dry: transformer(dry, PlainTransformer),
         lambda dry: (torch.randn(2, 9, 28) if dry else torch.randn(32, 512, 28),),
+        float32=True,
     ),
     Model(
         "ResNet-50",
@@ -110,8 +119,9 @@ MODELS = [
 
 def measure(bench: Bench) -> None:
     for model in MODELS:
-        for training in (False, True):
-            _case(bench, model, bench.dtypes[0], training)
+        for dtype in dict.fromkeys((bench.dtypes[0], *([torch.float32] if model.float32 else []))):
+            for training in (False, True):
+                _case(bench, model, dtype, training)
 
 
 class _On(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bigmodel_kernels import _extension
+from bigmodel_kernels.testing import tf32
 
 
 def pytest_collection_modifyitems(items):
@@ -20,5 +21,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def _device_left_clean():
-    yield
+    """float32 means IEEE float32 here, in PyTorch's own ops as in ours; tests of TF32 ask for it."""
+    with tf32(False):
+        yield
     torch.cuda.synchronize()  # an error of a kernel is reported by the test that ran it

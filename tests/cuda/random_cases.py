@@ -1,11 +1,19 @@
-"""Random calls of the three families, drawn from a seed, each held to the error rule on every backend that takes it.
+"""python -m tests.cuda.random_cases FAMILY: random calls of a family, drawn from a seed, each held to the error rule on every
+backend that takes it; the result is one JSON object. With --device cpu it runs the CPU's kernels, so that it is tested where
+there is no GPU.
 
-`run` also works on the CPU, with its backend: so is this file tested where there is no GPU.
+A case depends on family, seed and number alone. Several processes share the numbers, since most of the time goes into
+compiling Triton's kernels.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
+import multiprocessing
+import os
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,10 +22,11 @@ from typing import Any
 
 import torch
 
-from bigmodel_kernels.testing import LAYOUTS, assert_matches
+from bigmodel_kernels.testing import LAYOUTS, assert_matches, tf32
 from tests.ops import attention_problem, conv_problem, test_lstm
 
 HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
 ENOUGH = 3000  # numbers from which on the largest error of PyTorch's own result says something
 SMOOTH_TAILS = ("bias", "sigmoid", "gate")  # in 16 bits a ReLU or a maximum may jump where float64 does not
 
@@ -116,21 +125,22 @@ FAMILIES: dict[str, Callable] = {"attention": attention, "conv": conv, "lstm": l
 
 def run(
     family: str,
-    count: int,
+    numbers: range,
     *,
     seed: int,
     device: str,
     backends: tuple[str, ...],
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
     seconds: float = float("inf"),
 ) -> Outcome:
-    """Draws up to `count` cases, as many as `seconds` allow, and runs each on every backend that takes it."""
+    """Draws the cases of these numbers, as many as `seconds` allow, and runs each on every backend that takes it."""
     outcome, end = Outcome(seed), time.monotonic() + seconds
-    for i in range(count):
+    for i in numbers:
         if time.monotonic() > end:
             break
         rng = random.Random(f"{family} {seed} {i}")
         dtype = rng.choice(dtypes)
+        short = dtype == torch.float32 and rng.random() < 0.5
         try:
             what, check = FAMILIES[family](rng, dtype, device)
         except (RuntimeError, ValueError):  # sizes that do not go together: not a call
@@ -138,12 +148,61 @@ def run(
             continue
         for backend in backends:
             try:
-                check(backend)
+                with tf32(short):
+                    check(backend)
             except (RuntimeError, AssertionError) as error:
                 if "cannot run this call" in str(error):
                     continue
                 if isinstance(error, RuntimeError) and "CUDA error" in str(error):
                     raise  # nothing more can run in this process
-                outcome.failures.append(f"{i} {backend} {str(dtype)[6:]} {what}: {str(error).splitlines()[0]}")
+                kind = "tf32" if short else str(dtype)[6:]
+                outcome.failures.append(f"{i} {backend} {kind} {what}: {str(error).splitlines()[0]}")
             outcome.ran[backend] += 1
     return outcome
+
+
+def _part(family: str, numbers: range, options: dict[str, Any]) -> Outcome:
+    torch.set_num_threads(1)
+    return run(family, numbers, **options)
+
+
+def run_in_parts(family: str, count: int, processes: int, **options: Any) -> Outcome:
+    """`run` on `count` cases, dealt out to so many processes."""
+    parts = [(family, range(first, count, processes), options) for first in range(processes)]
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        outcomes = pool.starmap(_part, parts, chunksize=1)
+    whole = Outcome(options["seed"])
+    for outcome in outcomes:
+        whole.ran.update(outcome.ran)
+        whole.failures += outcome.failures
+    return whole
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.cuda.random_cases", description=__doc__)
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--cases", type=int, default=5000)
+    parser.add_argument("--seed", type=int, help="of an earlier run; the clock's by default")
+    parser.add_argument("--seconds", type=float, default=230, help="no case begins later than that")
+    parser.add_argument("--processes", type=int, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    asked = parser.parse_args(argv)
+    backends = ("cuda", "triton") if asked.device == "cuda" else ("cpu",)
+    seed = time.time_ns() % (1 << 31) if asked.seed is None else asked.seed
+    outcome = run_in_parts(
+        asked.family, asked.cases, asked.processes, seed=seed, device=asked.device, backends=backends,
+        seconds=asked.seconds,
+    )  # fmt: skip
+    for failure in outcome.failures:
+        print(f"WRONG {failure}")
+    ran = {backend: outcome.ran[backend] for backend in backends}
+    print(
+        json.dumps(
+            {"family": asked.family, "seed": seed, "asked": asked.cases, **ran, "failures": len(outcome.failures)}
+        )
+    )
+    return int(bool(outcome.failures) or not any(ran.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -28,12 +28,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _ieee(monkeypatch):
-    """PyTorch's own float32 convolutions as a yardstick: without TF32."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("shape", "channels", "kernel", "options"), DEPTHWISE + STEMS, ids=str)

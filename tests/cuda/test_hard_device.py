@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.testing import relative_l2
-from tests.cuda.calls import CALLS, NAMED, gradients, repeat
+from bigmodel_kernels.testing import relative_l2, tf32
+from tests.cuda.calls import CALLS, NAMED, TINY, check_rows_of_small_lse, gradients, repeat
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it, as torch demands
 DTYPE = torch.bfloat16
@@ -21,6 +21,14 @@ def needs(gigabytes):
     free, _ = torch.cuda.mem_get_info()
     if free < gigabytes << 30:
         pytest.skip(f"{gigabytes} GiB of GPU memory are needed, {free >> 30} are free")
+
+
+@pytest.mark.parametrize(("name", "backend"), NAMED)
+def test_tiny(name, backend):
+    """For the sanitizer."""
+    call = TINY[name]
+    for t in gradients(call, call.inputs("cuda", DTYPE), backend):
+        assert bool(t.isfinite().all())
 
 
 @pytest.mark.parametrize(("name", "backend"), NAMED)
@@ -124,6 +132,53 @@ def test_depthwise_beyond_2_31_elements(backend):
             assert relative_l2(out[:, c : c + 1], alone) < 4e-3
 
 
+def test_dense_convolution_beyond_2_31_elements():
+    needs(20)
+    x = torch.empty(1, 32, 8200, 8200, dtype=DTYPE, device="cuda").normal_()  # 2.15e9
+    weight = (torch.randn(8, 32, 3, 3, device="cuda") / 17).to(DTYPE)
+    with torch.no_grad():
+        out = bmk.conv(x, weight, padding=1, backend="triton")
+        for rows in (slice(0, 12), slice(8188, 8200)):  # the first and the last rows, without the ones next to the cut
+            alone = torch.conv2d(x[:, :, rows].double(), weight.double(), padding=1)
+            inner = slice(0, 11) if rows.start == 0 else slice(1, 12)
+            assert relative_l2(out[:, :, rows][:, :, inner], alone[:, :, inner]) < 4e-3
+
+
+def test_attention_gradients_beyond_2_31_elements():
+    needs(60)
+    shape = (33, 16, 32768, 128)
+    q, k, v, grad = (torch.empty(shape, dtype=DTYPE, device="cuda").normal_() for _ in range(4))
+
+    def run(*tensors):
+        *inputs, upstream = tensors
+        leaves = [t.detach().requires_grad_() for t in inputs]
+        out = bmk.attention(*leaves, is_causal=True, window=(127, None), backend="triton")
+        return torch.autograd.grad(out, leaves, upstream)
+
+    found = run(q, k, v, grad)
+    for b, h in ((0, 0), (32, 15)):
+        alone = run(*(t[b : b + 1, h : h + 1] for t in (q, k, v, grad)))
+        assert all(torch.equal(whole[b, h], part[0, 0]) for whole, part in zip(found, alone))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "cross_entropy"])
+def test_rows_beyond_2_31_elements(name):
+    needs(30)
+    width = 4096
+    x = torch.empty((1 << 19) + 40, width, dtype=DTYPE, device="cuda").normal_()  # 2^31 and 40 rows
+    rows = [0, 1 << 18, (1 << 19) - 1, (1 << 19) + 39]
+
+    def run(x, target, backend):
+        if name == "layer_norm":
+            return bmk.layer_norm(x, torch.ones(width, dtype=x.dtype, device="cuda"), backend=backend)
+        return bmk.cross_entropy(x, target, reduction="none", backend=backend)
+
+    target = torch.arange(len(x), device="cuda") % width
+    with torch.no_grad():
+        found = run(x, target, "triton")[rows]
+        assert relative_l2(found, run(x[rows].double(), target[rows], "torch")) < 4e-3
+
+
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_lstm_beyond_2_31_gates(backend):
     needs(60)
@@ -138,34 +193,19 @@ def test_lstm_beyond_2_31_gates(backend):
     assert relative_l2(out[:, rows], exact) < 4e-3 * (steps / 200) ** 0.5
 
 
-@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("allowed", [False, True])
 @pytest.mark.parametrize("name", ["conv", "attention", "lstm"])
-def test_float32_is_float32_unless_asked(name, tf32):
-    """With torch's switch off, the error is that of IEEE float32; with it on, at most that of TF32."""
+def test_float32_is_float32_unless_asked(name, allowed):
+    """With torch's switches off, the error is that of IEEE float32; with them on, at most that of TF32."""
     call = CALLS[name]
     inputs = call.inputs("cuda", torch.float32)
     exact = call.function(*(t.double() for t in inputs), backend="torch")
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    try:
+    with tf32(allowed):
         for backend in call.backends:
             error = relative_l2(call.function(*inputs, backend=backend), exact)
-            assert error < (1e-3 if tf32 else 2e-6), backend
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+            assert error < (1e-3 if allowed else 2e-6), backend
 
 
-def test_masked_rows_of_small_lse_have_finite_gradients():
-    """A mask, S % 128 = 64 and rows with an lse below -88.7: PyTorch issue 196678, where a vendor's kernel gives NaN."""
-    q, k, v = (torch.randn(2, 4, 192, 64, device="cuda", dtype=DTYPE).requires_grad_() for _ in range(3))
-    mask = torch.full((2, 1, 192, 192), -100.0, device="cuda", dtype=DTYPE)
-    mask[:, :, ::2] = 0.0
-    for backend in ("auto", "triton"):
-        out = bmk.attention(q, k, v, attn_mask=mask, backend=backend)
-        found = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
-        doubles = [t.detach().double().requires_grad_() for t in (q, k, v)]
-        exact = bmk.attention(*doubles, attn_mask=mask.double(), backend="torch")
-        truth = torch.autograd.grad(exact, doubles, torch.ones_like(exact))
-        assert relative_l2(out, exact) < 4e-3
-        assert all(bool(g.isfinite().all()) for g in found)
-        assert relative_l2(found[2], truth[2]) < 6e-3
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_masked_rows_of_small_lse_have_finite_gradients(backend):
+    check_rows_of_small_lse("cuda", DTYPE, backend)

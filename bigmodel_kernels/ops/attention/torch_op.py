@@ -7,12 +7,22 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bigmodel_kernels.ops.attention import reference
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def supports(*args) -> str | None:
     return None
+
+
+def nan_in_cudnn(q: Tensor, k: Tensor, attn_mask: Tensor | None) -> bool:
+    """Whether cuDNN's backward may give NaNs: with a mask, 64 positions past a multiple of 128, for rows whose lse is below
+    -88.7 (PyTorch issue 196678). What the lse will be is not known beforehand."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and attn_mask is not None and torch.is_grad_enabled() and 64 in (q.shape[2] % 128, k.shape[2] % 128)
 
 
 def _plain(softcap: float, return_lse: bool) -> bool:
@@ -53,6 +63,9 @@ def call(
     if _plain(softcap, return_lse):
         limits = (window_left, window_right, lower_right)
         options = _sdpa_arguments(q, k, attn_mask, alibi_slopes, scale, dropout_p, *limits)
+        if q.is_cuda and nan_in_cudnn(q, k, options["attn_mask"]):
+            with sdpa_kernel(WITHOUT_CUDNN):
+                return F.scaled_dot_product_attention(q, k, v, **options), None
         return F.scaled_dot_product_attention(q, k, v, **options), None
     if dropout_p > 0 and seed is None:
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
