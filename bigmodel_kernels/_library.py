@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bigmodel_kernels import _registry
+from bigmodel_kernels import _extension, _registry
 
 _definitions = torch.library.Library("bigmodel_kernels", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -168,10 +168,20 @@ class InPlaceOp:
         *rest, backend = args
         backend = _registry.select(self.name, backend, self.prefer, tuple(rest))
         with torch.no_grad():
-            return _registry.module(self.name, backend).fwd(*rest)
+            return _run(self.name, backend, "fwd", rest)
 
     def __call__(self, *args: Any, backend: str):
         return (self._run if is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
+
+
+def _run(name: str, backend: str, direction: str, args: Sequence):
+    """The backend's function on these arguments; lack of memory is told as PyTorch tells it."""
+    try:
+        return getattr(_registry.module(name, backend), direction)(*args)
+    except RuntimeError as error:
+        if (lack := _extension.lack_of_memory(error, name, args)) is None:
+            raise
+        raise lack from error
 
 
 def _operator(name: str, schema: str, implementation: Callable, fake: Callable):
