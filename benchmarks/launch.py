@@ -54,11 +54,27 @@ def cases() -> dict[str, Callable[[], object]]:
         return torch.ones(shape, dtype=torch.bfloat16)
 
     q, x, row, image = tensor(2, 8, 256, 64), tensor(64, 768), tensor(768), tensor(2, 64, 16, 16)
+    column, one, taps, row_64 = tensor(2, 64), tensor(64, 64, 1), tensor(128, 64, 2), tensor(64)
+    state = bmk.ConvState.start(2, 64, 2, 4, column)
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
         "conv": lambda: bmk.conv(image, weight, padding=1, activation="relu", backend="triton"),
+        "conv_step": lambda: bmk.conv_step(
+            column,
+            state,
+            taps,
+            None,
+            one,
+            row_64,
+            one,
+            row_64,
+            skip=column,
+            dilation=4,
+            activation="tanh_sigmoid",
+            backend="triton",
+        ),
         "layer_norm": lambda: bmk.layer_norm(x, row, row, backend="triton"),
         "bias_act": lambda: bmk.bias_act(x, row, activation="gelu", backend="triton"),
         "cross_entropy": lambda: bmk.cross_entropy(x, target, reduction="none", backend="triton"),

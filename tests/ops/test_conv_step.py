@@ -4,7 +4,11 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
+from bigmodel_kernels.ops.conv_step import triton_configs, triton_kernels
+from bigmodel_kernels.ops.conv_step.triton_configs import TABLE
 from bigmodel_kernels.testing import assert_matches, make
+from tests.triton_aot import SHARED_LIMIT, compiling
+from tests.triton_interpreter import interpreted
 
 STEPS = 23
 # batch, channels, rows, kernel, dilation, groups, activation
@@ -45,7 +49,11 @@ def stream(x, weight, bias, options, mix=(None,) * 4, skip=None, **more):
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 @pytest.mark.parametrize("name", CASES)
 def test_gives_the_columns_of_the_whole_sequence(name, backend, dtype):
-    for seed in (0, 10, 20):
+    check_columns(name, backend, dtype, seeds=(0, 10, 20))
+
+
+def check_columns(name, backend, dtype, seeds):
+    for seed in seeds:
         x, weight, bias, options = problem(name, dtype, seed)
         exact, theirs = (
             bmk.conv(*(t.to(kind) for t in (x, weight, bias)), padding="causal", **options, backend="torch")
@@ -87,6 +95,51 @@ def test_the_state_is_written_into(backend):
         assert torch.equal(again, y)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_triton_gives_the_columns_of_the_whole_sequence(name, dtype):
+    interpreted(check_columns, name, "triton", dtype, seeds=(0,))
+
+
+# batch, channels, gates, skips (0: no such output), whether out is wanted, groups, activation
+MIXES = {
+    "wavenet": (1, 64, 64, 64, True, 1, "tanh_sigmoid"),
+    "odd": (3, 5, 7, 9, True, 1, "tanh_sigmoid"),
+    "many skips": (2, 20, 33, 150, True, 1, "tanh_sigmoid"),
+    "groups": (2, 12, 18, 4, True, 3, "tanh_sigmoid"),
+    "residual only": (2, 9, 70, 0, True, 1, "silu"),
+    "skip only": (2, 9, 132, 5, False, 3, None),
+    "past one program": (2, 10, 300, 7, True, 1, "tanh_sigmoid"),
+    "skip past one program": (1, 10, 258, 7, False, 2, "relu"),
+}
+
+
+def check_mix(name, dtype, backend):
+    """Steps against the formula in float64, past the end of the ring; `theirs` are PyTorch's ops in `dtype`."""
+    batch, channels, values, skips, out, groups, activation = MIXES[name]
+    rows = 2 * values if activation == "tanh_sigmoid" else values
+    shapes = [(rows, channels // groups, 3), (rows,), (channels, values, 1), (channels,), (skips, values, 1), (skips,)]
+    tensors = [make(*s, seed=i).to(dtype) / (s[1] if len(s) == 3 else 1) ** 0.5 for i, s in enumerate(shapes)]
+    tensors[2:4] = tensors[2:4] if out else (None, None)
+    tensors[4:] = tensors[4:] if skips else (None, None)
+    x = make(batch, channels, 7, dtype=torch.float64, seed=8).to(dtype)
+    skip = make(batch, skips, 7, dtype=torch.float64, seed=9).to(dtype) if skips else None
+    found = []
+    for kind, how in ((torch.float64, "torch"), (dtype, backend), (dtype, "torch")):
+        columns, weight, bias, *mix, added = (None if t is None else t.to(kind) for t in (x, *tensors, skip))
+        options = {"dilation": 2, "groups": groups, "activation": activation, "backend": how}
+        found.append(stream(columns, weight, bias, options, mix, added))
+    for exact, ours, theirs in zip(*found):
+        if exact is not None:
+            assert_matches(ours, exact, theirs, dtype=dtype, magnitude=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", MIXES)
+def test_triton_matches_float64(name, dtype):
+    interpreted(check_mix, name, dtype, "triton")
+
+
 def test_gradients_flow_through_steps():
     x, weight, bias, options = problem("odd gate", torch.float64)
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
@@ -97,6 +150,60 @@ def test_gradients_flow_through_steps():
     upstream = make(*whole.shape, dtype=torch.float64, seed=7)
     for a, e in zip(torch.autograd.grad(streamed, leaves, upstream), torch.autograd.grad(whole, leaves, upstream)):
         torch.testing.assert_close(a, e)
+
+
+def test_triton_writes_into_the_state():
+    interpreted(test_the_state_is_written_into, "triton")
+
+
+def check_far_ring():
+    """A ring past 2^31 numbers, of which only the slots that are written are ever backed by memory."""
+    channels, dilation = 4, 2**29 + 9
+    ring = torch.empty(2, dilation, channels, dtype=torch.float16)
+    weight = make(3, channels, 2).half()
+    for t in (0, dilation - 1):
+        ring[:, t] = make(2, channels, seed=t % 7).half()
+        near = bmk.ConvState(ring[:, t : t + 1].clone(), torch.tensor([0]))
+        far = bmk.ConvState(ring, torch.tensor([t]))
+        x_t = make(2, channels, seed=3).half()
+        y, _, _ = bmk.conv_step(x_t, far, weight, dilation=dilation, backend="triton")
+        expected, _, _ = bmk.conv_step(x_t, near, weight, backend="triton")
+        assert torch.equal(y, expected)
+        assert torch.equal(ring[:, t], x_t)
+        assert int(far.position) == t + 1
+
+
+def test_offsets_beyond_32_bits():
+    interpreted(check_far_ring)
+
+
+# Registers that a row of the table may take: for sm_80 and sm_90, Triton 3.6 and 3.7.
+BUDGET = {"mixed": 224, "rows": 144}
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("kernel", "size"), [(kernel, size) for kernel, by in TABLE.items() for size in by])
+def test_rows_compile_within_budget(kernel, size, gpu, monkeypatch):
+    mixed = kernel == "mixed"
+    dtype = torch.float32 if gpu == "sm_80" else torch.bfloat16
+    channels = size if mixed else size // 2
+    x, weight = torch.empty(2, channels, dtype=dtype), torch.empty(2 * channels, channels, 2, dtype=dtype)
+    mix = [torch.empty(channels, channels, 1, dtype=dtype), weight[:channels, 0, 0]] * 2 if mixed else [None] * 4
+    args = bmk.conv_step.prepare(
+        x, bmk.ConvState.start(2, channels, 2, 4, x), weight, weight[:, 0, 0], *mix, skip=x if mixed else None,
+        dilation=4, activation="tanh_sigmoid" if mixed else "gelu",
+    )  # fmt: skip
+    with compiling(gpu, monkeypatch) as found:
+        triton_kernels.fwd(*args)
+    (binary,) = found
+    assert {k: binary.constants[k] for k in ("BLOCK_R", "BLOCK_K", "num_warps")} == triton_configs.config(
+        None, kernel, x.element_size(), size
+    )
+    assert binary.spills == 0, binary
+    assert binary.registers <= BUDGET[kernel], binary
+    assert binary.shared <= SHARED_LIMIT["sm_86"], binary
+    # The weights' loads were seen to be whole vectors; those of the smallest row hold four numbers or fewer.
+    assert ("LDG.E.128" in binary.sass) == (size > 8), binary
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
@@ -149,7 +256,7 @@ ERRORS = [
     ),
     (ValueError, "activation must be", dict(activation="swish")),
     (ValueError, "backend must be one of", dict(backend="fast")),
-    (NotImplementedError, "this version has no triton kernel", dict(backend="triton")),
+    (RuntimeError, "backend 'triton' cannot run this call: .*GPU", dict(backend="triton")),
 ]
 
 

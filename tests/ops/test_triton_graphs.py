@@ -16,7 +16,7 @@ def _lstm():
     return lambda x, h, c: bmk.lstm(x, (h, c), weights)[0], [_tensor(5, 3, 8), _tensor(1, 3, 16), _tensor(1, 3, 16)]
 
 
-CALLS = {  # name of the operator -> (function, its inputs), made where tensors are fake
+CALLS = {  # name of the operation -> (function, its inputs), made where tensors are fake
     "attention": lambda: (lambda q, k, v: bmk.attention(q, k, v, is_causal=True), [_tensor(2, 4, 16, 32)] * 3),
     "conv": lambda: (
         lambda x, w: bmk.conv(x, w, padding=1, activation="relu"),
@@ -25,6 +25,10 @@ CALLS = {  # name of the operator -> (function, its inputs), made where tensors 
     "gated_conv": lambda: (
         lambda x, w, mix: bmk.gated_conv(x, w, None, mix)[0],
         [_tensor(2, 8, 9), _tensor(8, 8, 2), _tensor(8, 4, 1)],
+    ),
+    "conv_step": lambda: (
+        lambda x, ring, position, w: bmk.conv_step(x, bmk.ConvState(ring, position), w, dilation=4)[0],
+        [_tensor(2, 8), _tensor(2, 4, 8), torch.empty(1, dtype=torch.int64, device="cuda"), _tensor(6, 8, 2)],
     ),
     "lstm": _lstm,
     "lstm_cell": lambda: (
@@ -41,9 +45,10 @@ CALLS = {  # name of the operator -> (function, its inputs), made where tensors 
 
 
 def ours(graph):
-    """The operators of this library in a graph, in order."""
+    """The operations of this library in a graph, in order."""
     names = [str(node.target) for node in graph.nodes if node.op == "call_function"]
-    return [name.removeprefix("bigmodel_kernels.").partition(".")[0] for name in names if name.startswith("bigmodel")]
+    names = [name.removeprefix("bigmodel_kernels.").partition(".")[0] for name in names if name.startswith("bigmodel")]
+    return [name.removesuffix("_fwd") for name in names]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -59,7 +64,7 @@ def test_compile_traces_one_operator(name):
         function, inputs = CALLS[name]()
         result = torch.compile(function, fullgraph=True, backend=backend)(*inputs)
     assert result.is_cuda
-    assert [ours(graph) for graph in graphs] == [[f"{name}_fwd"]]
+    assert [ours(graph) for graph in graphs] == [[name]]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -71,4 +76,4 @@ def test_export_sees_one_operator(name):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         function, inputs = CALLS[name]()
         graph = torch.export.export(Module(), tuple(inputs), strict=False).graph
-    assert ours(graph) == [f"{name}_fwd"]
+    assert ours(graph) == [name]

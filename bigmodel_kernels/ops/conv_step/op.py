@@ -62,7 +62,7 @@ def conv_step(
             recorded, it is left as it was and the state returned is a new one, through which gradients flow back in time.
         weight: as of torch.nn.Conv1d; D is its number of rows, half of it with "tanh_sigmoid".
         activation: as in `bigmodel_kernels.conv`.
-        backend: "auto", "cpu" or "torch".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         (y [N, D], or [N, C] with out_weight; the sum [N, S] or None; the next state)
@@ -101,9 +101,9 @@ def _goes_to_the_kernel(x_t: Tensor, state: ConvState, weight: Tensor, backend: 
     """Whether this is an eager call without gradients that gets the backend "cpu"."""
     if torch.is_grad_enabled() or not is_plain_eager(range(4), (x_t, *state, weight)) or not x_t.is_cpu:
         return False
-    if _registry.wanted(backend) == "torch" or cpu.supports(x_t, *state) is not None:
+    if _registry.wanted(backend) not in ("auto", "cpu") or cpu.supports(x_t, *state) is not None:
         return False
-    return _registry.select(OP.name, backend, prefer, (x_t, *state)) == "cpu"
+    return _registry.select(OP.name, backend, prefer, (x_t, *state, weight)) == "cpu"
 
 
 def prepare(
