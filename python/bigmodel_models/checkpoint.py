@@ -32,7 +32,9 @@ class Checkpoint:
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Writes ``path`` so that an interruption leaves either the old file or the new one."""
-    tensors = {f"model.{key}": value.detach().cpu().contiguous() for key, value in checkpoint.model.items()}
+    # Copies: a safetensors file holds no tensor under two names, as tied weights are.
+    plain = {"memory_format": torch.contiguous_format}
+    tensors = {f"model.{key}": value.detach().cpu().clone(**plain) for key, value in checkpoint.model.items()}
     groups = {}
     for name, state in checkpoint.optimizers.items():
         groups[name] = state["param_groups"]

@@ -1,4 +1,5 @@
-"""The data the models train on: real handwritten digits that ship in a package, MNIST, and synthetic sets.
+"""The data the models train on: real handwritten digits that ship in a package, MNIST, text that ships with Python, and
+synthetic images, numbers and tones.
 
 Images are kept as [N, 1, 28, 28] in [0, 1]; what a model needs (standardised, in [-1, 1], as rows) is derived later.
 """
@@ -17,6 +18,9 @@ from .errors import TrainingError, require
 
 IMAGE_SIZE = 28
 NUM_CLASSES = 10
+CHARACTERS = 128  # ASCII
+TEXT_LENGTH = 128  # characters of one sample
+SAMPLE_RATE = 8000  # of audio, in Hz
 SPLIT_SEED = 0  # the split is part of the data, not of a run: every seed is tested on the same images
 
 
@@ -102,6 +106,44 @@ def synthetic_regression(features: int = 1000, train_size: int = 2048, test_size
     y = hidden[:, :8].sum(dim=1, keepdim=True) + 2.0 * hidden[:, 8:12].abs().sum(dim=1, keepdim=True)
     y = (y - y[:train_size].mean()) / y[:train_size].std()
     return DataSet("synthetic", x[:train_size], y[:train_size], x[train_size:], y[train_size:])
+
+
+def text() -> DataSet:
+    """The text of Python's help on its own language, as ASCII codes, in samples of 128 characters and the one after each; the
+    last tenth is the test part. It differs a little from one version of Python to the next."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:  # some systems ship Python without its help
+        raise TrainingError(
+            "--data topics needs pydoc_data, a part of Python's standard library; on Debian: apt-get install python3"
+        ) from error
+    encoded = "\n".join(topics.values()).encode("ascii", "replace")
+    codes = torch.tensor(list(encoded), dtype=torch.uint8).long()
+    count = (len(codes) - 1) // TEXT_LENGTH
+    x, y = (codes[shift : shift + count * TEXT_LENGTH].view(count, TEXT_LENGTH) for shift in (0, 1))
+    held = count // 10
+    return DataSet("topics", x[:-held], y[:-held], x[-held:], y[-held:])
+
+
+def as_text(
+    codes: Tensor,  # [T] int64
+) -> str:
+    """The text that these ASCII codes are of."""
+    return bytes(codes.tolist()).decode("ascii")
+
+
+def tones(train_size: int = 256, test_size: int = 32, length: int = 1024) -> DataSet:
+    """Notes of five harmonics that fade, two to a sample, with a little noise: audio in [-1, 1], and the sample after each."""
+    generator = torch.Generator().manual_seed(SPLIT_SEED)
+    count, time = train_size + test_size, torch.arange(length + 1) / SAMPLE_RATE
+    pitch = 110.0 * 2 ** (torch.randint(0, 25, (count, 2, 1, 1), generator=generator) / 12)  # two octaves of semitones
+    harmonic = torch.arange(1, 6)[:, None]
+    phase = torch.rand(count, 2, 5, 1, generator=generator)
+    fade = torch.exp(-8.0 * harmonic * time)
+    notes = (fade / harmonic * torch.sin(2 * math.pi * (harmonic * pitch * time + phase))).sum(dim=(1, 2))
+    audio = 0.3 * notes + 0.002 * torch.randn(count, length + 1, generator=generator)
+    x, y = audio[:, :-1].clamp(-1, 1), audio[:, 1:].clamp(-1, 1)
+    return DataSet("tones", x[:train_size], y[:train_size], x[train_size:], y[train_size:])
 
 
 def random_shift(

@@ -74,12 +74,13 @@ def save_curves(
 
 
 def save_pictures(
-    path: str | Path,
+    stem: Path,
     title: str,
     images: Tensor,  # [rows, columns, H, W] in [0, 1]
-) -> None:
-    """A grid of images on white, with a gap between them."""
+) -> Path:
+    """A grid of images on white, with a gap between them, as <stem>.png."""
     plt = _pyplot()
+    path = stem.with_suffix(".png")
     images = F.pad(images, (GAP,) * 4)
     rows, columns, height, width = images.shape
     grid = images.clamp(0, 1).cpu().permute(0, 2, 1, 3).reshape(rows * height, columns * width).numpy()
@@ -89,3 +90,4 @@ def save_pictures(
     axis.axis("off")
     figure.savefig(path, dpi=130)
     plt.close(figure)
+    return path

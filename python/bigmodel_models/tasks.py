@@ -1,9 +1,9 @@
-"""What the training loop needs to know of each model: how it is built, fed, stepped and judged, with tuned defaults."""
+"""The models that can be trained, each with its tuned defaults, and the tasks on images and numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,77 +13,18 @@ from . import data
 from .autoencoder import Autoencoder, ConvAutoencoder
 from .cnn import CNN
 from .data import DataSet
+from .figures import save_pictures
 from .gan import GAN
+from .gpt import GPT
+from .inception import SmallInception
 from .mlp import BigModel
+from .resnet import BasicBlock, ResNet, resnet20
 from .rnn import RNN
+from .sequences import NextCharacter, NextSample
+from .task import Optimizers, Task, predict
 from .transformer import Transformer
-
-IMAGE_DATA = ("digits", "mnist", "synthetic")
-Optimizers = dict[str, torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class Task:
-    """One trainable model. The subclasses say what a step and a test are; the instances hold the tuned settings."""
-
-    name: str
-    summary: str
-    builders: dict[str, Callable[[], nn.Module]]  # by variant; the first is the default
-    epochs: int
-    batch_size: int
-    lr: float
-    warmup_steps: int = 10  # of a learning rate that rises to lr
-    lr_decay: float = 1.0  # the learning rate is multiplied by this after each epoch
-    weight_decay: float = 0.0
-    max_shift: int = 0  # augmentation: training images move by up to so many pixels
-    data_names: tuple[str, ...] = IMAGE_DATA
-    metric_label: str = field(default="", kw_only=True)
-    pictures_show: str = field(default="", kw_only=True)
-    lower_is_better: bool = field(default=False, kw_only=True)
-
-    @property
-    def variants(self) -> tuple[str, ...]:
-        return tuple(self.builders)
-
-    def load(self, name: str, data_dir: str) -> DataSet:
-        return data.load(name, data_dir)
-
-    def inputs(self, images: Tensor, dataset: DataSet) -> Tensor:
-        """What the model is fed, from what the data set holds."""
-        return images
-
-    def optimizers(self, model: nn.Module, lr: float) -> Optimizers:
-        return {"model": torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=self.weight_decay, fused=True)}
-
-    def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def step(self, model: nn.Module, optimizers: Optimizers, x: Tensor, y: Tensor) -> dict[str, float]:
-        """One update on a batch; the losses before it, the one that matters most first."""
-        optimizer = optimizers["model"]
-        optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(model, x, y)
-        loss.backward()
-        optimizer.step()
-        return {"loss": loss.item()}
-
-    def evaluate(self, model: nn.Module, x: Tensor, y: Tensor) -> float:
-        """The metric on test inputs ``x`` and targets ``y``."""
-        raise NotImplementedError
-
-    def probe(self, model: nn.Module, x: Tensor) -> Tensor:
-        """One pass through every part of the model, to see which backend each op gets."""
-        return model(x)
-
-    def pictures(self, model: nn.Module, x: Tensor) -> Tensor | None:
-        """Rows of images to show ([rows, columns, 28, 28] in [0, 1]), for the models that make images."""
-        return None
-
-
-def predict(model: nn.Module, x: Tensor, batch_size: int = 512) -> Tensor:
-    """The model's output on all of ``x``, without gradient, batch by batch."""
-    with torch.no_grad():
-        return torch.cat([model(part) for part in x.split(batch_size)])
+from .vgg import vgg_small
+from .wavenet import WaveNet
 
 
 @dataclass(frozen=True)
@@ -129,7 +70,6 @@ class Reconstruction(Task):
     """Mean squared error between an image and what the autoencoder makes of it; judged by the variance explained."""
 
     metric_label: str = field(default="test variance explained", kw_only=True)
-    pictures_show: str = field(default="test images above, their reconstructions below", kw_only=True)
 
     def loss(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(model(x), x)
@@ -137,9 +77,10 @@ class Reconstruction(Task):
     def evaluate(self, model: nn.Module, x: Tensor, y: Tensor) -> float:
         return explained(predict(model, x), x)
 
-    def pictures(self, model: nn.Module, x: Tensor) -> Tensor:
+    def samples(self, model: nn.Module, x: Tensor, stem: Path, head: str) -> Path:
         shown = x[:10]
-        return torch.stack([shown[:, 0], predict(model, shown)[:, 0]])
+        rows = torch.stack([shown[:, 0], predict(model, shown)[:, 0]])
+        return save_pictures(stem, f"{head}: test images above, their reconstructions below", rows)
 
 
 @dataclass(frozen=True)
@@ -147,7 +88,6 @@ class Adversarial(Task):
     """The two losses of a GAN in turn; judged by the Frechet distance to the test images, 0 being alike."""
 
     metric_label: str = field(default="Fréchet distance to test images", kw_only=True)
-    pictures_show: str = field(default="generated images", kw_only=True)
     lower_is_better: bool = field(default=True, kw_only=True)
 
     def inputs(self, images: Tensor, dataset: DataSet) -> Tensor:
@@ -180,9 +120,10 @@ class Adversarial(Task):
     def probe(self, model: nn.Module, x: Tensor) -> Tensor:
         return model.discriminator(model(model.sample_noise(len(x))))
 
-    def pictures(self, model: nn.Module, x: Tensor) -> Tensor:
+    def samples(self, model: nn.Module, x: Tensor, stem: Path, head: str) -> Path:
         fakes = predict(model, self._noise(model, 40, x))
-        return ((fakes + 1.0) / 2.0).view(4, 10, data.IMAGE_SIZE, data.IMAGE_SIZE)
+        images = ((fakes + 1.0) / 2.0).view(4, 10, data.IMAGE_SIZE, data.IMAGE_SIZE)
+        return save_pictures(stem, f"{head}: generated images", images)
 
     @staticmethod
     def _noise(model: nn.Module, count: int, like: Tensor) -> Tensor:
@@ -268,6 +209,67 @@ TASKS: dict[str, Task] = {
             weight_decay=0.05,
             max_shift=1,
             as_rows=True,
+        ),
+        Classification(
+            "resnet",
+            "residual blocks: resnet20 of the paper's section 4.2, or 8 layers",
+            {
+                "resnet20": lambda: resnet20(in_channels=1),
+                "resnet8": lambda: ResNet(
+                    BasicBlock, (1, 1, 1), data.NUM_CLASSES, widths=(16, 32, 64), small_images=True, in_channels=1
+                ),
+            },
+            epochs=8,
+            batch_size=64,
+            lr=2e-3,
+            lr_decay=0.8,
+            weight_decay=0.05,
+            max_shift=2,
+        ),
+        Classification(
+            "vgg",
+            "3x3 convolutions and max-pools, for small images, with batch norm or without",
+            {"norm": vgg_small, "plain": lambda: vgg_small(batch_norm=False)},
+            epochs=6,
+            batch_size=64,
+            lr=1e-3,
+            lr_decay=0.8,
+            weight_decay=0.05,
+            max_shift=2,
+        ),
+        Classification(
+            "inception",
+            "four modules of GoogLeNet's proportions",
+            {"default": SmallInception},
+            epochs=8,
+            batch_size=64,
+            lr=2e-3,
+            lr_decay=0.8,
+            weight_decay=0.05,
+            max_shift=2,
+        ),
+        NextCharacter(
+            "gpt",
+            "the next character of text, by a small GPT",
+            {
+                "default": lambda: GPT(data.CHARACTERS, 128, 3, 4, max_length=data.TEXT_LENGTH, dropout=0.0),
+                "tiny": lambda: GPT(data.CHARACTERS, 64, 2, 4, max_length=data.TEXT_LENGTH, dropout=0.0),
+            },
+            epochs=4,
+            batch_size=32,
+            lr=2e-3,
+            lr_decay=0.7,
+            weight_decay=0.01,
+            warmup_steps=50,
+        ),
+        NextSample(
+            "wavenet",
+            "the next sample of audio, by eight gated layers",
+            {"default": lambda: WaveNet(num_stacks=1), "tiny": lambda: WaveNet(32, 16, 16, 4, 1)},
+            epochs=10,
+            batch_size=8,
+            lr=4e-3,
+            lr_decay=0.85,
         ),
         Reconstruction(
             "autoencoder",

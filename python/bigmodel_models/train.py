@@ -22,7 +22,7 @@ import bigmodel_kernels as bmk
 from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from .data import DataSet, random_shift
 from .errors import TrainingError, require
-from .figures import format_metric, save_curves, save_pictures
+from .figures import format_metric, save_curves
 from .tasks import TASKS, Task
 
 METRIC = "metric"  # the series of the history that holds the test metric of each epoch
@@ -84,9 +84,10 @@ def train(
     """Trains one of the models and tests it after each epoch.
 
     Args:
-        name: ``cnn``, ``rnn``, ``transformer``, ``autoencoder``, ``gan`` or ``mlp``.
+        name: one of `bigmodel_models.tasks.TASKS`, such as ``cnn`` or ``gpt``.
         variant: a form of the model (``python -m bigmodel_models list`` shows them); the first by default.
-        data: ``digits``, ``mnist`` or ``synthetic``; the first that the model can use by default.
+        data: ``digits``, ``mnist``, ``synthetic``, ``topics`` (text) or ``tones`` (audio), of those that the model can use; its
+            first by default.
         data_dir: folder of the MNIST files.
         epochs: passes over the training data in all, those before a resume included.
         batch_size, lr: the model's tuned values by default.
@@ -94,7 +95,8 @@ def train(
         backend: a name for `bigmodel_kernels.use_backend`; None leaves what the caller or the environment chose.
         device: where to train, such as ``cpu`` or ``cuda``.
         threads: CPU threads for this run.
-        out: folder for the checkpoint (after each epoch), the pictures and ``metrics.json``; None writes nothing.
+        out: folder for the checkpoint (after each epoch), the curves, samples of what the model makes and ``metrics.json``;
+            None writes nothing.
         resume: a checkpoint; its model, variant, data, batch size, learning rate and seed are taken from it.
         max_steps: stop after so many steps of this call, mid-epoch if need be; such an epoch leaves no checkpoint.
         on_step: called after each step with (steps done, steps in all, losses, metrics so far).
@@ -321,9 +323,8 @@ def _write_report(task: Task, run: _Run, result: TrainResult, folder: Path) -> N
         result.metric_label,
         result.lower_is_better,
     )
-    pictures = task.pictures(run.model, run.test_x)
-    if pictures is not None:
-        result.files["pictures"] = str(folder / "samples.png")
-        save_pictures(result.files["pictures"], f"{head}: {task.pictures_show}", pictures)
+    samples = task.samples(run.model, run.test_x, folder / "samples", head)
+    if samples is not None:
+        result.files["samples"] = str(samples)
     result.files["metrics"] = str(folder / "metrics.json")
     Path(result.files["metrics"]).write_text(json.dumps(result.summary(), indent=2) + "\n")

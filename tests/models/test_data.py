@@ -67,6 +67,33 @@ def test_random_shift():
     assert torch.equal(data.random_shift(images, 0, torch.Generator()), images)
 
 
+def test_text_is_what_it_was_made_of():
+    text = data.text()
+    assert len(text.train_x) > 20 * len(text.test_x) / 3
+    for x, y in ((text.train_x, text.train_y), (text.test_x, text.test_y)):
+        assert torch.equal(x[:, 1:], y[:, :-1])  # the target is the next character
+        assert x.dtype == torch.int64
+        assert x.min() >= 0
+        assert x.max() < data.CHARACTERS
+    assert "assert" in data.as_text(text.train_x[:20].flatten())
+    assert torch.equal(text.train_x[1:, 0], text.train_y[:-1, -1])
+
+
+def test_text_without_the_help_names_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    with pytest.raises(TrainingError, match=r"pydoc_data.*apt-get install"):
+        data.text()
+
+
+def test_tones():
+    tones = data.tones(6, 2, 100)
+    assert tones.train_x.shape == (6, 100)
+    assert tones.test_y.shape == (2, 100)
+    assert torch.equal(tones.train_x[:, 1:], tones.train_y[:, :-1])
+    assert tones.train_x.abs().max() <= 1
+    assert torch.equal(tones.train_x, data.tones(6, 2, 100).train_x)
+
+
 def test_unknown_data():
     with pytest.raises(TrainingError, match=r"digits, mnist, synthetic, got 'cifar'"):
         data.load("cifar")

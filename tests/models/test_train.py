@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import wave
 from pathlib import Path
 
 import pytest
@@ -97,11 +98,47 @@ def test_backends_agree_on_the_same_weights(name):
     assert max(apart) < 5e-3  # a step where one rounding puts a ReLU or a maximum on its other side
 
 
+@pytest.fixture
+def little_text(monkeypatch):
+    """A part of the text, for runs of a second."""
+    whole = data.text()
+    parts = (whole.train_x[:192], whole.train_y[:192], whole.test_x[:32], whole.test_y[:32])
+    monkeypatch.setattr(data, "text", lambda: data.DataSet("topics", *parts))
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "steps", "bar"),
+    [
+        ("resnet", "resnet8", 45, 0.9),
+        ("vgg", "norm", 45, 0.9),
+        ("inception", "default", 45, 0.9),
+        ("wavenet", "tiny", 60, 0.8),
+        ("gpt", "tiny", 60, 0.75),
+    ],
+)
+def test_the_large_ones_begin_to_learn(name, variant, steps, bar):
+    result = train(name, variant=variant, max_steps=steps)
+    assert sum(result.losses[-5:]) < bar * sum(result.losses[:5])
+    assert all(torch.isfinite(p).all() for p in result.model.parameters())
+
+
+def test_bits_of_a_model_that_knows_nothing():
+    task = TASKS["gpt"]
+    x = torch.randint(data.CHARACTERS, (5, 7))
+    logits = torch.zeros(5, 7, data.CHARACTERS)
+    assert task.evaluate(lambda part: logits[: len(part)], x, x) == pytest.approx(7.0)
+
+
 class TestResume:
-    @pytest.mark.parametrize(("name", "variant"), [("cnn", None), ("rnn", None), ("gan", "dense"), ("gan", "conv")])
-    def test_goes_on_to_the_bit(self, name, variant, tmp_path):
+    @pytest.mark.parametrize(
+        ("name", "variant"),
+        [("cnn", None), ("rnn", None), ("gan", "dense"), ("gan", "conv"), ("gpt", "tiny"), ("wavenet", "tiny")],
+    )
+    def test_goes_on_to_the_bit(self, name, variant, tmp_path, little_text):
         # one thread: with more, the order of a sum may differ from run to run
-        options = {"variant": variant, "data": "synthetic", "batch_size": 256, "seed": 5, "threads": 1}
+        sequence = name in ("gpt", "wavenet")
+        options = {"variant": variant, "batch_size": 64 if sequence else 256, "seed": 5, "threads": 1}
+        options["data"] = None if sequence else "synthetic"
         whole = train(name, epochs=2, out=tmp_path / "whole", **options)
         train(name, epochs=1, out=tmp_path / "half", **options)
         torch.rand(3)  # the state of the caller's generator is no part of a run
@@ -184,7 +221,8 @@ def test_a_run_leaves_the_caller_as_it_was():
 def test_default_settings_are_those_of_the_textbook():
     assert isinstance(TASKS["mlp"].builders["wide"](), models.BigModel)
     for task in TASKS.values():
-        assert task.data_names[0] == ("synthetic" if task.name == "mlp" else "digits")
+        expected = {"mlp": "synthetic", "gpt": "topics", "wavenet": "tones"}.get(task.name, "digits")
+        assert task.data_names[0] == expected
         assert dataclasses.is_dataclass(task)
 
 
@@ -249,6 +287,19 @@ class TestCommand:
         assert main(["train", name, "--variant", "dense", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0
         assert (tmp_path / "out/samples.png").read_bytes().startswith(b"\x89PNG")
         assert "samples.png" in capsys.readouterr().out
+
+    def test_text(self, tmp_path, capsys, little_text):
+        arguments = ["train", "gpt", "--variant", "tiny", "--epochs", "1", "--out", str(tmp_path)]
+        assert main(arguments) == 0
+        assert "test bits per character" in capsys.readouterr().out
+        lines = (tmp_path / "samples.txt").read_text().splitlines()
+        assert lines[0].startswith("gpt (tiny) on topics")
+        assert sum(line.count(">>>") for line in lines[1:]) >= 3
+
+    def test_audio(self, tmp_path):
+        assert main(["train", "wavenet", "--variant", "tiny", "--epochs", "1", "--out", str(tmp_path)]) == 0
+        with wave.open(str(tmp_path / "samples.wav")) as file:
+            assert (file.getframerate(), file.getnframes()) == (8000, 4000)
 
     def test_list(self, tmp_path):
         done = command("list", folder=tmp_path)
