@@ -54,3 +54,16 @@ def product(
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)  # PyTorch has no such product on the CPU
+
+
+def tickets(like: torch.Tensor, count: int) -> torch.Tensor:
+    """Counters by which the blocks of a launch tell who is last. They are zero before and after every launch, so that they are
+    made once for a stream; a CUDA graph has its own."""
+    if like.is_cuda and not torch.cuda.is_current_stream_capturing():
+        return _kept_tickets(like.device, torch.cuda.current_stream(like.device).cuda_stream, count)
+    return torch.zeros(count, dtype=torch.int32, device=like.device)
+
+
+@functools.cache
+def _kept_tickets(device: torch.device, stream: int, count: int) -> torch.Tensor:
+    return torch.zeros(count, dtype=torch.int32, device=device)

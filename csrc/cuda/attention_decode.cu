@@ -20,12 +20,6 @@ void check_cache(const Tensor& t, Cache cache, ScalarType dtype, const char* nam
   STD_TORCH_CHECK(aligned, name, " must have rows aligned to 16 bytes");
 }
 
-void check_table(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.is_contiguous() && t.scalar_type() == dtype && has_shape(t, sizes), name,
-                  " must be a contiguous CUDA tensor ", shape_string(sizes), " of scalar type ", static_cast<int>(dtype), ", got ",
-                  shape_string(t));
-}
-
 void check_scale(const std::optional<Tensor>& t, Cache cache, const Tensor& of, const char* name) {
   STD_TORCH_CHECK(t.has_value() == (cache != Cache::as_query), name, " must be given for caches of 8 bits, and only for them");
   if (t)

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -58,18 +56,6 @@ def splits_for(rows_of_blocks: int, capacity: int, multiprocessors: int) -> int:
     return max(1, min(wanted, -(-capacity // SHORTEST_SPLIT)))
 
 
-def _tickets(q: Tensor, count: int) -> Tensor:
-    """Zero before and after every launch, so that they are made once for a stream; a CUDA graph has its own."""
-    if q.is_cuda and not torch.cuda.is_current_stream_capturing():
-        return _kept_tickets(q.device, torch.cuda.current_stream(q.device).cuda_stream, count)
-    return torch.zeros(count, dtype=torch.int32, device=q.device)
-
-
-@functools.cache
-def _kept_tickets(device: torch.device, stream: int, count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32, device=device)
-
-
 def run(
     q: Tensor,  # [B, Hq, Sq, D]
     k_cache: Tensor,  # [B, Hkv, S, D]; [pages, Hkv, page_size, D] with block_table
@@ -97,6 +83,6 @@ def run(
         cache_seqlens.to(torch.int32).contiguous(),
         None if block_table is None else block_table.to(torch.int32).contiguous(),
         head_dim**-0.5 if scale is None else scale, softcap, splits, out, lse, partial,
-        _tickets(q, batch * tiles),
+        _gpu.tickets(q, batch * tiles),
     )  # fmt: skip
     return (out, lse) if return_lse else out

@@ -62,7 +62,7 @@ def conv_step(
             recorded, it is left as it was and the state returned is a new one, through which gradients flow back in time.
         weight: as of torch.nn.Conv1d; D is its number of rows, half of it with "tanh_sigmoid".
         activation: as in `bigmodel_kernels.conv`.
-        backend: "auto", "cpu", "torch" or "triton".
+        backend: "auto", "cpu", "cuda", "triton" or "torch".
 
     Returns:
         (y [N, D], or [N, C] with out_weight; the sum [N, S] or None; the next state)
