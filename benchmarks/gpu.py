@@ -76,6 +76,7 @@ STEPS = (
     ),
     Step("check", 60, python("-m", "bigmodel_kernels", "check")),
     measure("decode", 90),
+    measure("conv_step", 90),
     measure("pointwise", 90),
     sanitizer("memcheck"),
     sanitizer("synccheck"),

@@ -24,7 +24,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from benchmarks import machine
 from benchmarks.gpu_bench import COPY_BYTES, GEMM_SIZE, Bench, show
-from benchmarks.gpu_cases import attention, conv, lstm, models, pointwise
+from benchmarks.gpu_cases import attention, conv, conv_step, lstm, models, pointwise
 from bigmodel_kernels import _gpu
 
 ROOT = Path(__file__).parents[1]
@@ -68,6 +68,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
     "sync": measure_sync,
     "ceilings": measure_ceilings,
     "decode": attention.measure_decode,
+    "conv_step": conv_step.measure,
     "pointwise": pointwise.measure,
     "lstm": lstm.measure,
     "attention": attention.measure,

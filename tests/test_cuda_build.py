@@ -8,6 +8,7 @@ import pytest
 
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.conv import cuda as conv
+from bigmodel_kernels.ops.conv_step import cuda as conv_step
 from bigmodel_kernels.ops.lstm import cuda_plan as lstm
 from tests.cuda_binaries import SOURCES, build_script, cubin, kernels
 from tests.emulator.shared_sizes import decode_shared_bytes
@@ -41,6 +42,7 @@ BUDGET = [
     ("conv_stem_weights<*>", 128, ("HMMA", "LDS")),
     ("conv_stem_input<*>", 64, ("LDG", "STG")),
     ("conv_spread<*>", 64, ("LDG", "STG")),
+    ("conv_step<*>", 128, ("FFMA", "LDG", "LDS", "ATOMG")),  # 512 threads
 ]
 CLUSTER = ("lstm_*ward<*, 1, *>",)  # only a trap where there are no clusters
 GPUS = {"sm_80": _gpu.A100, "sm_90a": _gpu.H100}
@@ -67,6 +69,12 @@ def dynamic_shared(name: str, gpu: _gpu.Gpu) -> int:
         kernel = (lstm.FORWARD if family == "lstm_forward" else lstm.BACKWARD)[size]
         plans = [(hidden, lstm.plan(kernel, hidden, both, gpu)) for hidden in range(1, 3000) for both in (1, 2)]
         return max(kernel.shared_bytes(h, p.registers, p.warps, p.scope == "streamed") for h, p in plans if p)
+    if family == "conv_step":
+        shapes = [
+            (batch, c, 2 * c, taps, 1, True, 2 * c) for batch in (1, 9) for c in (64, 512, 4096) for taps in (2, 8)
+        ]
+        blocks = [(shape, conv_step.block_of(*shape, size, gpu.shared_bytes)) for shape in shapes]
+        return max(conv_step.shared_bytes(s[2], s[1], *s[3:6], *block, size) for s, block in blocks if block)
     geometries = [stem[:3] for stem in STEMS]
     if family == "conv_stem_weights":
         tiles = [conv.stem_gradient_tile(*geometry, size, gpu.shared_bytes) for geometry in geometries]

@@ -45,6 +45,27 @@ def test_auto_keeps_to_pytorch_until_measured(gpu, on):
     assert "can run this" in found.reasons["cuda"]
 
 
+def step_call(channels, kernel, batch=1, dtype=torch.bfloat16, backend="auto"):
+    with FakeTensorMode(), torch.no_grad():
+        x = torch.empty(batch, channels, dtype=dtype, device="cuda")
+        weight = torch.empty(2 * channels, channels, kernel, dtype=dtype, device="cuda")
+        mix = [torch.empty(channels, channels, 1, dtype=dtype, device="cuda"), None] * 2
+        state = bmk.ConvState.start(batch, channels, kernel, 4, x)
+        options = {"dilation": 4, "activation": "tanh_sigmoid", "backend": backend}
+        return bmk.explain(bmk.conv_step, x, state, weight, None, *mix, **options)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_step_of_a_convolution(gpu, on):
+    on(GPUS[gpu])
+    found = step_call(64, 2)
+    assert found.backend == "torch"
+    assert "can run this" in found.reasons["cuda"]
+    assert step_call(256, 3, batch=7, backend="cuda").backend == "cuda"
+    fits = step_call(8192, 8)
+    assert ("do not fit in shared memory" in fits.reasons["cuda"]) == (gpu == "sm_89")
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 def test_asked_for(gpu, on):
     on(GPUS[gpu])

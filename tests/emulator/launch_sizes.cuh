@@ -4,6 +4,7 @@
 #include "attention_decode.cuh"
 #include "conv_stem.cuh"
 #include "conv_stem_backward.cuh"
+#include "conv_step.cuh"
 #include "lstm_backward.cuh"
 #include "lstm_forward.cuh"
 
@@ -17,6 +18,11 @@ __global__ void stem_bytes(StemForward<T> p, int* bytes) {
 template <class T, int kChannels>
 __global__ void stem_weights_bytes(StemWeights<T> p, int* bytes) {
   *bytes = StemWeightsTile(p).shared_bytes(kChannels, sizeof(T));
+}
+
+template <class T>
+__global__ void step_bytes(ConvStep<T> p, int sequences, int* bytes) {
+  *bytes = static_cast<int>(p.shared_bytes(sequences));
 }
 
 template <class T>

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bigmodel_kernels.ops.conv import cuda as conv
+from bigmodel_kernels.ops.conv_step import cuda as conv_step
 from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, STREAMED_REGISTERS
 from tests.emulator.backend import SUFFIX
 from tests.emulator.emulator import HERE, Program, needs_compiler
@@ -24,8 +25,9 @@ WEIGHTS = [
     (f"bmk::stem_weights_bytes<{SUFFIX[dtype]}, {channels}>", dtype, channels)
     for dtype, channels in itertools.product((torch.float32, torch.float16), (32, 64))
 ]
+STEP = [f"bmk::step_bytes<{SUFFIX[dtype]}>" for dtype in (torch.float32, torch.float16)]
 SIZES = Program(
-    HERE / "launch_sizes.cuh", *LSTM, *DECODE, *(name for name, *_ in STEM), *(name for name, *_ in WEIGHTS)
+    HERE / "launch_sizes.cuh", *LSTM, *DECODE, *STEP, *(name for name, *_ in STEM), *(name for name, *_ in WEIGHTS)
 )
 GEOMETRIES = [  # input channels, kernel, stride, dilation, pool, tile
     (3, (7, 7), [2, 2], [1, 1], [3, 3, 2, 2, 1, 1], (8, 8)),
@@ -79,3 +81,17 @@ def test_few_channels(geometry):
 def test_decode(kernel):
     cache, head_dim = kernel.split("::")[-1].rstrip(">").split(", ")
     assert bytes_of(kernel) == decode_shared_bytes(2 if cache == "as_query" else 1, int(head_dim))
+
+
+@pytest.mark.parametrize("kernel", STEP)
+def test_conv_step(kernel):
+    size = 4 if "float" in kernel else 2
+    for rows, channels, taps, groups, gated, share in (
+        (128, 64, 2, 1, True, 64), (9, 6, 5, 3, False, 16), (40, 8, 2, 2, True, 16), (35, 35, 4, 35, False, 16),
+        (0, 3, 2, 1, False, 16),
+    ):  # fmt: skip
+        pointers = (None, 0, 0, *[None] * 13)
+        numbers = (1, channels, rows, taps, 1, groups, 0, 0, share, gated, 0, 0.0)
+        for sequences in (1, 4):
+            expected = conv_step.shared_bytes(rows, channels, taps, groups, gated, share, sequences, size)
+            assert bytes_of(kernel, (*pointers, *numbers), sequences) == expected

@@ -13,6 +13,7 @@ NATIVE_OP = "conv_step_launch"
 ONE_BLOCK_BYTES = 128 << 10  # of weights: one multiprocessor reads them in less than the wait of blocks for each other
 SHARE, LARGE_SHARE, LARGE_VALUES = 16, 32, 512  # values of a block; more where there are more values than that
 SEQUENCES = 4  # of a block, where there are several
+STATIC_BYTES = 128  # of shared memory, besides what is asked for at the launch
 MOST_PARTS = 65535  # groups of sequences
 native = torch.ops.bigmodel_native
 
@@ -33,18 +34,23 @@ def shared_bytes(
     return -(-4 * share * sequences // 16) * 16 + windows * sequences * (channels // groups * reached) * kernel * size
 
 
-def plan(x_t, weight, out_weight, skip_weight, groups: int, activation: str) -> tuple[int, int] | None:
-    """(values, sequences) of a block; None where its shared memory is too small for the inputs of one sequence."""
-    gated = activation == "tanh_sigmoid"
-    values = weight.shape[0] // 2 if gated else weight.shape[0]
-    weights = sum(t.numel() for t in (weight, out_weight, skip_weight) if t is not None)
-    share = share_of(values, weights * x_t.element_size())
-    geometry = (weight.shape[0], x_t.shape[1], weight.shape[2], groups, gated, share)
-    available = _gpu.properties(x_t.device.index).shared_bytes
-    for sequences in (SEQUENCES, 1) if x_t.shape[0] > 1 else (1,):
-        if shared_bytes(*geometry, sequences, x_t.element_size()) <= available:
+def block_of(
+    batch: int, channels: int, rows: int, kernel: int, groups: int, gated: bool, outputs: int, size: int, available: int
+) -> tuple[int, int] | None:
+    """(values, sequences) of a block, with `outputs` rows in out_weight and skip_weight together and numbers of `size` bytes;
+    None where the inputs of one sequence are more than the shared memory of a block holds."""
+    values = rows // 2 if gated else rows
+    share = share_of(values, (rows * channels // groups * kernel + outputs * values) * size)
+    for sequences in (SEQUENCES, 1) if batch > 1 else (1,):
+        if STATIC_BYTES + shared_bytes(rows, channels, kernel, groups, gated, share, sequences, size) <= available:
             return share, sequences
     return None
+
+
+def _plan(x_t, weight, out_weight, skip_weight, groups: int, activation: str) -> tuple[int, int] | None:
+    outputs = sum(w.shape[0] for w in (out_weight, skip_weight) if w is not None)
+    gated, available = activation == "tanh_sigmoid", _gpu.properties(x_t.device.index).shared_bytes
+    return block_of(*x_t.shape, *weight.shape[::2], groups, gated, outputs, x_t.element_size(), available)
 
 
 def supports(
@@ -57,7 +63,7 @@ def supports(
         return "the ring of the state is not contiguous"
     if x_t.shape[0] > SEQUENCES * MOST_PARTS:
         return f"there are {x_t.shape[0]} sequences, the kernel takes up to {SEQUENCES * MOST_PARTS}"
-    if plan(x_t, weight, out_weight, skip_weight, groups, activation) is None:
+    if _plan(x_t, weight, out_weight, skip_weight, groups, activation) is None:
         return f"the inputs of a step, {x_t.shape[1]} channels at {weight.shape[2]} times, do not fit in shared memory"
     return None
 
@@ -66,7 +72,7 @@ def fwd(
     x_t, ring, position, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, groups, activation,
     slope,
 ):  # fmt: skip
-    share, sequences = plan(x_t, weight, out_weight, skip_weight, groups, activation)
+    share, sequences = _plan(x_t, weight, out_weight, skip_weight, groups, activation)
     batch, channels = x_t.shape
     values = weight.shape[0] // 2 if activation == "tanh_sigmoid" else weight.shape[0]
     skips = 0 if skip_weight is None else skip_weight.shape[0]
