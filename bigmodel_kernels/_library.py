@@ -30,6 +30,11 @@ def needs_grad(*args: Any) -> bool:
     )
 
 
+def in_forward_mode() -> bool:
+    """Whether tensors may carry tangents, by torch.autograd.forward_ad or torch.func.jvp, which a kernel of ours would lose."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def autocast(*tensors: Any) -> tuple:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops do."""
     first = next(t for t in tensors if isinstance(t, torch.Tensor))
@@ -113,6 +118,10 @@ class Op:
             backend = "torch"
         else:
             backend = _registry.select(self.name, backend, self.prefer, args)
+            if backend != "torch" and in_forward_mode():
+                raise RuntimeError(
+                    f"{self.name}: backend {backend!r} has no forward-mode derivative; 'auto' and 'torch' have PyTorch's"
+                )
         if backend == "torch" and not torch.compiler.is_compiling():
             return _registry.module(self.name, "torch").call(*args)
         if not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
@@ -126,7 +135,7 @@ class Op:
         and tensors of other libraries' classes, such as distributed or quantized ones."""
         if torch._C._are_functorch_transforms_active():
             return True
-        if torch.autograd.forward_ad._current_level >= 0:
+        if in_forward_mode():
             return True
         tensors = [args[i] for i in self._tensors["fwd"]]
         return any(

@@ -41,7 +41,7 @@ def _environment_backend() -> str:
 
 
 def check_name(name: str, argument: str = "backend") -> str:
-    if name != "auto" and name not in FILES:
+    if name != "auto" and name not in BACKENDS:
         raise ValueError(f"{argument} must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
     return name
 

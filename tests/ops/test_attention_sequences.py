@@ -113,8 +113,32 @@ VARLEN_ERRORS = [
         ValueError,
         "alignment must be",
     ),
+    (lambda: bmk.attention_varlen(Q, Q, Q[:2], *[torch.tensor([0, 3])] * 2, 3, 3), RuntimeError, "v must have the 3"),
+    (
+        lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 3])] * 2, 3, 3.5),
+        TypeError,
+        "max_seqlen_k must be an int",
+    ),
 ]
+PAGES = make(4, 2, 5, 8)
 DECODE_ERRORS = [
+    (
+        lambda: bmk.attention_decode(CACHE[:, :, :1], CACHE[:2], CACHE[:2], torch.ones(3).int()),
+        RuntimeError,
+        "k_cache must hold 3 sequences as q does, got 2",
+    ),
+    (
+        lambda: bmk.attention_decode(CACHE, CACHE, CACHE[..., :5, :], torch.ones(3).int()),
+        RuntimeError,
+        r"v_cache must have the first three sizes of k_cache, \[3, 2, 20\], got \[3, 2, 5\]",
+    ),
+    (
+        lambda: bmk.attention_decode(
+            CACHE, PAGES, PAGES, torch.full((3,), 6), block_table=torch.tensor([[0, 1]] * 2 + [[0, 4]])
+        ),
+        RuntimeError,
+        r"block_table must name blocks from 0 to 3 of k_cache, got 4 at \[2, 1\]",
+    ),
     (lambda: bmk.attention_decode(Q, CACHE, CACHE, torch.ones(3).int()), RuntimeError, "q must have 4 dimensions"),
     (lambda: bmk.attention_decode(CACHE, CACHE, None, torch.ones(3).int()), TypeError, "v_cache must be a tensor"),
     (lambda: bmk.attention_decode(CACHE, CACHE, CACHE, torch.ones(3)), TypeError, "cache_seqlens must be an int32"),

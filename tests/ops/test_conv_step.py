@@ -247,6 +247,12 @@ ERRORS = [
     (RuntimeError, r"x_t must have shape \[N, 4\], got \[2, 4, 1\]", dict(x_t=X.unsqueeze(-1))),
     (RuntimeError, r"state must have a ring of shape \[2, 6, 4\], got \[2, 4, 4\]", dict(dilation=3)),
     (RuntimeError, "weight must have a multiple of 2 rows, got 5", dict(weight=torch.zeros(5, 4, 3))),
+    (RuntimeError, r"weight must have shape \[rows, C / groups, K\], got \[6, 4\]", dict(weight=W[..., 0])),
+    (TypeError, "bias must be a tensor, got int", dict(bias=1)),
+    (TypeError, "skip must be a tensor, got list", dict(skip=[1])),
+    (RuntimeError, r"skip_weight must have shape \[0, 3, 1\], got \[\]", dict(skip_weight=torch.zeros(()))),
+    (TypeError, "dilation must be an int, got str", dict(dilation="2")),
+    (ValueError, "groups must be positive, got 0", dict(groups=0)),
     (RuntimeError, r"out_weight must have shape \[4, 3, 1\], got \[4, 6, 1\]", dict(out_weight=torch.zeros(4, 6, 1))),
     (RuntimeError, r"skip must have shape \[2, 0\]", dict(skip=X)),
     (

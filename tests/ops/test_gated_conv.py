@@ -227,6 +227,7 @@ ERRORS = [
     (RuntimeError, r"weight must have shape \[2 D, 4, K\], got \[5, 4, 2\]", dict(weight=torch.zeros(5, 4, 2))),
     (RuntimeError, r"bias must have shape \[6\], got \[3\]", dict(bias=torch.zeros(3))),
     (RuntimeError, r"out_weight must have shape \[4, 3, 1\]", dict(out_weight=torch.zeros(4, 3))),
+    (RuntimeError, r"skip_weight must have shape \[0, 3, 1\], got \[\]", dict(skip_weight=torch.zeros(()))),
     (RuntimeError, r"skip must have shape \[2, 4, 9\], got \[2, 4, 8\]", dict(skip=X[..., 1:])),
     (RuntimeError, "weight must be torch.float32 on cpu as x is, got torch.float64", dict(weight=W.double())),
     (RuntimeError, "backend 'cpu' cannot run this call.*float16", HALF),

@@ -42,6 +42,39 @@ def test_forward_mode(name):
         torch.testing.assert_close((forward * upstream).sum(), (pullback(upstream)[0] * tangent).sum())
 
 
+def test_a_kernel_of_ours_does_not_lose_tangents():
+    """Asked for by name it says that it has no forward-mode derivative; it gave 0 for it."""
+    x = make(2, 6, 20)
+    with pytest.raises(
+        RuntimeError, match="conv: backend 'cpu' has no forward-mode derivative; 'auto' and 'torch' have"
+    ):
+        torch.func.jvp(lambda x: bmk.conv(x, WEIGHT, backend="cpu"), (x,), (x,))
+    start = bmk.ConvState.start(2, 6, 3, 1, x)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="backend 'cpu' has no gradient"):
+        torch.func.jvp(lambda t: bmk.conv_step(t, start, WEIGHT, backend="cpu")[0], (x[..., 0],), (x[..., 0],))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        out = torch.autograd.forward_ad.unpack_dual(bmk.conv(dual, WEIGHT))
+        torch.testing.assert_close(out.tangent, out.primal)  # linear in x
+
+
+@pytest.mark.parametrize("name", ["conv", "linear", "attention"])
+def test_grad_of_grad_on_a_backend_asked_for(name):
+    """Nested transforms around the CPU's kernels, which PyTorch's own attention does not have."""
+    function, shape = FUNCTIONS[name]
+    x, direction = make(*shape), make(*shape, seed=7)
+
+    def slope(x):
+        with bmk.use_backend("cpu"):
+            return (torch.func.grad(lambda t: function(t).square().sum())(x) * direction).sum()
+
+    leaf = x.clone().requires_grad_()
+    with bmk.use_backend("cpu"):
+        (first,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * direction).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(slope)(x), second, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in FUNCTIONS if name != "attention"]
 )  # PyTorch's own has no such derivative there

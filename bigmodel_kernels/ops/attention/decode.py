@@ -58,6 +58,12 @@ def attention_decode(
         if t.dim() != 4:
             raise RuntimeError(f"{name} must have 4 dimensions, got shape {list(t.shape)}")
     batch = q.shape[0]
+    if v_cache.shape[:3] != k_cache.shape[:3]:
+        raise RuntimeError(
+            f"v_cache must have the first three sizes of k_cache, {list(k_cache.shape[:3])}, got {list(v_cache.shape[:3])}"
+        )
+    if block_table is None and k_cache.shape[0] != batch:
+        raise RuntimeError(f"k_cache must hold {batch} sequences as q does, got {k_cache.shape[0]}")
     _check_indices("cache_seqlens", cache_seqlens, 1, batch)
     if block_table is not None:
         _check_indices("block_table", block_table, 2, batch)
@@ -77,6 +83,8 @@ def attention_decode(
             q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, scale, softcap, return_lse
         )
     if block_table is not None:
+        if not torch.compiler.is_compiling():
+            _check_blocks(block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[2])
         used = block_table.clamp(0, max(k_cache.shape[0] - 1, 0))
         k_cache, v_cache, k_scale, v_scale = (
             t if t is None else t[used].transpose(1, 2).flatten(2, 3) for t in (k_cache, v_cache, k_scale, v_scale)
@@ -137,6 +145,17 @@ def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -
 def _multiplied(cache: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     exact = torch.promote_types(dtype, torch.float32)
     return (cache.to(exact) * scale.to(exact)[..., None]).to(dtype)
+
+
+def _check_blocks(block_table: Tensor, cache_seqlens: Tensor, blocks: int, block_size: int) -> None:
+    """That each block with keys of a sequence is one of the cache's; entries past the sequence may be anything."""
+    first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
+    wrong = (first < cache_seqlens[:, None]) & ((block_table < 0) | (block_table >= blocks))
+    if bool(wrong.any()):
+        b, i = wrong.nonzero()[0].tolist()
+        raise RuntimeError(
+            f"block_table must name blocks from 0 to {blocks - 1} of k_cache, got {int(block_table[b, i])} at [{b}, {i}]"
+        )
 
 
 def _check_indices(name: str, t: Tensor, dims: int, batch: int) -> None:

@@ -60,6 +60,11 @@ def attention_varlen(
         raise RuntimeError(
             f"cu_seqlens_k must have the length of cu_seqlens_q, {len(cu_seqlens_q)}, got {len(cu_seqlens_k)}"
         )
+    if v.shape[0] != k.shape[0]:
+        raise RuntimeError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
+    for name, longest in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k)):
+        if not hasattr(longest, "__index__"):
+            raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
     options = {

@@ -113,6 +113,13 @@ def prepare(
     return x, weight, bias, scale, shift, residual, *options, save
 
 
+def check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
 def check_like(name: str, t: Any, x: Tensor) -> None:
     """Raises unless t is a tensor of the dtype and on the device of x."""
     if not isinstance(t, Tensor):

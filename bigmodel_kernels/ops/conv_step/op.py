@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import InPlaceOp, is_plain_eager, needs_grad
-from bigmodel_kernels.ops.conv.op import ACTIVATIONS, parse_activation
+from bigmodel_kernels._library import InPlaceOp, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels.ops.conv.op import ACTIVATIONS, check_positive, parse_activation
 from bigmodel_kernels.ops.conv_step import cpu, torch_op
 
 PLAIN_ACTIVATIONS = (None, *(name for name in ACTIVATIONS if name != "leaky_relu"))  # those without a slope
@@ -87,7 +87,7 @@ def conv_step(
         x_t, state, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation,
         groups=groups, activation=activation,
     )  # fmt: skip
-    if needs_grad(*args):
+    if needs_grad(*args) or in_forward_mode():
         if backend not in ("auto", "torch"):
             raise RuntimeError(f"conv_step: backend {backend!r} has no gradient; call it under torch.no_grad()")
         y, total, *state = torch_op.call(*args)
@@ -128,6 +128,16 @@ def prepare(
         raise TypeError(f"state must be a ConvState, got {type(state).__name__}")
     name, slope = ("none", 0.0) if activation is None else parse_activation(activation)
     ring, position = state
+    for argument, t in (
+        ("state", ring), ("state", position), ("bias", bias), ("out_weight", out_weight), ("out_bias", out_bias),
+        ("skip_weight", skip_weight), ("skip_bias", skip_bias), ("skip", skip),
+    ):  # fmt: skip
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"{argument} must be a tensor, got {type(t).__name__}")
+    check_positive("dilation", dilation)
+    check_positive("groups", groups)
+    if weight.dim() != 3 or 0 in weight.shape:
+        raise RuntimeError(f"weight must have shape [rows, C / groups, K], got {list(weight.shape)}")
     rows, of_group, kernel = weight.shape
     batch, channels = x_t.shape if x_t.dim() == 2 else (0, -1)
     if channels != of_group * groups:
@@ -139,7 +149,7 @@ def prepare(
     if rows % (2 * groups if gated else groups):
         raise RuntimeError(f"weight must have a multiple of {2 * groups if gated else groups} rows, got {rows}")
     values = rows // 2 if gated else rows
-    skips = 0 if skip_weight is None else skip_weight.shape[0]
+    skips = 0 if skip_weight is None or skip_weight.dim() == 0 else skip_weight.shape[0]
     for argument, t, shape in (
         ("state", ring, ring.shape), ("weight", weight, weight.shape), ("bias", bias, (rows,)),
         ("out_weight", out_weight, (channels, values, 1)), ("out_bias", out_bias, (channels,)),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels.ops.conv.op import check_positive
 from bigmodel_kernels.ops.gated_conv import layout, torch_op
 
 
@@ -72,10 +72,7 @@ def prepare(
     for name, t in tensors.items():
         if not isinstance(t, Tensor) and (t is not None or name in ("x", "weight")):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if isinstance(dilation, bool) or not isinstance(dilation, (int, torch.SymInt)):
-        raise TypeError(f"dilation must be an int, got {type(dilation).__name__}")
-    if dilation < 1:
-        raise ValueError(f"dilation must be positive, got {dilation}")
+    check_positive("dilation", dilation)
     if out_weight is None and skip_weight is None:
         raise ValueError("out_weight and skip_weight must not both be left out: nothing would be computed")
     for name, weight_name in (("out_bias", "out_weight"), ("skip_bias", "skip_weight"), ("skip", "skip_weight")):
@@ -86,7 +83,7 @@ def prepare(
     if weight.dim() != 3 or weight.shape[0] % 2 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
         raise RuntimeError(f"weight must have shape [2 D, {x.shape[1]}, K], got {list(weight.shape)}")
     gates = weight.shape[0] // 2
-    skips = 0 if skip_weight is None else skip_weight.shape[0]
+    skips = 0 if skip_weight is None or skip_weight.dim() == 0 else skip_weight.shape[0]
     shapes = {
         "bias": [2 * gates], "out_weight": [x.shape[1], gates, 1], "out_bias": [x.shape[1]],
         "skip_weight": [skips, gates, 1], "skip_bias": [skips], "skip": [x.shape[0], skips, x.shape[2]],

@@ -1,0 +1,99 @@
+"""Every argument of every public function in turn replaced by what does not belong there: the function takes it, or raises
+what torch would raise, and never fails by accident."""
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels.testing import make
+
+CALLS = {
+    "attention": (bmk.attention, {
+        "q": make(1, 4, 5, 8), "k": make(1, 4, 5, 8), "v": make(1, 4, 5, 8), "attn_mask": make(5, 5), "scale": 0.5,
+        "dropout_p": 0.0, "window": (2, 0), "softcap": 2.0, "alibi_slopes": make(4),
+    }),
+    "attention_varlen": (bmk.attention_varlen, {
+        "q": make(7, 4, 8), "k": make(7, 4, 8), "v": make(7, 4, 8), "cu_seqlens_q": torch.tensor([0, 3, 7]),
+        "cu_seqlens_k": torch.tensor([0, 3, 7]), "max_seqlen_q": 4, "max_seqlen_k": 4, "alignment": "upper_left",
+    }),
+    "attention_decode": (bmk.attention_decode, {
+        "q": make(2, 4, 1, 8), "k_cache": make(3, 2, 4, 8), "v_cache": make(3, 2, 4, 8), "cache_seqlens": torch.tensor([4, 7]),
+        "block_table": torch.tensor([[0, 0], [1, 2]]),
+    }),
+    "conv": (bmk.conv, {
+        "x": make(2, 3, 9), "weight": make(4, 3, 2), "bias": make(4), "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
+        "output_padding": 0, "scale": make(4), "shift": make(4), "residual": make(2, 4, 8), "activation": "relu",
+        "pool": ("max", 2),
+    }),
+    "gated_conv": (bmk.gated_conv, {
+        "x": make(2, 3, 9), "weight": make(8, 3, 2), "bias": make(8), "out_weight": make(3, 4, 1), "out_bias": make(3),
+        "skip_weight": make(5, 4, 1), "skip_bias": make(5), "skip": make(2, 5, 9), "dilation": 1,
+    }),
+    "conv_step": (bmk.conv_step, {
+        "x_t": make(2, 3), "state": None, "weight": make(8, 3, 2), "bias": make(8), "out_weight": make(3, 4, 1),
+        "out_bias": make(3), "skip_weight": make(5, 4, 1), "skip_bias": make(5), "skip": make(2, 5), "dilation": 1, "groups": 1,
+        "activation": "tanh_sigmoid",
+    }),
+    "linear": (bmk.linear, {
+        "x": make(4, 6), "weight": make(5, 6), "bias": make(5), "activation": "relu", "residual": make(4, 5),
+    }),
+    "layer_norm": (bmk.layer_norm, {
+        "x": make(4, 6), "weight": make(6), "bias": make(6), "residual": make(4, 6), "eps": 1e-5,
+    }),
+    "rms_norm": (bmk.rms_norm, {"x": make(4, 6), "weight": make(6), "residual": make(4, 6), "eps": 1e-5}),
+    "bias_act": (bmk.bias_act, {
+        "x": make(4, 6), "bias": make(6), "activation": "relu", "dropout_p": 0.1, "residual": make(4, 6),
+    }),
+    "cross_entropy": (bmk.cross_entropy, {
+        "logits": make(4, 6), "target": torch.tensor([0, 1, 5, -100]), "ignore_index": -100, "label_smoothing": 0.1,
+        "reduction": "mean",
+    }),
+}  # fmt: skip
+JUNK = (None, "abc", -3, 0, 10**6, 2.5, float("nan"), [1, 2], {}, object(), ("max",), (), float("inf"))
+ACCIDENTS = (
+    "unpack",
+    "has no attribute",
+    "not supported between",
+    "unsupported operand",
+    "unhashable",
+    "INTERNAL ASSERT",
+)
+
+
+def wrong_tensors(t):
+    yield from (torch.zeros(()), torch.zeros(0), t[None], t[0], torch.cat([t, t]), t[..., :-1], t[:-1], t[:0])
+    yield from (t.long(), t > 0, t.to(torch.complex64), t.double(), torch.empty_like(t, device="meta"), t * 0 + 10**6)
+
+
+def refusal(function, given):
+    try:
+        function(**given)
+    except (ValueError, TypeError, RuntimeError) as error:
+        return error
+    except IndexError as error:  # torch's own, of a class that is none
+        if "Target" not in str(error):
+            raise
+        return error
+    return None
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu", "torch"])
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_arguments_are_refused_not_stumbled_over(name, backend):
+    function, right = CALLS[name]
+    refused = 0
+    for argument, value in right.items():
+        for junk in (*JUNK, *(wrong_tensors(value) if isinstance(value, torch.Tensor) else ())):
+            given = right | {argument: junk, "backend": backend}
+            if name == "conv_step" and argument != "state":
+                given["state"] = bmk.ConvState.start(2, 3, 2, 1, right["x_t"])
+            error = refusal(function, given)
+            refused += error is not None
+            assert not any(words in str(error) for words in ACCIDENTS), f"{argument}={junk!r}: {error}"
+    assert refused >= 20
+
+
+@pytest.mark.parametrize("junk", [["cpu"], {}, 1, b"cpu"])
+def test_a_backend_that_is_no_name(junk):
+    with pytest.raises(ValueError, match="backend must be one of auto, cpu"):
+        bmk.linear(make(2, 3), make(4, 3), backend=junk)
