@@ -177,6 +177,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
         function: an op (`bmk.attention`, ...), which is not run; or any other callable, such as a layer or a model,
             which is run once, and whose every op call is reported in `calls`.
     """
+    if not callable(function):
+        raise TypeError(f"function must be an op or another callable, got {type(function).__name__}")
     if hasattr(function, "prepare"):
         kwargs = dict(kwargs)
         backend = kwargs.pop("backend", "auto")
@@ -196,6 +198,9 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
 def backends(op: str | None = None) -> dict[str, str]:
     """Every backend with "ok" or the reason it has no kernel on this machine (of `op`, or of any op)."""
     from bigmodel_kernels.ops import names
+
+    if op is not None and op not in names():
+        raise ValueError(f"op must be one of {', '.join(names())}; got {op!r}")
 
     def first_reason(backend: str) -> str:
         reasons = [availability(name, backend) for name in ([op] if op else names())]

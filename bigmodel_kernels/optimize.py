@@ -90,6 +90,8 @@ def optimize(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn must be callable as filter_fn(module, path), got {type(filter_fn).__name__}")
     _registry.check_name(backend)
     report = PatchReport()
     swaps: list[tuple[nn.Module, type[nn.Module]]] = []

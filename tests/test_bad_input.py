@@ -97,3 +97,23 @@ def test_wrong_arguments_are_refused_not_stumbled_over(name, backend):
 def test_a_backend_that_is_no_name(junk):
     with pytest.raises(ValueError, match="backend must be one of auto, cpu"):
         bmk.linear(make(2, 3), make(4, 3), backend=junk)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        (lambda: bmk.backends("conv2d"), ValueError, "op must be one of attention, .*; got 'conv2d'"),
+        (lambda: bmk.explain(3), TypeError, "function must be an op or another callable, got int"),
+        (lambda: bmk.explain(bmk.attention, 1, 2, 3), TypeError, "q must be a tensor, got int"),
+        (lambda: bmk.optimize([torch.nn.Linear(2, 2)]), TypeError, "model must be a torch.nn.Module, got list"),
+        (lambda: bmk.optimize(torch.nn.Linear(2, 2), filter_fn=3), TypeError, "filter_fn must be callable"),
+        (lambda: bmk.optimize(torch.nn.Linear(2, 2), backend="fast"), ValueError, "backend must be one of"),
+        (lambda: bmk.nn.WaveNetLayer(4)(torch.zeros(4, 5)), RuntimeError, r"x must have shape \[N, C, T\]"),
+        (lambda: bmk.nn.WaveNetLayer(4).step(torch.zeros(1, 4), (1, 2)), TypeError, "state must be a tensor, got int"),
+        (lambda: bmk.nn.LayerNormLSTM(0, 3), ValueError, "must be positive, got 0, 3, 1"),
+        (lambda: bmk.nn.ConvBlock2d(3, 4, 3, pool=7), ValueError, "pool must be None or"),
+    ],
+)
+def test_what_is_not_an_op(function, kind, message):
+    with pytest.raises(kind, match=message):
+        function()

@@ -32,6 +32,15 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target).exists(), target
 
 
+def test_the_map_of_the_house_is_of_this_house():
+    """Every path in the first column of the tables of architecture.md exists, for some op where it names <op>."""
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs" / "architecture.md").read_text(), re.MULTILINE)
+    paths = [path for row in rows for path in re.findall(r"`([^`]+)`", row)]
+    assert len(paths) > 20
+    for path in paths:
+        assert list(ROOT.glob(path.replace("<op>", "*"))), path
+
+
 def test_table_is_of_the_newest_result():
     from benchmarks import readme
 

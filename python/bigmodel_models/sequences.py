@@ -51,8 +51,8 @@ class NextCharacter(NextToken):
         more = data.TEXT_LENGTH - start.shape[1]
         drawn = model.generate(start, more, temperature=0.7, generator=generator)
         path = stem.with_suffix(".txt")
-        pieces = [f"{data.as_text(a)}>>>{data.as_text(b)}" for a, b in zip(start, drawn)]
-        path.write_text(f"{head}; >>> is where the model goes on\n\n" + "\n\n---\n\n".join(pieces) + "\n")
+        pieces = [f"{data.as_text(a)}[model:]{data.as_text(b)}" for a, b in zip(start, drawn)]
+        path.write_text(f"{head}; [model:] is where the model goes on\n\n" + "\n\n---\n\n".join(pieces) + "\n")
         return path
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import bigmodel_models as models
 from bigmodel_models.resnet import BasicBlock
-from tests.models.test_architectures import bert_inputs, speech_inputs
+from tests.models.architecture_twins import bert_inputs, speech_inputs
 
 
 class TestBERT:
