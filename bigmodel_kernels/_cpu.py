@@ -1,4 +1,4 @@
-"""What choices between CPU kernels go by."""
+"""What the CPU kernels take, and what choices between them go by."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import functools
 from pathlib import Path
 
 import torch
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def reason(t: torch.Tensor, name: str = "x") -> str | None:
+    """Why the CPU kernels cannot take this tensor; None where they can."""
+    if not t.is_cpu:
+        return f"{name} is on {t.device}, not on the CPU"
+    if t.dtype not in DTYPES:
+        return f"{name} is {t.dtype}; the kernels take float32, float64 and bfloat16"
+    return None
 
 
 @functools.cache

@@ -87,14 +87,6 @@ def described(shape: tuple, strides: tuple, element_size: int) -> tuple[list[int
     return list(shape), [*legal, 1]
 
 
-def rows_of(t: torch.Tensor | None) -> torch.Tensor | None:
-    """[.., C] as [rows, C] with adjacent columns: a view where its strides allow one."""
-    if t is None:
-        return None
-    t = t.reshape(-1, t.shape[-1])
-    return t if t.stride(1) == 1 else t.contiguous()
-
-
 def dropout_threshold(dropout_p: float) -> int:
     """What the unsigned 32-bit numbers of dropout are compared with, as the signed one that a kernel takes."""
     threshold = min(int(dropout_p * 2**32), 2**32 - 1)

@@ -23,6 +23,7 @@ _DROP_INS: dict[type[nn.Module], type[nn.Module]] = {
         "LSTM",
         "LSTMCell",
         "Linear",
+        "RMSNorm",
         "MultiheadAttention",
         "TransformerEncoderLayer",
         "TransformerDecoderLayer",

@@ -12,7 +12,7 @@ import bigmodel_kernels as bmk
 from benchmarks.baselines import compiled
 from benchmarks.contestant import DTYPES, FWD, PASSES, TRAIN, Contestant
 
-OPS = ("attention", "conv", "linear", "lstm")
+OPS = ("attention", "conv", "linear", "lstm", "norm", "cross_entropy")
 MODELS = ("cnn", "rnn", "transformer", "resnet", "bert", "gpt", "deepspeech")
 SEED = 20_26
 

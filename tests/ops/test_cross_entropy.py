@@ -1,5 +1,6 @@
-"""bmk.cross_entropy: contract, PyTorch's op, and the Triton kernels interpreted and compiled."""
+"""bmk.cross_entropy: contract, PyTorch's op, the CPU kernels, and the Triton kernels interpreted and compiled."""
 
+import functools
 import math
 
 import pytest
@@ -33,8 +34,8 @@ def problem(rows, classes, seed=0, scale=3.0, **options):
     return function, [logits], target
 
 
-def check_problem(shape, options, dtype, seed=0):
-    check(*problem(*shape, seed=seed, **OPTIONS[options])[:2], dtype, "triton")
+def check_problem(shape, options, dtype, seed=0, backend="triton"):
+    check(*problem(*shape, seed=seed, **OPTIONS[options])[:2], dtype, backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -49,33 +50,77 @@ def test_triton_with_other_numbers(seed):
     interpreted(check_problem, (33, 77), "smooth", torch.float32, seed)
 
 
-def check_layouts_and_values():
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 10), (3, 9001)], ids=str)
+def test_cpu_matches_float64(shape, dtype, options):
+    check_problem(shape, options, dtype, backend="cpu")
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_cpu_with_other_numbers(options, seed):
+    check_problem((133, 277), options, torch.float32, seed, "cpu")
+
+
+def test_cpu_gives_the_same_bits_for_any_number_of_threads():
+    function, tensors, _ = problem(500, 97, label_smoothing=0.1)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(function, tensors, torch.float32, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0][0][0], results[1][0][0])
+    assert torch.equal(results[0][1][0], results[1][1][0])
+
+
+@pytest.mark.parametrize("target", [[1, 4], [-1, 0]])
+def test_cpu_raises_for_a_target_that_is_no_class_as_torch_does(target):
+    z, target = make(2, 4), torch.tensor(target)
+    with pytest.raises(IndexError) as expected:
+        F.cross_entropy(z, target)
+    with pytest.raises(IndexError) as found:
+        bmk.cross_entropy(z, target, backend="cpu")
+    assert str(found.value) == str(expected.value)
+
+
+def check_layouts_and_values(backend):
     target = torch.tensor([1, 0, 3])
     z = make(3, 4) * 2
     wanted = F.cross_entropy(z, target, reduction="none")
     for t in (z.mT.contiguous().mT, torch.cat([z, z], 1)[:, :4], z[:1].expand(3, 4)):
-        ours = bmk.cross_entropy(t, target, reduction="none", backend="triton")
+        ours = bmk.cross_entropy(t, target, reduction="none", backend=backend)
         torch.testing.assert_close(ours, F.cross_entropy(t, target, reduction="none"))
     for shift in (1e4, -1e4):  # only differences count
-        ours = bmk.cross_entropy(z + shift, target, reduction="none", backend="triton")
+        ours = bmk.cross_entropy(z + shift, target, reduction="none", backend=backend)
         torch.testing.assert_close(ours, wanted, rtol=1e-2, atol=1e-2)
     for value in (math.nan, math.inf, -math.inf):
         one = z.clone()
         one[0, 2] = value
-        ours = bmk.cross_entropy(one, target, reduction="none", backend="triton")
+        ours = bmk.cross_entropy(one, target, reduction="none", backend=backend)
         torch.testing.assert_close(ours, F.cross_entropy(one, target, reduction="none"), equal_nan=True)
-    assert bmk.cross_entropy(z[0], target[0], backend="triton").shape == ()
+    assert bmk.cross_entropy(z[0], target[0], backend=backend).shape == ()
     none = torch.full_like(target, -100)
-    assert bmk.cross_entropy(z, none, backend="triton").isnan()
+    assert bmk.cross_entropy(z, none, backend=backend).isnan()
     leaf = z.clone().requires_grad_()
-    bmk.cross_entropy(leaf, none, reduction="sum", backend="triton").backward()
+    bmk.cross_entropy(leaf, none, reduction="sum", backend=backend).backward()
     assert torch.equal(leaf.grad, torch.zeros_like(z))
-    wrong = bmk.cross_entropy(z, torch.tensor([1, 4, -1]), reduction="none", backend="triton")
+
+
+def test_layouts_and_values_that_are_not_finite():
+    check_layouts_and_values("cpu")
+    interpreted(check_layouts_and_values, "triton")
+
+
+def check_no_class():
+    wrong = bmk.cross_entropy(make(3, 4), torch.tensor([1, 4, -1]), reduction="none", backend="triton")
     assert wrong.isnan().tolist() == [False, True, True]
 
 
-def test_layouts_values_that_are_not_finite_and_targets_that_are_no_class():
-    interpreted(check_layouts_and_values)
+def test_triton_gives_nan_for_a_target_that_is_no_class():
+    interpreted(check_no_class)
 
 
 def pair_inputs(dtype=torch.float64, **options):
@@ -106,15 +151,18 @@ def check_opcheck(backend):
 
 def test_opcheck():
     check_opcheck("torch")
+    check_opcheck("cpu")
     interpreted(check_opcheck, "triton")
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_gradcheck(options):
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_gradcheck(backend, options):
     function, tensors, _ = problem(3, 4, **OPTIONS[options])
     leaves = [t.requires_grad_() for t in tensors]
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+    call = functools.partial(function, backend=backend)
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
 def test_compile():
@@ -149,7 +197,7 @@ ERRORS = [
     (RuntimeError, "target must be class indices, torch.int64 on cpu, got torch.float32", dict(target=torch.zeros(2))),
     (RuntimeError, r"target must have shape \[2\], got \[3\]", dict(target=torch.zeros(3).long())),
     (ValueError, "backend must be one of", dict(backend="fast")),
-    (RuntimeError, "backend 'cpu' cannot run this call", dict(backend="cpu")),
+    (RuntimeError, "backend 'cpu' cannot run this call", dict(logits=torch.zeros(2, 3).half(), backend="cpu")),
 ]
 
 

@@ -1,4 +1,4 @@
-"""bmk.layer_norm and bmk.rms_norm: contract, PyTorch's pair, and the Triton kernels interpreted and compiled."""
+"""bmk.layer_norm and bmk.rms_norm: contract, PyTorch's pair, the CPU kernels, and the Triton kernels interpreted and compiled."""
 
 import pytest
 import torch
@@ -42,18 +42,76 @@ def test_triton_matches_float64(shape, dtype, part, kind):
     interpreted(check_problem, shape, part, kind, dtype, "triton", seed=10 * len(part))
 
 
-def check_narrow():
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (300, 64), (2100, 48), (1, 9000)], ids=str)
+def test_cpu_matches_float64(shape, dtype, part, kind):
+    check_problem(shape, part, kind, dtype, "cpu", seed=20 * len(part))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_cpu_takes_any_layout(kind, layout):
+    check_problem((6, 5, 40), "all", kind, torch.float32, "cpu", layout=layout)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
+def test_cpu_with_other_numbers(kind, seed):
+    check_problem((137, 165), "all", kind, torch.float32, "cpu", seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_cpu_gives_the_same_bits_for_any_number_of_threads(dtype):
+    function, tensors = problem((700, 96), "all")
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(run(function, tensors, dtype, "cpu"))
+    finally:
+        torch.set_num_threads(before)
+    for a, b in zip((*results[0][0], *results[0][1]), (*results[1][0], *results[1][1])):
+        assert torch.equal(a, b)
+
+
+def test_cpu_gradient_of_the_sum_alone():
+    """Where only h = x + residual is used, or only y, gradients are those of PyTorch's ops."""
+    for used in (0, 1):
+        tensors = [t.requires_grad_() for t in (make(5, 7), make(7, seed=1), make(7, seed=2), make(5, 7, seed=3))]
+        grads = []
+        for backend in ("cpu", "torch"):
+            x, weight, bias, residual = tensors
+            result = bmk.layer_norm(x, weight, bias, residual=residual, backend=backend)[used]
+            grads.append(torch.autograd.grad(result.square().sum(), tensors, allow_unused=True))
+        for a, e in zip(*grads):
+            torch.testing.assert_close(torch.zeros(1) if e is None else a, torch.zeros(1) if e is None else e)
+
+
+def test_cpu_keeps_rows_apart():
+    x = make(70, 33)
+    x[3, 5], x[40, 0] = float("nan"), float("inf")
+    for function in (bmk.layer_norm, bmk.rms_norm):
+        y = function(x, backend="cpu")
+        torch.testing.assert_close(y, function(x, backend="torch"), equal_nan=True)
+        assert y[[3, 40]].isnan().any(1).all()
+        assert y[4:40].isfinite().all()
+
+
+def check_narrow(backend):
     """Rows of one and two elements, whose gradients cancel to nothing."""
     for columns in (1, 2):
         for kind in ("layer_norm", "rms_norm"):
             function, tensors = problem((3, columns), "all", kind)
-            ours, exact = (run(function, tensors, torch.float32, backend) for backend in ("triton", "torch"))
+            ours, exact = (run(function, tensors, torch.float32, name) for name in (backend, "torch"))
             for a, e in zip((*ours[0], *ours[1]), (*exact[0], *exact[1])):
                 torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
 
 
-def test_triton_takes_narrow_rows():
-    interpreted(check_narrow)
+def test_narrow_rows():
+    check_narrow("cpu")
+    interpreted(check_narrow, "triton")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
@@ -67,14 +125,15 @@ def test_triton_with_other_numbers(seed):
     interpreted(check_problem, (37, 65), "all", "layer_norm", torch.float32, "triton", seed=seed)
 
 
-def check_large_mean():
+def check_large_mean(backend):
     """The variance is that of differences from the mean: rows far from 0 keep their digits."""
-    x = make(4, 64) + 1000
-    torch.testing.assert_close(bmk.layer_norm(x, backend="triton"), F.layer_norm(x, (64,)), rtol=1e-3, atol=1e-3)
+    x = make(4, 65) + 1000
+    torch.testing.assert_close(bmk.layer_norm(x, backend=backend), F.layer_norm(x, (65,)), rtol=1e-3, atol=1e-3)
 
 
 def test_rows_far_from_zero():
-    interpreted(check_large_mean)
+    check_large_mean("cpu")
+    interpreted(check_large_mean, "triton")
 
 
 def pair_inputs(kind, part, dtype=torch.float32):
@@ -108,11 +167,12 @@ def test_pair_and_reference_agree_with_autograd(part, kind):
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
 @pytest.mark.parametrize("part", ["plain", "all"])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck(transposed, part, kind):
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_opcheck(backend, transposed, part, kind):
     args, h, grads = pair_inputs(kind, part)
     if transposed:
         args[0], h = args[0].mT.contiguous().mT, h.mT.contiguous().mT
-    check_operators("norm", args, lambda outputs: (*grads, h, *outputs[2:], True), "torch")
+    check_operators("norm", args, lambda outputs: (*grads, h, *outputs[2:], True), backend)
 
 
 def check_triton_fakes():
@@ -127,13 +187,14 @@ def test_triton_gives_what_the_schema_says():
 
 
 @pytest.mark.parametrize("kind", ["layer_norm", "rms_norm"])
-def test_gradcheck(kind):
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_gradcheck(backend, kind):
     function, tensors = problem((3, 5), "all", kind)
     leaves = [t.requires_grad_() for t in tensors if t is not None]
 
     def call(*some):
         it = iter(some)
-        return function(*(None if t is None else next(it) for t in tensors))
+        return function(*(None if t is None else next(it) for t in tensors), backend=backend)
 
     assert torch.autograd.gradcheck(call, leaves)
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
@@ -170,7 +231,7 @@ ERRORS = [
         dict(weight=torch.zeros(3).double()),
     ),
     (ValueError, "backend must be one of", dict(backend="fast")),
-    (RuntimeError, "backend 'cpu' cannot run this call", dict(backend="cpu")),
+    (RuntimeError, "backend 'cpu' cannot run this call", dict(x=torch.zeros(2, 3).half(), backend="cpu")),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bigmodel_kernels import _triton
+from bigmodel_kernels._rows import rows_of
 from bigmodel_kernels.ops.bias_act.reference import kept_scale
 from bigmodel_kernels.ops.bias_act.triton_pointwise import backward_kernel, blocks, forward_kernel
 
@@ -24,7 +25,7 @@ def fwd(x, bias, residual, seed, activation, dropout_p):
     if y.numel() == 0:
         return y
     columns = x.shape[-1]
-    source, added = _triton.rows_of(x), _triton.rows_of(residual)
+    source, added = rows_of(x), rows_of(residual)
     rows, sizes = source.shape[0], blocks(x.device.index, "forward", x.element_size(), columns)
     _triton.launch(
         forward_kernel, -(-rows // sizes["BLOCK_R"]) * -(-columns // sizes["BLOCK_C"]),
@@ -40,7 +41,7 @@ def bwd(dy, need_bias, x, bias, residual, seed, activation, dropout_p):
     if dx.numel() == 0:
         return dx, x.new_zeros(x.shape[-1] if need_bias else 0)
     columns = x.shape[-1]
-    source, above = _triton.rows_of(x), _triton.rows_of(dy)
+    source, above = rows_of(x), rows_of(dy)
     rows, sizes = source.shape[0], blocks(x.device.index, "backward", x.element_size(), columns)
     chunk, programs = _triton.split_rows(x.device.index, rows, sizes["BLOCK_R"])
     partial = torch.empty(programs, columns, dtype=torch.float32, device=x.device) if need_bias else None

@@ -26,12 +26,12 @@ def cross_entropy(
 
     Args:
         logits: of any strides.
-        target: the class of each row, 0 .. C - 1, or ignore_index. PyTorch's own op raises for anything else; the Triton
-            kernels, which cannot, give NaN for the loss of that row.
+        target: the class of each row, 0 .. C - 1, or ignore_index. IndexError for anything else; the Triton kernels,
+            which cannot raise, give NaN for the loss of that row.
         ignore_index: rows with this target count for nothing.
         label_smoothing: the part of the target that is spread over all classes evenly, 0 .. 1 (Szegedy et al. 2016).
         reduction: "mean" over the rows that count, "sum", or "none".
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         The loss: [], or [N] for "none"; NaN for the mean of no rows, as in torch.
@@ -97,9 +97,11 @@ def _backward(op, args, outputs, grads, needs, backend):
     return op.bwd(grads[0], outputs[1], *args, backend), None, None, None, None
 
 
-def prefer(*args) -> tuple[str, ...]:
-    """PyTorch's own until the kernels have been timed on a GPU."""
-    return ("torch",)
+def prefer(logits, *rest) -> tuple[str, ...]:
+    """By the table "Normalisation and cross-entropy on the CPU" in docs/decisions.md; on a GPU PyTorch's
+    own until the kernels have been timed there."""
+    least = {torch.float32: 1 << 20, torch.bfloat16: 1 << 22}.get(logits.dtype)
+    return ("cpu", "torch") if least and logits.numel() >= least else ("torch", "cpu")
 
 
 _ARGS = "Tensor logits, Tensor target, int ignore_index, float label_smoothing, str reduction"

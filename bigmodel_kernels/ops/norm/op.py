@@ -25,7 +25,7 @@ def layer_norm(
         weight, bias: in the dtype of x; 1 and 0 if None.
         residual: added to x first, as the blocks of a Transformer do.
         eps: added to the variance, which is that of the row itself (divided by C).
-        backend: "auto", "torch" or "triton".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         [.., C], contiguous; with residual also h, for the next addition.
@@ -129,9 +129,12 @@ def _backward(op, args, outputs, grads, needs, backend):
     ]
 
 
-def prefer(*args) -> tuple[str, ...]:
-    """PyTorch's own until the kernels have been timed on a GPU."""
-    return ("torch",)
+def prefer(x, residual, weight, bias, eps, center) -> tuple[str, ...]:
+    """By the table "Normalisation and cross-entropy on the CPU" in docs/decisions.md; on a GPU PyTorch's
+    own until the kernels have been timed there."""
+    least = {torch.bfloat16: 1 << 18} if center else {torch.bfloat16: 1 << 15, torch.float32: 1 << 15}
+    worth = x.dtype in least and x.numel() >= least[x.dtype]
+    return ("cpu", "torch") if worth else ("torch", "cpu")
 
 
 _ARGS = "Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, bool center"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bigmodel_kernels import _triton
+from bigmodel_kernels._rows import rows_of
 from bigmodel_kernels.ops.norm.triton_rows import LARGEST_ROW, backward_kernel, blocks, forward_kernel
 
 
@@ -18,7 +19,7 @@ def supports(x, *rest) -> str | None:
 
 def fwd(x, residual, weight, bias, eps, center):
     columns = x.shape[-1]
-    source, added = _triton.rows_of(x), _triton.rows_of(residual)
+    source, added = rows_of(x), rows_of(residual)
     rows = source.shape[0]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = None if residual is None else torch.empty_like(y)
@@ -35,9 +36,9 @@ def fwd(x, residual, weight, bias, eps, center):
 def bwd(dy, dh, h, mean, rstd, need_parameters, x, residual, weight, bias, eps, center):
     columns = x.shape[-1]
     source, above, dh = (
-        _triton.rows_of(h),
-        _triton.rows_of(torch.zeros_like(h) if dy is None else dy),
-        _triton.rows_of(dh),
+        rows_of(h),
+        rows_of(torch.zeros_like(h) if dy is None else dy),
+        rows_of(dh),
     )
     rows = source.shape[0]
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -1,0 +1,7 @@
+"""Cases of normalisation under pytest-benchmark."""
+
+GROUPS = ("norm",)
+
+
+def test_time(benchmark, step):
+    benchmark(step)

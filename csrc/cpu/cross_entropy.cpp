@@ -1,0 +1,104 @@
+// Softmax cross-entropy from logits. Formula and floor: cross_entropy_kernel.h.
+#define KERNEL_SOURCE "cross_entropy_kernel.h"
+#include "cross_entropy.h"
+
+#include "for_each_isa.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+#include <tuple>
+
+#include "../check.h"
+
+namespace bmk {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+ScalarType parts_dtype(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+CrossEntropyCall make_call(const Tensor& logits, const Tensor& target, int64_t ignore_index, double smoothing, const Tensor& parts) {
+  CHECK_CPU(logits);
+  CHECK_CPU(target);
+  CHECK_DIM(logits, 2);
+  const int64_t rows = logits.size(0), columns = logits.size(1);
+  STD_TORCH_CHECK(columns > 0, "logits must have classes, got shape ", shape_string(logits));
+  STD_TORCH_CHECK(columns < 2 || logits.stride(1) == 1, "logits must have adjacent columns");
+  CHECK_SHAPE(target, rows);
+  CHECK_DTYPE_IS(target, ScalarType::Long);
+  CHECK_CONTIGUOUS(target);
+  CHECK_SHAPE(parts, 2, rows);
+  CHECK_DTYPE_IS(parts, parts_dtype(logits));
+  CHECK_CONTIGUOUS(parts);
+  const int64_t* targets = static_cast<const int64_t*>(target.const_data_ptr());
+  for (int64_t r = 0; r < rows; ++r)
+    STD_TORCH_CHECK(targets[r] == ignore_index || (targets[r] >= 0 && targets[r] < columns), "Target ", targets[r], " is out of bounds.");
+  char* first = static_cast<char*>(parts.mutable_data_ptr());
+  return {rows,      columns, logits.const_data_ptr(), logits.stride(0), targets, ignore_index,
+          smoothing, first,   first + rows * (parts.scalar_type() == ScalarType::Double ? 8 : 4)};
+}
+
+int64_t counted(const CrossEntropyCall& call) {
+  return std::count_if(call.target, call.target + call.rows, [&](int64_t target) { return target != call.ignore_index; });
+}
+
+}  // namespace
+
+// Returns (loss, parts): the loss of every row, or one, in the dtype of the logits.
+std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target, int64_t ignore_index, double smoothing,
+                                             const std::string& reduction) {
+  CHECK_DIM(logits, 2);
+  const int64_t rows = logits.size(0);
+  Tensor parts = torch::stable::new_empty(logits, {2, rows}, parts_dtype(logits));
+  const CrossEntropyCall call = make_call(logits, target, ignore_index, smoothing, parts);
+  const bool by_row = reduction == "none";
+  Tensor loss = torch::stable::new_empty(logits, {by_row ? rows : 1});
+  DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] {
+    using compute_type = any_isa::compute_t<scalar_t>;
+    Scratch<compute_type> losses(rows);
+    ISA_CALL(cross_entropy_forward<scalar_t>, call, losses.get());
+    scalar_t* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
+    if (by_row) {
+      for (int64_t r = 0; r < rows; ++r) out[r] = any_isa::from_compute<scalar_t>(losses[r]);
+    } else {
+      double sum = 0;
+      for (int64_t r = 0; r < rows; ++r) sum += losses[r];
+      if (reduction == "mean") sum /= static_cast<double>(counted(call));
+      *out = any_isa::from_compute<scalar_t>(static_cast<compute_type>(sum));
+    }
+  });
+  return {loss, parts};
+}
+
+Tensor cross_entropy_bwd(const Tensor& d_loss, const Tensor& parts, const Tensor& logits, const Tensor& target, int64_t ignore_index,
+                         double smoothing, const std::string& reduction) {
+  const CrossEntropyCall call = make_call(logits, target, ignore_index, smoothing, parts);
+  const bool by_row = reduction == "none";
+  CHECK_SHAPE(d_loss, by_row ? call.rows : 1);
+  CHECK_SAME_DTYPE(d_loss, logits);
+  CHECK_CONTIGUOUS(d_loss);
+  Tensor d_logits = torch::stable::new_empty(logits, {call.rows, call.columns});
+  const CrossEntropyGradientCall gradient{call, d_loss.const_data_ptr(), by_row,
+                                          reduction == "mean" ? static_cast<double>(counted(call)) : 1.0, d_logits.mutable_data_ptr()};
+  DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] { ISA_CALL(cross_entropy_backward<scalar_t>, gradient); });
+  return d_logits;
+}
+
+}  // namespace bmk
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
+  m.def(
+      "cross_entropy_fwd(Tensor logits, Tensor target, int ignore_index, float label_smoothing, str reduction) -> "
+      "(Tensor loss, Tensor parts)");
+  m.def(
+      "cross_entropy_bwd(Tensor d_loss, Tensor parts, Tensor logits, Tensor target, int ignore_index, float label_smoothing, "
+      "str reduction) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) {
+  m.impl("cross_entropy_fwd", TORCH_BOX(&bmk::cross_entropy_fwd));
+  m.impl("cross_entropy_bwd", TORCH_BOX(&bmk::cross_entropy_bwd));
+}
