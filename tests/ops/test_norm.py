@@ -215,6 +215,12 @@ def test_torch_is_what_a_user_would_have_written():
     assert bmk.explain(bmk.rms_norm, x).backend == "torch"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_default_eps_of_rms_is_torchs(dtype):
+    x = make(3, 7, dtype=dtype) * 0.01
+    assert torch.equal(bmk.rms_norm(x), F.rms_norm(x, (7,)))
+
+
 ERRORS = [
     (TypeError, "x must be a tensor", dict(x=None)),
     (TypeError, "weight must be a tensor", dict(weight=3.0)),

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import torch
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+from bigmodel_kernels import _cpu
 
 
 def supports(q, k, v, attn_mask, *rest) -> str | None:
-    if not q.is_cpu:
-        return f"q is on {q.device}, not on the CPU"
-    if q.dtype not in DTYPES:
-        return f"q is {q.dtype}; the kernels take float32, float64 and bfloat16"
-    return None
+    return _cpu.reason(q, "q")
 
 
 def fwd(*args):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from bigmodel_kernels import _cpu
 from bigmodel_kernels.ops.conv import op
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 LARGEST_WINDOW = 254  # elements of a max-pool window that the saved byte can tell apart
 
 
@@ -14,10 +14,8 @@ def supports(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
     pool, pool_size, *rest,
 ) -> str | None:  # fmt: skip
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; the kernels take float32, float64 and bfloat16"
+    if (why := _cpu.reason(x)) is not None:
+        return why
     if activation == "tanh_sigmoid" and groups != 1:
         return f"activation 'tanh_sigmoid' pairs channels of different groups, groups is {groups}"
     if pool == "max" and (elements := pool_size[0] * pool_size[-1] ** (len(pool_size) - 1)) > LARGEST_WINDOW:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bigmodel_kernels import _cpu
 from bigmodel_kernels.ops.gated_conv import layout
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def supports(x, weight, bias, out_weight, out_bias, skip_weight, *rest) -> str | None:
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; the kernels take float32, float64 and bfloat16"
+    if (why := _cpu.reason(x)) is not None:
+        return why
     if 0 in weight.shape or (skip_weight is not None and skip_weight.shape[0] == 0):
         return f"weight has shape {list(weight.shape)} and no skip channels: there is nothing to sum over"
     return None

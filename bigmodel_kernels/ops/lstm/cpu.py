@@ -6,9 +6,8 @@ import functools
 
 import torch
 
+from bigmodel_kernels import _cpu
 from bigmodel_kernels._extension import build_info
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 @functools.cache
@@ -18,11 +17,7 @@ def dots() -> bool:
 
 
 def supports(x, h0, c0, weights, batch_sizes, *rest) -> str | None:
-    if not x.is_cpu:
-        return f"x is on {x.device}, not on the CPU"
-    if x.dtype not in DTYPES:
-        return f"x is {x.dtype}; the kernels take float32, float64 and bfloat16"
-    return None
+    return _cpu.reason(x)
 
 
 def _contiguous(x, h0, c0, weights, batch_sizes, dropout_mask):

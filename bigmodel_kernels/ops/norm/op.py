@@ -49,7 +49,8 @@ def rms_norm(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """weight h / sqrt(mean of h^2 + eps) over the last dimension of h = x + residual (Zhang & Sennrich 2019).
 
-    Args, results and errors are those of `layer_norm`; eps None is the smallest step of the dtype at 1, as in torch.
+    Args, results and errors are those of `layer_norm`; eps None is the smallest step at 1 of the dtype computed in
+    (float32 for 16-bit inputs), as in torch.
     """
     y, h, *_ = OP(*_prepare_rms(x, weight, residual=residual, eps=eps), backend=backend)
     return y if residual is None else (y, h)
@@ -58,7 +59,8 @@ def rms_norm(
 def _prepare_rms(
     x: Tensor, weight: Tensor | None = None, *, residual: Tensor | None = None, eps: float | None = None
 ) -> tuple:
-    eps = torch.finfo(x.dtype).eps if eps is None and isinstance(x, Tensor) and x.is_floating_point() else eps
+    if eps is None and isinstance(x, Tensor) and x.is_floating_point():
+        eps = torch.finfo(reference.arithmetic_dtype(x)).eps
     return (*prepare(x, weight, residual=residual, eps=eps)[:-1], False)
 
 
