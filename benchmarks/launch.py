@@ -54,6 +54,8 @@ def cases() -> dict[str, Callable[[], object]]:
         return torch.ones(shape, dtype=torch.bfloat16)
 
     q, x, row, image = tensor(2, 8, 256, 64), tensor(64, 768), tensor(768), tensor(2, 64, 16, 16)
+    # Channels innermost, as the kernels want x and the weight; others are laid out anew first.
+    signal, innermost = tensor(2, 256, 64).transpose(1, 2), tensor(128, 2, 64).transpose(1, 2)
     column, one, taps, row_64 = tensor(2, 64), tensor(64, 64, 1), tensor(128, 64, 2), tensor(64)
     state = bmk.ConvState.start(2, 64, 2, 4, column)
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
@@ -61,6 +63,9 @@ def cases() -> dict[str, Callable[[], object]]:
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
         "conv": lambda: bmk.conv(image, weight, padding=1, activation="relu", backend="triton"),
+        "gated_conv": lambda: bmk.gated_conv(
+            signal, innermost, None, one, row_64, one, row_64, skip=signal, dilation=4, backend="triton"
+        ),
         "conv_step": lambda: bmk.conv_step(
             column,
             state,

@@ -112,6 +112,7 @@ def check_problems(op, sizes):
         ("conv", {"IMAGES": 1, "CHANNELS": 16, "SIZE": 5}, 3 + 3 + 3 + 1 + 1 + 1),
         ("conv_step", {"SEQUENCES": 1}, 3 + 3),
         ("cross_entropy", {"ROWS": 3}, 2),
+        ("gated_conv", {"BATCH": 1, "LENGTH": 9}, 2 + 1),
         ("lstm", {"STEPS": 2, "BATCH": 2}, 3 * 2),
         ("norm", {"ROWS": 3}, 2 * 2),
     ],

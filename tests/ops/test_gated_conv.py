@@ -11,8 +11,7 @@ import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.gated_conv import reference
 from bigmodel_kernels.ops.gated_conv.layout import is_innermost
 from bigmodel_kernels.testing import make
-from tests.ops.fused import DTYPES, check, check_compiled, check_operators, run
-from tests.triton_interpreter import interpreted
+from tests.ops.fused import check, check_compiled, check_operators, run
 
 # batch, channels, gates, skips, length, kernel, dilation
 SIZES = {
@@ -238,26 +237,3 @@ ERRORS = [
 def test_errors(kind, message, arguments):
     with pytest.raises(kind, match=message):
         bmk.gated_conv(**{"x": X, "weight": W, "out_weight": MIX, "skip_weight": MIX} | arguments)
-
-
-def check_problem(sizes, parts, layout, dtype):
-    check(*problem(sizes, parts, layout=layout), dtype, "triton")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("sizes", "parts", "layout"),
-    [
-        ("odd", "everything", "innermost"),
-        ("long dilation", "everything", "contiguous"),
-        ("few steps", "no biases", "innermost"),
-        ("odd", "no skip", "sliced"),
-        ("one step", "no out", "contiguous"),
-    ],
-)
-def test_triton_matches_float64(sizes, parts, layout, dtype):
-    interpreted(check_problem, sizes, parts, layout, dtype)
-
-
-def test_triton_opcheck():
-    interpreted(test_opcheck, "triton")

@@ -297,7 +297,7 @@ class _Call:
 _known_call = _tuned.cached(_Call)
 
 
-def _call(
+def call_of(
     x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride, *rest
 ) -> _Call:  # fmt: skip
     device = x.device.index
@@ -309,7 +309,7 @@ def _call(
 
 
 def fwd(x, weight, bias, scale, shift, residual, *options):
-    call = _call(x, weight, *options)
+    call = call_of(x, weight, *options)
     save = options[-1]
     out = torch.empty_strided(call.result, call.result_strides, dtype=x.dtype, device=x.device)
     index = pre = None
@@ -334,7 +334,7 @@ def fwd(x, weight, bias, scale, shift, residual, *options):
 
 
 def bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *options):
-    call = _call(x, weight, *options)
+    call = call_of(x, weight, *options)
     dx, dw, d, sums = None, None, grad, None
     plain = call.activation == "none" and call.pool == "none"
     store, add_up = bool(needs[5]) or not plain, any(needs[2:5])

@@ -8,6 +8,8 @@ from bigmodel_kernels._library import Op, autocast
 from bigmodel_kernels.ops.conv.op import check_positive
 from bigmodel_kernels.ops.gated_conv import layout, torch_op
 
+NAMES = ("x", "weight", "bias", "out_weight", "out_bias", "skip_weight", "skip_bias", "skip")
+
 
 def gated_conv(
     x: Tensor,  # [N, C, T]
@@ -65,41 +67,43 @@ def prepare(
     dilation: int = 1,
 ) -> tuple:
     """Validates a call of `gated_conv`; returns the arguments of the op."""
-    tensors = {
-        "x": x, "weight": weight, "bias": bias, "out_weight": out_weight, "out_bias": out_bias,
-        "skip_weight": skip_weight, "skip_bias": skip_bias, "skip": skip,
-    }  # fmt: skip
-    for name, t in tensors.items():
+    tensors = x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip
+    for name, t in zip(NAMES, tensors):
         if not isinstance(t, Tensor) and (t is not None or name in ("x", "weight")):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     check_positive("dilation", dilation)
     if out_weight is None and skip_weight is None:
         raise ValueError("out_weight and skip_weight must not both be left out: nothing would be computed")
-    for name, weight_name in (("out_bias", "out_weight"), ("skip_bias", "skip_weight"), ("skip", "skip_weight")):
-        if tensors[name] is not None and tensors[weight_name] is None:
+    for name, t, weight_name, w in (
+        ("out_bias", out_bias, "out_weight", out_weight), ("skip_bias", skip_bias, "skip_weight", skip_weight),
+        ("skip", skip, "skip_weight", skip_weight),
+    ):  # fmt: skip
+        if t is not None and w is None:
             raise ValueError(f"{name} needs {weight_name}, which is left out")
     if x.dim() != 3:
         raise RuntimeError(f"x must have shape [N, C, T], got {list(x.shape)}")
-    if weight.dim() != 3 or weight.shape[0] % 2 or weight.shape[1] != x.shape[1] or 0 in weight.shape:
-        raise RuntimeError(f"weight must have shape [2 D, {x.shape[1]}, K], got {list(weight.shape)}")
-    gates = weight.shape[0] // 2
+    batch, channels, length = x.shape
+    if weight.dim() != 3 or weight.shape[0] % 2 or weight.shape[1] != channels or 0 in weight.shape:
+        raise RuntimeError(f"weight must have shape [2 D, {channels}, K], got {list(weight.shape)}")
+    rows, _, kernel = weight.shape
+    gates = rows // 2
     skips = 0 if skip_weight is None or skip_weight.dim() == 0 else skip_weight.shape[0]
-    shapes = {
-        "bias": [2 * gates], "out_weight": [x.shape[1], gates, 1], "out_bias": [x.shape[1]],
-        "skip_weight": [skips, gates, 1], "skip_bias": [skips], "skip": [x.shape[0], skips, x.shape[2]],
-    }  # fmt: skip
-    args = dict(zip(tensors, autocast(*tensors.values())))
-    x = args["x"]
-    for name, t in args.items():
-        if t is None or name == "x":
+    shapes = (
+        (batch, channels, length), (rows, channels, kernel), (rows,), (channels, gates, 1), (channels,),
+        (skips, gates, 1), (skips,), (batch, skips, length),
+    )  # fmt: skip
+    x, *others = args = autocast(*tensors)
+    dtype, device = x.dtype, x.device
+    for name, t, shape in zip(NAMES[1:], others, shapes[1:]):
+        if t is None:
             continue
-        if name in shapes and (t.dim() != len(shapes[name]) or any(a != b for a, b in zip(t.shape, shapes[name]))):
-            raise RuntimeError(f"{name} must have shape {shapes[name]}, got {list(t.shape)}")
-        if t.dtype != x.dtype or t.device != x.device:
-            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-    if args["skip"] is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        args["skip"] = x.clone()
-    return *args.values(), dilation
+        if t.shape != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+        if t.dtype != dtype or t.device != device:
+            raise RuntimeError(f"{name} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
+    if args[-1] is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
+        args = (*args[:-1], x.clone())
+    return *args, dilation
 
 
 def _fake_fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):

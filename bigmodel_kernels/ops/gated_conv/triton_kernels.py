@@ -1,13 +1,17 @@
-"""The layer of the Triton kernels of convolution: the gate is in the epilogue of the first one, residual and sum in those of the
-other two, so that of what lies between only a, [N, D, T], is written and read again. The backward computes z again."""
+"""The launchers of the Triton kernels of triton_layer.py, and of those of convolution for what is left: the products of the
+backward whose results are gradients, and a forward with more values than one program holds, which is three convolutions, the gate
+in the epilogue of the first one, residual and sum in those of the other two."""
 
 from __future__ import annotations
 
-import functools
+import torch
 
+from bigmodel_kernels import _triton
 from bigmodel_kernels.ops.conv import triton_kernels as conv
 from bigmodel_kernels.ops.conv.reference import LEAKY_SLOPE
-from bigmodel_kernels.ops.gated_conv import composed, layout
+from bigmodel_kernels.ops.gated_conv import layout
+from bigmodel_kernels.ops.gated_conv.triton_configs import config
+from bigmodel_kernels.ops.gated_conv.triton_layer import forward_kernel, gradient_kernel
 
 
 def _options(weight, dilation: int, activation: str, save: bool) -> tuple:
@@ -22,24 +26,88 @@ def supports(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip
     return conv.supports(x, weight, bias, None, None, None, *_options(weight, dilation, "tanh_sigmoid", False))
 
 
-def _causal(x, weight, bias, dilation, activation="none", added=None):
-    return conv.fwd(x, weight, bias, None, None, added, *_options(weight, dilation, activation, False))[0]
+def _config(x, weight, kernel: str) -> dict[str, int] | None:
+    device = x.device.index
+    return config(_triton.gpu(device), device, kernel, x.element_size(), weight.shape[0] // 2)
 
 
-def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
-    a = _causal(x, weight, bias, dilation, "tanh_sigmoid")
+def _packed(weight):
+    """[2 D, K, C], contiguous."""
+    return weight.transpose(1, 2).contiguous()
+
+
+def _contiguous(*tensors):
+    return (t if t is None or t.is_contiguous() else t.contiguous() for t in tensors)
+
+
+def _constants(x, weight, sizes: dict[str, int]) -> dict:
+    """The time steps lie on axis PIXELS of a tile: the last one is that to read x along."""
+    precision = _triton.precision(x.dtype, torch.backends.cudnn.conv)
+    return {"KERNEL": weight.shape[2], "PIXELS": int(x.stride(1) != 1), "PRECISION": precision, **sizes}
+
+
+def _composed(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
+    def causal(x, weight, bias, dilation, activation="none", added=None):
+        return conv.fwd(x, weight, bias, None, None, added, *_options(weight, dilation, activation, False))[0]
+
+    a = causal(x, weight, bias, dilation, "tanh_sigmoid")
     return tuple(
-        x.new_empty(0) if w is None else layout.like(_causal(a, w, b, 1, added=added), x)
+        x.new_empty(0) if w is None else layout.like(causal(a, w, b, 1, added=added), x)
         for w, b, added in ((out_weight, out_bias, x), (skip_weight, skip_bias, skip))
     )
 
 
-def _gradients(d, x, weight, bias, dilation, need_x, need_weights):
-    needs = [need_x, need_weights, need_weights and bias is not None, False, False, False]
-    none = x.new_empty(0)
-    options = _options(weight, dilation, "none", True)
-    # Without an activation the result is not read.
-    return conv.bwd(d, d, none, none, needs, x, weight, bias, None, None, None, *options)[:3]
+def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
+    sizes = _config(x, weight, "forward")
+    if sizes is None:
+        return _composed(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation)
+    batch, channels, length = x.shape
+    skips = 0 if skip_weight is None else skip_weight.shape[0]
+    out = x.new_empty(0) if out_weight is None else layout.empty(x, channels)
+    total = x.new_empty(0) if skip_weight is None else layout.empty(x, skips)
+    bias, out_weight, out_bias, skip_weight, skip_bias = _contiguous(bias, out_weight, out_bias, skip_weight, skip_bias)
+    strides = x.stride()
+    _triton.launch(
+        forward_kernel, -(-batch * length // sizes["BLOCK_M"]),
+        x, _packed(weight), bias, out_weight, out_bias, out, skip_weight, skip_bias, skip, total,
+        strides, strides if out_weight is None else out.stride(), strides if skip is None else skip.stride(),
+        strides if skip_weight is None else total.stride(),
+        batch, length, channels, weight.shape[0] // 2, skips, dilation, **_constants(x, weight, sizes),
+    )  # fmt: skip
+    return out, total
 
 
-bwd = functools.partial(composed.bwd, _causal, _gradients)
+def bwd(
+    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation
+):  # fmt: skip
+    batch, channels, length = x.shape
+    values = weight.shape[0] // 2
+    sizes = _config(x, weight, "gradient")
+    tiles = -(-batch * length // sizes["BLOCK_M"])
+    a = layout.empty(x, values) if need_weights else None
+    d_z = layout.empty(x, 2 * values)
+    d_bias = x.new_empty(tiles, 2 * values, dtype=torch.float32) if need_weights and bias is not None else None
+    _triton.launch(
+        gradient_kernel, tiles * -(-values // sizes["BLOCK_D"]),
+        x, _packed(weight), *_contiguous(bias), d_out, *_contiguous(out_weight), d_skip, *_contiguous(skip_weight),
+        a, d_z, d_bias,
+        x.stride(), *((x if t is None else t).stride() for t in (d_out, d_skip, a)), d_z.stride(),
+        batch, length, channels, values, 0 if skip_weight is None else skip_weight.shape[0], dilation,
+        **_constants(x, weight, sizes),
+    )  # fmt: skip
+    call = conv.call_of(x, weight, *_options(weight, dilation, "none", True))
+    d_x = layout.empty(x, channels) if need_x else x.new_empty(0)
+    if need_x:
+        call.correlate(True, d_z, call.packed(weight), d_x, residual=d_out, forward=False)
+    if not need_weights:
+        return d_x, *(x.new_empty(0) for _ in range(6))
+    d_weight = call.weights(x, d_z).reshape(weight.shape).to(x.dtype).contiguous()
+    gradients = [d_x, d_weight, x.new_empty(0) if bias is None else d_bias.sum(0).to(x.dtype)]
+    for d, w, b in ((d_out, out_weight, out_bias), (d_skip, skip_weight, skip_bias)):
+        if d is None:
+            gradients += [x.new_empty(0) if p is None else torch.zeros_like(p) for p in (w, b)]
+            continue
+        needs = [False, True, b is not None, False, False, False]
+        # Without activation and pool nothing that a forward saves is read.
+        gradients += conv.bwd(d, d, d, d, needs, a, w, b, None, None, None, *_options(w, 1, "none", True))[1:3]
+    return tuple(gradients)
