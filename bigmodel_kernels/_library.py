@@ -37,6 +37,8 @@ def in_forward_mode() -> bool:
 
 def autocast(*tensors: Any) -> tuple:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops do."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
     first = next(t for t in tensors if isinstance(t, torch.Tensor))
     kind = first.device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
@@ -112,9 +114,10 @@ class Op:
 
     def __call__(self, *args: Any, backend: str):
         """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
+        plain = is_plain_eager(self._tensors["fwd"], args)
         if torch.compiler.is_compiling():
             _registry.check_name(backend)
-        elif _registry.wanted(backend) == "auto" and self._is_torch_only(args):
+        elif _registry.wanted(backend) == "auto" and self._is_torch_only(args, plain):
             backend = "torch"
         else:
             backend = _registry.select(self.name, backend, self.prefer, args)
@@ -124,18 +127,23 @@ class Op:
                 )
         if backend == "torch" and not torch.compiler.is_compiling():
             return _registry.module(self.name, "torch").call(*args)
-        if not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
-            return self.fwd(*args, backend)
+        if not torch.is_grad_enabled() or not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
+            if not plain:
+                return self.fwd(*args, backend)
+            module = _registry.module(self.name, backend)
+            return getattr(module, "infer", module.fwd)(*args)
         flat, lengths = _flatten(args, self._tensors["fwd"])
-        pair = _EagerPair if is_plain_eager(self._tensors["fwd"], args) else _Pair
+        pair = _EagerPair if plain else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
 
-    def _is_torch_only(self, args: Sequence) -> bool:
+    def _is_torch_only(self, args: Sequence, plain: bool) -> bool:
         """Whether only PyTorch's own ops know what is asked of them here: the transforms of torch.func, forward-mode derivatives,
         and tensors of other libraries' classes, such as distributed or quantized ones."""
-        if torch._C._are_functorch_transforms_active():
-            return True
         if in_forward_mode():
+            return True
+        if plain:
+            return False
+        if torch._C._are_functorch_transforms_active():
             return True
         tensors = [args[i] for i in self._tensors["fwd"]]
         return any(

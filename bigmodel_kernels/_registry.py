@@ -3,6 +3,7 @@
 A backend of the op `foo` is the module `bigmodel_kernels.ops.foo.<file>`, imported on first use, with
     supports(*args) -> str | None    the reason it cannot take these arguments, None where it can
     fwd(*args), bwd(*args)           the op's forward and backward; same arguments and results on every backend
+    infer(*args)                     optional: the results of fwd alone, without what is saved for a backward
 `cuda` modules also name a NATIVE_OP: where the binary has it for CUDA, it has all that the module calls.
 """
 
@@ -123,7 +124,11 @@ def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: 
     """
     backend = wanted(backend)
     if backend == "auto":
-        chosen = next(name for name in (*prefer(*args), "torch") if name == "torch" or reason(op, name, args) is None)
+        for chosen in prefer(*args):
+            if chosen == "torch" or reason(op, chosen, args) is None:
+                break
+        else:
+            chosen = "torch"
     else:
         chosen = backend
         require(op, chosen, args)

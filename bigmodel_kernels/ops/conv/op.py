@@ -360,25 +360,31 @@ def prefer(
     pool, pool_size, pool_stride, pool_padding, slope, save,
 ) -> tuple[str, ...]:  # fmt: skip
     """By the tables "Convolution on the CPU" in docs/decisions.md: where the kernels were measured faster, they run."""
-    first, second, *kernel = weight.shape
-    last, taps, weights = is_channels_last(x), math.prod(kernel), first * second
-    one_pixel = taps == 1 and all(n == 1 for n in x.shape[2:])
-    beyond = any(k > n for k, n in zip(kernel, x.shape[2:]))
+    layer = (x.shape, weight.shape, tuple(stride), tuple(dilation), groups, transposed)
+    return _order(x.dtype, is_channels_last(x), *layer, save)
+
+
+@functools.lru_cache(maxsize=4096)
+def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
+    first, second, *kernel = weight_shape
+    pixels = math.prod(x_shape[2:])
+    taps, weights = math.prod(kernel), first * second
+    beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
-    elif x.dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
+    elif dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
         ours = second <= 3 and groups == 1 and not transposed and not save
     elif groups > 1:
         dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
         if save:
-            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and x.numel() >= 3 << 18)
+            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and math.prod(x_shape) >= 3 << 18)
         else:
             ours = dense and (taps == 49 and not spread if last else taps <= 25)
         ours = ours and first == groups and second == 1
     elif transposed:
         ours = not save and not last and weights <= 128 * 128
-    elif one_pixel:  # a matrix product
-        ours = not save and x.shape[0] >= 32 and weights >= 1 << 16
+    elif taps == pixels == 1:  # a matrix product
+        ours = not save and x_shape[0] >= 32 and weights >= 1 << 16
     elif len(kernel) == 1:
         ours = taps > 1 and weights <= 128 * 128
     elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd

@@ -29,6 +29,9 @@ def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
 
 
 def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding):
+    if scale is not None and weight.numel() > x.numel():  # fresh memory for the folded weights costs more than a pass over y
+        y = _convolution(x, weight, bias, None, None, stride, padding, dilation, groups, transposed, output_padding)
+        return _scaled(y, scale, shift)
     x, weight, bias, padding = _folded(x, weight, bias, scale, shift, padding, transposed, groups)
     if (
         groups == 1
@@ -39,6 +42,12 @@ def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, group
         y = F.linear(x.flatten(1), weight.flatten(1), bias)  # one pixel: PyTorch's product is its faster kernel
         return y.view(*y.shape, *x.shape[2:])
     return torch.convolution(x, weight, bias, stride, padding, dilation, transposed, output_padding, groups)
+
+
+def _scaled(y, scale, shift):
+    """scale * y + shift"""
+    scale, shift = (t if t is None else t.view(-1, *[1] * (y.dim() - 2)) for t in (scale, shift))
+    return y * scale if shift is None else torch.addcmul(shift, y, scale)
 
 
 def call(
