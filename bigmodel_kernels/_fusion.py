@@ -1,4 +1,4 @@
-"""Finds convolution (+ batch norm) + activation (+ max-pool) in a traced forward, and runs each as one fused call.
+"""Finds convolution (+ batch norm) (+ a sum) + activation (+ max-pool) in a traced forward, and runs each as one fused call.
 
 A linear layer with its activation is one as well.
 
@@ -10,6 +10,7 @@ in), no state changed while tracing, no tensor made from constants. Train and ev
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from bigmodel_kernels import nn as bnn
-from bigmodel_kernels.nn.fused import conv_block, linear_block
+from bigmodel_kernels.nn.fused import conv_block, conv_sum_block, linear_block
 from bigmodel_kernels.nn.linear import LINEAR_LAYERS, has_hooks
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, bnn.Conv1d, bnn.Conv2d)  # a subclass may compute anything
@@ -34,6 +35,7 @@ _ACTIVATION_FUNCTIONS: dict[Any, str] = {
     torch.sigmoid: "sigmoid",
 }
 _ACTIVATION_METHODS = {"relu": "relu", "tanh": "tanh", "sigmoid": "sigmoid"}
+_SUMS = (operator.add, operator.iadd, torch.add, "add", "add_")  # the last two are methods
 
 
 @dataclass
@@ -55,6 +57,7 @@ class _Chain:
     nodes: list[fx.Node]
     names: list[str]
     norm: fx.Node | None = None
+    residual: fx.Node | None = None  # what is added before the activation
     activation: str | tuple[str, float] | None = None
     pool: tuple | None = None  # size, stride, padding
 
@@ -104,9 +107,17 @@ def _fuse_module(module: nn.Module, path: str, allowed: Callable, backend: str) 
             module.forward = _FusedForward(module, *(fx.GraphModule(module, graphs[mode]) for mode in (True, False)))
             yield Overlay(path, module, [" + ".join(c.names) for c in (chains[False] or chains[True])])
     # A traced forward calls all but its nn.Sequential children as they are, so those are looked at on their own.
+    for name, child in _called(module) if all(graphs.values()) else module.named_children():
+        yield from _fuse_module(child, _join(path, name), allowed, backend)
+
+
+def _called(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a traced module, those of its nn.Sequential children in their place."""
     for name, child in module.named_children():
-        if not (all(graphs.values()) and isinstance(child, nn.Sequential)):
-            yield from _fuse_module(child, _join(path, name), allowed, backend)
+        if isinstance(child, nn.Sequential):
+            yield from ((_join(name, inner), m) for inner, m in _called(child))
+        else:
+            yield name, child
 
 
 def _join(path: str, name: str) -> str:
@@ -167,7 +178,8 @@ def _find_linears(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
 
 def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
     layer = _layer_of(module)
-    chains = []
+    chains: list[_Chain] = []
+    summed: set[fx.Node] = set()
     for node in graph.nodes:
         convolution = layer(node)
         if type(convolution) not in _CONVOLUTIONS or convolution.padding_mode != "zeros" or len(node.args) != 1:
@@ -178,15 +190,57 @@ def _find_chains(module: nn.Module, graph: fx.Graph) -> list[_Chain]:
             chain.norm = following
             chain.nodes.append(following)
             chain.names.append("BatchNorm")
+        following = _next_node(chain.last())
+        if following is not None and following not in summed and (other := _summand(following, chain)) is not None:
+            chain.residual = other
+            summed.add(following)
+            chain.nodes.append(following)
+            chain.names.append("sum")
         _append_activation(chain, layer)
         following = _next_node(chain.last())
         if following is not None and (pool := _max_pool(following, layer, convolution)) is not None:
             chain.pool = pool
             chain.nodes.append(following)
             chain.names.append(f"max-pool {pool[0]}")
-        if len(chain.nodes) > 1:
+        if len(chain.nodes) > 1 and _may_move(module, graph, chain):
             chains.append(chain)
     return chains
+
+
+def _summand(node: fx.Node, chain: _Chain) -> fx.Node | None:
+    """The other operand, where `node` adds one to the end of the chain."""
+    if (
+        node.op not in ("call_function", "call_method")
+        or node.target not in _SUMS
+        or node.kwargs
+        or len(node.args) != 2
+    ):
+        return None
+    first, second = node.args
+    if node.target in (operator.iadd, "add_") and first is not chain.last():
+        return None  # writes into the other
+    other = second if first is chain.last() else first
+    return other if isinstance(other, fx.Node) and other is not chain.last() else None
+
+
+def _may_move(module: nn.Module, graph: fx.Graph, chain: _Chain) -> bool:
+    """Whether the chain's first node, which is to run in the place of its last, moves past nothing that could write into its
+    input."""
+    between = list(graph.nodes)
+    between = between[between.index(chain.nodes[0]) : between.index(chain.last())]
+    return not any(_may_write(module, node) for node in between if node not in chain.nodes)
+
+
+def _may_write(module: nn.Module, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        called = module.get_submodule(node.target)
+        known = type(called).__module__.startswith(("bigmodel_kernels.", "torch.nn."))
+        return not known or getattr(called, "inplace", False)
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv") or name.endswith("_")
+        return in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    return node.op == "call_method" and node.target.endswith("_")
 
 
 def _folds(norm: nn.Module | None, convolution: nn.Module) -> bool:
@@ -255,7 +309,10 @@ def _replace(graph: fx.Graph, chain: _Chain, backend: str) -> None:
         else:
             norm = graph.get_attr(chain.norm.target) if chain.norm is not None else None
             options = {"activation": chain.activation, "pool": chain.pool and ("max", *chain.pool), "backend": backend}
-            call = graph.call_function(conv_block, (layer, convolution.args[0], norm), options)
+            if chain.residual is None:
+                call = graph.call_function(conv_block, (layer, convolution.args[0], norm), options)
+            else:
+                call = graph.call_function(conv_sum_block, (layer, convolution.args[0], norm, chain.residual), options)
     chain.last().replace_all_uses_with(call)
     for node in reversed(chain.nodes):
         graph.erase_node(node)

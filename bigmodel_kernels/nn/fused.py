@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigmodel_kernels.nn.linear import LINEAR_LAYERS, has_hooks, takes_linear
-from bigmodel_kernels.ops.conv.op import conv, parse_activation
+from bigmodel_kernels.ops.conv.op import conv, convolved_shape, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
 from bigmodel_kernels.ops.linear import linear
 
-_POOLS = {  # by the rank of what is pooled
+_POOLS = {  # by the rank of the layer's weight
     3: {"max": F.max_pool1d, "avg": F.avg_pool1d},
     4: {"max": F.max_pool2d, "avg": F.avg_pool2d},
 }
@@ -62,9 +62,41 @@ def conv_block(
     )
     if training:
         out = norm(out)
-        out = activate(out if residual is None else out + residual, *parse_activation(activation))
-        out = out if pool is None else _POOLS[out.dim()][pool[0]](out, *pool[1:])
+        out = _tail(out if residual is None else out + residual, layer.weight.dim(), activation, pool)
     return out if batched else out.squeeze(0)
+
+
+def conv_sum_block(
+    layer: nn.Module,  # Conv1d or Conv2d, torch's or ours
+    x: Tensor,  # [N, Cin, ..], or without N
+    norm: nn.Module | None,
+    summand: Tensor | float,
+    *,
+    activation: str | tuple[str, float] | None = None,
+    pool: tuple | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """pool(activation(norm(layer(x)) + summand)) as it stands in a forward: a summand of another shape or dtype than the
+    convolution's output is added on its own, as PyTorch broadcasts and promotes it."""
+    if _is_residual(layer, x, summand):
+        return conv_block(layer, x, norm, residual=summand, activation=activation, pool=pool, backend=backend)
+    return _tail(conv_block(layer, x, norm, backend=backend) + summand, layer.weight.dim(), activation, pool)
+
+
+def _is_residual(layer: nn.Module, x: Tensor, summand: Tensor | float) -> bool:
+    if not isinstance(summand, Tensor) or summand.dim() != x.dim() or x.dim() != layer.weight.dim():
+        return False
+    if not summand.dtype == x.dtype == layer.weight.dtype or summand.device != x.device:
+        return False
+    if torch.is_autocast_enabled(x.device.type):
+        return False
+    shape = convolved_shape(x, layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups)
+    return all(a == b for a, b in zip(summand.shape, shape))
+
+
+def _tail(y: Tensor, rank: int, activation: str | tuple[str, float] | None, pool: tuple | None) -> Tensor:
+    y = activate(y, *parse_activation(activation))
+    return y if pool is None else _POOLS[rank][pool[0]](y, *pool[1:])
 
 
 def linear_block(

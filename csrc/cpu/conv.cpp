@@ -9,18 +9,19 @@
 
 namespace bmk {
 
-// Returns (out, index, pre). With `save`, index [as out] uint8 is the chosen element of each max-pool window, and pre the
-// values before the activation, for conv_bwd; tensors that it does not need are empty. Both have their channels innermost.
-std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                            const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-                                            const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
-                                            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups,
-                                            bool transposed, const std::vector<int64_t>& output_padding, const std::string& activation,
-                                            const std::string& pool, const std::vector<int64_t>& pool_size,
-                                            const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding, double slope,
-                                            bool save, bool channels_last) {
-  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
-                      pool_padding);
+namespace {
+
+using torch::headeronly::ScalarType;
+using Parameter = std::optional<Tensor>;
+
+// What a forward keeps for conv_bwd, where that needs it: index [as out] uint8, the chosen element of each max-pool window, and pre, the
+// values before the activation. Both have their channels innermost.
+struct Saved {
+  Tensor index, pre;
+};
+
+Tensor run(const ConvCall& call, const Tensor& x, const Tensor& weight, const Parameter& bias, const Parameter& scale,
+           const Parameter& shift, const Parameter& residual, double slope, Saved* saved) {
   call.check_channels(bias, x, "bias");
   call.check_channels(scale, x, "scale");
   call.check_channels(shift, x, "shift");
@@ -28,15 +29,16 @@ std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weigh
     ConvCall::check_shape(*residual, call.full, "residual");
     CHECK_SAME_DTYPE(*residual, x);
   }
-  Tensor out = channels_last ? new_channels_last(x, call.out_shape, std::nullopt) : torch::stable::new_empty(x, call.out_shape);
-  const bool save_index = save && call.window.kind == Pooling::max, save_pre = save && call.saves_pre();
-  Tensor index = save_index ? new_channels_last(x, call.out_shape, torch::headeronly::ScalarType::Byte)
-                            : torch::stable::new_empty(x, {0}, torch::headeronly::ScalarType::Byte);
-  Tensor pre = save_pre ? new_channels_last(x, call.pre_shape(), std::nullopt) : torch::stable::new_empty(x, {0});
-  // Pixels that no window of the pool covers are not computed, and their gradient, which is 0, must not meet a NaN.
-  if (save_pre && call.window.kind == Pooling::avg) torch::stable::zero_(pre);
+  Tensor out = call.channels_last ? new_channels_last(call.out_shape, x.scalar_type()) : new_contiguous(call.out_shape, x.scalar_type());
+  const bool save_index = saved && call.window.kind == Pooling::max, save_pre = saved && call.saves_pre();
+  if (saved) {
+    saved->index = save_index ? new_channels_last(call.out_shape, ScalarType::Byte) : new_contiguous({0}, ScalarType::Byte);
+    saved->pre = save_pre ? new_channels_last(call.pre_shape(), x.scalar_type()) : new_contiguous({0}, x.scalar_type());
+    // Pixels that no window of the pool covers are not computed, and their gradient, which is 0, must not meet a NaN.
+    if (save_pre && call.window.kind == Pooling::avg) torch::stable::zero_(saved->pre);
+  }
   const ConvForward arguments{call.conv,
-                              transposed,
+                              call.transposed,
                               call.window,
                               call.activation,
                               slope,
@@ -44,22 +46,43 @@ std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weigh
                               image(weight),
                               image(residual),
                               image(out),
-                              save_pre ? image(pre) : AnyImage{},
-                              save_index ? image(index) : AnyImage{},
+                              save_pre ? image(saved->pre) : AnyImage{},
+                              save_index ? image(saved->index) : AnyImage{},
                               data(bias),
                               data(scale),
                               data(shift)};
   DISPATCH_FLOATING(x.scalar_type(), "conv", [&] { ISA_CALL(conv_forward<scalar_t>, arguments); });
-  return {out, index, pre};
+  return out;
+}
+
+}  // namespace
+
+Tensor conv_infer(const Tensor& x, const Tensor& weight, const Parameter& bias, const Parameter& scale, const Parameter& shift,
+                  const Parameter& residual, const std::vector<int64_t>& geometry, const std::string& activation, double slope) {
+  return run(ConvCall(x, weight, geometry, activation), x, weight, bias, scale, shift, residual, slope, nullptr);
+}
+
+// Returns (out, index, pre), see Saved; index and pre are empty where conv_bwd does not need them.
+std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weight, const Parameter& bias, const Parameter& scale,
+                                            const Parameter& shift, const Parameter& residual, const std::vector<int64_t>& geometry,
+                                            const std::string& activation, double slope) {
+  Saved saved;
+  Tensor out = run(ConvCall(x, weight, geometry, activation), x, weight, bias, scale, shift, residual, slope, &saved);
+  return {out, saved.index, saved.pre};
 }
 
 }  // namespace bmk
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
-      "conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] stride, int[] padding, "
-      "int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, int[] pool_size, int[] pool_stride, "
-      "int[] pool_padding, float slope, bool save, bool channels_last) -> (Tensor out, Tensor index, Tensor pre)");
+      "conv_infer(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, str activation, "
+      "float slope) -> Tensor");
+  m.def(
+      "conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? scale, Tensor? shift, Tensor? residual, int[] geometry, str activation, "
+      "float slope) -> (Tensor out, Tensor index, Tensor pre)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) { m.impl("conv_fwd", TORCH_BOX(&bmk::conv_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) {
+  m.impl("conv_infer", TORCH_BOX(&bmk::conv_infer));
+  m.impl("conv_fwd", TORCH_BOX(&bmk::conv_fwd));
+}

@@ -10,15 +10,11 @@
 #include "../check.h"
 #include "conv_geometry.h"
 #include "isa.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
 using torch::stable::Tensor;
-
-inline Pooling parse_pooling(const std::string& name) {
-  STD_TORCH_CHECK(name == "none" || name == "max" || name == "avg", "pool: unknown name ", name);
-  return name == "max" ? Pooling::max : name == "avg" ? Pooling::avg : Pooling::none;
-}
 
 // [N, C, L] is [N, C, 1, L].
 inline AnyImage image(const Tensor& t) {
@@ -33,32 +29,33 @@ inline AnyImage image(const std::optional<Tensor>& t) { return t ? image(*t) : A
 
 inline const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
 
-// The description of the call that forward and backward share; lists hold one entry per spatial axis, padding two
-// (before, after).
+// The description of the call that forward and backward share. `geometry` is groups, transposed, the kind of the pool (0 none, 1 max,
+// 2 avg), whether the result is channels_last, then for every spatial axis stride, padding before and after, dilation and output padding,
+// and where there is a pool its size, stride and padding: one list, since an operator with twenty arguments costs as much as a small
+// convolution to call.
 struct ConvCall {
   Conv conv;
   Window window;
   Activation activation;
-  bool transposed;
+  bool transposed, channels_last;
   int64_t output_channels;               // before a gated activation
   std::vector<int64_t> full, out_shape;  // shape of the convolution, and of the result
 
-  ConvCall(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-           const std::vector<int64_t>& dilation, int64_t groups, bool transposed, const std::vector<int64_t>& output_padding,
-           const std::string& activation_name, const std::string& pool, const std::vector<int64_t>& pool_size,
-           const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding)
-      : activation(parse_activation(activation_name)), transposed(transposed) {
+  ConvCall(const Tensor& x, const Tensor& weight, const std::vector<int64_t>& geometry, const std::string& activation_name)
+      : activation(parse_activation(activation_name)) {
     CHECK_CPU(x);
     CHECK_CPU(weight);
     STD_TORCH_CHECK(x.dim() == 3 || x.dim() == 4, "x must have 3 or 4 dimensions, got shape ", shape_string(x));
     STD_TORCH_CHECK(weight.dim() == x.dim(), "weight must have as many dimensions as x, got shape ", shape_string(weight));
     CHECK_SAME_DTYPE(weight, x);
     const size_t axes = x.dim() - 2;
-    window.kind = parse_pooling(pool);
-    const size_t pooled = window.kind == Pooling::none ? 0 : axes;
-    STD_TORCH_CHECK(stride.size() == axes && dilation.size() == axes && padding.size() == 2 * axes && output_padding.size() == axes &&
-                        pool_size.size() == pooled && pool_stride.size() == pooled && pool_padding.size() == pooled,
-                    "conv: stride, dilation, output_padding and pool need one entry per spatial axis, padding two");
+    constexpr size_t kHead = 4, kAxis = 5, kPool = 3;
+    STD_TORCH_CHECK(geometry.size() >= kHead && geometry[2] >= 0 && geometry[2] <= 2, "geometry: unknown pool");
+    const int64_t groups = geometry[0];
+    transposed = geometry[1] != 0, channels_last = geometry[3] != 0;
+    window.kind = geometry[2] == 1 ? Pooling::max : geometry[2] == 2 ? Pooling::avg : Pooling::none;
+    const size_t per_axis = kAxis + (window.kind == Pooling::none ? 0 : kPool);
+    STD_TORCH_CHECK(geometry.size() == kHead + axes * per_axis, "geometry must have ", per_axis, " entries per spatial axis");
     STD_TORCH_CHECK(groups > 0, "groups must be positive, got ", groups);
     const int64_t in_channels = x.size(1);
     output_channels = transposed ? weight.size(1) * groups : weight.size(0);
@@ -72,12 +69,14 @@ struct ConvCall {
     STD_TORCH_CHECK(!gated || (groups == 1 && output_channels % 2 == 0), "tanh_sigmoid needs groups=1 and an even number of channels");
     out_shape = {x.size(0), gated ? output_channels / 2 : output_channels};
     for (size_t i = 0; i < axes; ++i) {
-      Axis axis{0, 0, weight.size(i + 2), stride[i], dilation[i], padding[2 * i]};
-      STD_TORCH_CHECK(axis.stride > 0 && axis.dilation > 0 && axis.pad >= 0 && padding[2 * i + 1] >= 0 && axis.taps > 0,
+      const int64_t* of_axis = geometry.data() + kHead + i * per_axis;
+      const int64_t pad_after = of_axis[2], output_padding = of_axis[4];
+      Axis axis{0, 0, weight.size(i + 2), of_axis[0], of_axis[3], of_axis[1]};
+      STD_TORCH_CHECK(axis.stride > 0 && axis.dilation > 0 && axis.pad >= 0 && pad_after >= 0 && axis.taps > 0,
                       "conv: kernel, stride and dilation must be positive and padding not negative");
-      const int64_t size = x.size(i + 2), reach = (axis.taps - 1) * axis.dilation, pads = axis.pad + padding[2 * i + 1];
+      const int64_t size = x.size(i + 2), reach = (axis.taps - 1) * axis.dilation, pads = axis.pad + pad_after;
       const int64_t out =
-          transposed ? (size - 1) * axis.stride - pads + reach + output_padding[i] + 1 : (size + pads - reach - 1) / axis.stride + 1;
+          transposed ? (size - 1) * axis.stride - pads + reach + output_padding + 1 : (size + pads - reach - 1) / axis.stride + 1;
       STD_TORCH_CHECK((transposed || size + pads > reach) && out >= 0, "x is smaller than the kernel, got shape ", shape_string(x));
       axis.wide = transposed ? out : size, axis.narrow = transposed ? size : out;
       (i + 1 == axes ? conv.w : conv.h) = axis;
@@ -86,15 +85,15 @@ struct ConvCall {
         out_shape.push_back(out);
         continue;
       }
-      const int64_t pool_pad = pool_padding[i];
-      STD_TORCH_CHECK(pool_size[i] > 0 && pool_stride[i] > 0 && pool_size[i] <= out + 2 * pool_pad,
-                      "pool must be positive and fit the output ", out, ", got ", pool_size[i]);
-      STD_TORCH_CHECK(pool_pad == 0 || (pool_pad > 0 && 2 * pool_pad <= pool_size[i] && window.kind == Pooling::max),
+      const int64_t pool_size = of_axis[kAxis], pool_stride = of_axis[kAxis + 1], pool_pad = of_axis[kAxis + 2];
+      STD_TORCH_CHECK(pool_size > 0 && pool_stride > 0 && pool_size <= out + 2 * pool_pad,
+                      "pool must be positive and fit the output ", out, ", got ", pool_size);
+      STD_TORCH_CHECK(pool_pad == 0 || (pool_pad > 0 && 2 * pool_pad <= pool_size && window.kind == Pooling::max),
                       "pool padding is for a max-pool, and at most half of its window, got ", pool_pad);
-      (i + 1 == axes ? window.w : window.h) = pool_size[i];
-      (i + 1 == axes ? window.stride_w : window.stride_h) = pool_stride[i];
+      (i + 1 == axes ? window.w : window.h) = pool_size;
+      (i + 1 == axes ? window.stride_w : window.stride_h) = pool_stride;
       (i + 1 == axes ? window.pad_w : window.pad_h) = pool_pad;
-      out_shape.push_back((out + 2 * pool_pad - pool_size[i]) / pool_stride[i] + 1);
+      out_shape.push_back((out + 2 * pool_pad - pool_size) / pool_stride + 1);
     }
     STD_TORCH_CHECK(window.h * window.w < kNoGradient, "pool: a window holds at most ", kNoGradient - 1, " elements");
   }
@@ -124,16 +123,5 @@ struct ConvCall {
     STD_TORCH_CHECK(same, name, " does not fit the call, got shape ", shape_string(t));
   }
 };
-
-// Channels innermost in memory, whatever the rank.
-inline Tensor new_channels_last(const Tensor& like, const std::vector<int64_t>& shape, std::optional<torch::headeronly::ScalarType> dtype) {
-  std::vector<int64_t> innermost{shape[0]};
-  innermost.insert(innermost.end(), shape.begin() + 2, shape.end());
-  innermost.push_back(shape[1]);
-  Tensor t = torch::stable::new_empty(like, innermost, dtype);
-  // [N, L, C] -> [N, C, L], [N, H, W, C] -> [N, C, H, W]
-  for (int64_t i = static_cast<int64_t>(shape.size()) - 1; i > 1; --i) t = torch::stable::transpose(t, i, i - 1);
-  return t;
-}
 
 }  // namespace bmk

@@ -9,16 +9,12 @@
 namespace bmk {
 
 // `needs` says which of the gradients of x, weight, bias, scale, shift and residual are wanted; the others are empty tensors.
-// out, index and pre are those of conv_fwd. dx is channels_last if asked for, dresidual has its channels innermost.
+// out, index and pre are those of conv_fwd. dx is channels_last if the geometry says so, dresidual has its channels innermost.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
     const Tensor& grad, const Tensor& out, const Tensor& index, const Tensor& pre, const std::vector<int64_t>& needs, const Tensor& x,
-    const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::vector<int64_t>& stride,
-    const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t groups, bool transposed,
-    const std::vector<int64_t>& output_padding, const std::string& activation, const std::string& pool,
-    const std::vector<int64_t>& pool_size, const std::vector<int64_t>& pool_stride, const std::vector<int64_t>& pool_padding, double slope,
-    bool channels_last) {
-  const ConvCall call(x, weight, stride, padding, dilation, groups, transposed, output_padding, activation, pool, pool_size, pool_stride,
-                      pool_padding);
+    const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::vector<int64_t>& geometry,
+    const std::string& activation, double slope) {
+  const ConvCall call(x, weight, geometry, activation);
   call.check_channels(bias, x, "bias");
   call.check_channels(scale, x, "scale");
   STD_TORCH_CHECK(needs.size() == 6, "needs must have 6 entries, got ", needs.size());
@@ -36,17 +32,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
   }
   std::vector<int64_t> x_shape, weight_shape;
   for (int64_t i = 0; i < x.dim(); ++i) x_shape.push_back(x.size(i)), weight_shape.push_back(weight.size(i));
+  const auto dtype = x.scalar_type();
   const std::vector<int64_t> none{0}, per_channel{call.output_channels};
-  const auto vector = [&](bool wanted) { return torch::stable::new_empty(x, wanted ? per_channel : none); };
-  Tensor dx = !needs[0]       ? torch::stable::new_empty(x, none)
-              : channels_last ? new_channels_last(x, x_shape, std::nullopt)
-                              : torch::stable::new_empty(x, x_shape);
-  Tensor dweight = torch::stable::new_empty(x, needs[1] ? weight_shape : none);
+  const auto vector = [&](bool wanted) { return new_contiguous(wanted ? per_channel : none, dtype); };
+  Tensor dx = needs[0] && call.channels_last ? new_channels_last(x_shape, dtype) : new_contiguous(needs[0] ? x_shape : none, dtype);
+  Tensor dweight = new_contiguous(needs[1] ? weight_shape : none, dtype);
   Tensor dbias = vector(needs[2]), dscale = vector(needs[3]), dshift = vector(needs[4]);
-  Tensor dresidual = needs[5] ? new_channels_last(x, call.full, std::nullopt) : torch::stable::new_empty(x, none);
+  Tensor dresidual = needs[5] ? new_channels_last(call.full, dtype) : new_contiguous(none, dtype);
   const auto pointer = [](Tensor& t, bool wanted) { return wanted ? t.mutable_data_ptr() : nullptr; };
   const ConvBackward arguments{call.conv,
-                               transposed,
+                               call.transposed,
                                call.window,
                                call.activation,
                                slope,
@@ -73,8 +68,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "conv_bwd(Tensor grad, Tensor out, Tensor index, Tensor pre, int[] needs, Tensor x, Tensor weight, Tensor? bias, Tensor? scale, "
-      "int[] stride, int[] padding, int[] dilation, int groups, bool transposed, int[] output_padding, str activation, str pool, "
-      "int[] pool_size, int[] pool_stride, int[] pool_padding, float slope, bool channels_last) -> "
+      "int[] geometry, str activation, float slope) -> "
       "(Tensor dx, Tensor dweight, Tensor dbias, Tensor dscale, Tensor dshift, Tensor dresidual)");
 }
 

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
@@ -62,8 +63,8 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, con
                                       const std::optional<Tensor>& residual, const std::string& activation, double slope, bool save_known) {
   CHECK_DIM(x, 2);
   CHECK_DIM(weight, 2);
-  Tensor y = torch::stable::new_empty(x, {x.size(0), weight.size(0)});
-  Tensor known = save_known ? torch::stable::new_empty(x, {x.size(0), weight.size(0)}) : torch::stable::new_empty(x, {0});
+  Tensor y = new_contiguous({x.size(0), weight.size(0)}, x.scalar_type());
+  Tensor known = save_known ? new_contiguous({x.size(0), weight.size(0)}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
   const LinearCall call = make_call(x, weight, bias, residual, activation, slope, y, known);
   DISPATCH_FLOATING(x.scalar_type(), "linear", [&] { ISA_CALL(linear_forward<scalar_t>, call); });
   return {y, known};
@@ -82,9 +83,9 @@ std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& kn
     CHECK_SAME_DTYPE(known, x);
     CHECK_CONTIGUOUS(known);
   }
-  Tensor dx = need_dx ? torch::stable::new_empty(x, {call.rows, call.in}) : torch::stable::new_empty(x, {0});
-  Tensor dweight = need_dweight ? torch::stable::new_empty(x, {call.out, call.in}) : torch::stable::new_empty(x, {0});
-  Tensor dbias = need_dbias ? torch::stable::new_empty(x, {call.out}) : torch::stable::new_empty(x, {0});
+  Tensor dx = need_dx ? new_contiguous({call.rows, call.in}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
+  Tensor dweight = need_dweight ? new_contiguous({call.out, call.in}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
+  Tensor dbias = need_dbias ? new_contiguous({call.out}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
   const auto target = [](const Tensor& t, bool need) { return need ? t.mutable_data_ptr() : nullptr; };
   DISPATCH_FLOATING(x.scalar_type(), "linear", [&] {
     ISA_CALL(linear_backward<scalar_t>, call, dy.const_data_ptr(), dy.stride(0), target(dx, need_dx), target(dweight, need_dweight),

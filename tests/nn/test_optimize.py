@@ -123,6 +123,103 @@ def test_padded_pool_slope_and_linear_layers_are_fused(training, backend):
     assert calls == ["conv", "linear", "linear"]
 
 
+class Block(nn.Module):
+    """ResNet's block; `add` says how the shortcut is added."""
+
+    def __init__(self, add, channels=8):
+        super().__init__()
+        self.conv1 = nn.Conv2d(4, channels, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(channels)
+        self.downsample = nn.Sequential(nn.Conv2d(4, channels, 1, stride=2, bias=False), nn.BatchNorm2d(channels))
+        self.relu = nn.ReLU(inplace=True)
+        self.add = add
+
+    def forward(self, x):
+        y = self.norm2(self.conv2(self.relu(self.norm1(self.conv1(x)))))
+        return self.relu(self.add(y, self.downsample(x)))
+
+
+def _add_in_place(y, shortcut):
+    y += shortcut
+    return y
+
+
+SUMS = {
+    "plus": lambda y, shortcut: y + shortcut,
+    "the other way about": lambda y, shortcut: shortcut + y,
+    "in place": _add_in_place,
+    "method": lambda y, shortcut: y.add(shortcut),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("how", SUMS)
+def test_the_sum_of_a_residual_block_is_fused(how, training):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Sequential(Block(SUMS[how])))
+    model.train(training)
+    twin = copy.deepcopy(model)
+    report = bmk.optimize(model)
+    notes = [(e.path, e.note) for e in report.replaced if e.kind == "forward"]
+    assert ("2.0", "fused Conv2d + BatchNorm + sum + relu") in notes
+    assert ("2.0", "fused Conv2d + BatchNorm + relu") in notes
+    assert_same(model, twin, torch.randn(2, 3, 12, 12))
+    images = IMAGES.expand(-1, 3, -1, -1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(images).dtype == twin(images).dtype
+    report.revert()
+    assert_same(model, twin, torch.randn(2, 3, 12, 12))
+
+
+class Sum(nn.Module):
+    def __init__(self, summand):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.register_buffer("summand", summand)
+
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv(x) + self.summand), 2)
+
+
+@pytest.mark.parametrize(
+    "summand",
+    [torch.randn(2, 8, 8, 8), torch.randn(8, 1, 1), torch.randn(()), torch.randn(2, 8, 8, 8).double()],
+    ids=["same shape", "channels", "number", "float64"],
+)
+def test_what_is_added_may_be_broadcast_or_promoted(summand):
+    model = Sum(summand)
+    twin = copy.deepcopy(model)
+    report = bmk.optimize(model)
+    assert any("fused Conv2d + sum + relu + max-pool 2" in e.note for e in report.replaced)
+    x = torch.randn(2, 3, 8, 8)
+    assert model(x).dtype == twin(x).dtype
+    assert_same(model, twin, x)
+    if summand.dim() < 4:
+        torch.testing.assert_close(model(x[0]), twin(x[0]), rtol=1e-4, atol=1e-5)
+
+
+class WritesBetween(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        x = x + 0
+        y = self.conv(x)
+        x.mul_(0)
+        return F.relu(y)
+
+
+def test_a_convolution_does_not_move_past_a_write_into_its_input():
+    model = WritesBetween().eval()
+    twin = copy.deepcopy(model)
+    bmk.optimize(model)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), twin(x), rtol=1e-4, atol=1e-5)
+
+
 def test_training_mode_is_asked_at_each_call():
     model = TextbookCNN()
     bmk.optimize(model)

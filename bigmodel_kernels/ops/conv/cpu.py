@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from bigmodel_kernels import _cpu
 from bigmodel_kernels.ops.conv import op
 
+POOLINGS = ("none", "max", "avg")
 LARGEST_WINDOW = 254  # elements of a max-pool window that the saved byte can tell apart
 
 
@@ -25,17 +28,50 @@ def supports(
     return None
 
 
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
+def _contiguous(t):
+    return t if t is None else t.contiguous()
 
 
-def fwd(x, weight, bias, scale, shift, residual, *options):
-    return torch.ops.bigmodel_native.conv_fwd(
-        x, weight, *_contiguous(bias, scale, shift), residual, *options, op.gives_channels_last(x, weight)
-    )
+@functools.lru_cache(maxsize=4096)
+def _geometry(
+    channels_last, stride, padding, dilation, groups, transposed, output_padding, pool, pool_size, pool_stride, pool_padding,
+) -> list[int]:  # fmt: skip
+    """As ConvCall of csrc/cpu/conv_arguments.h takes it."""
+    flat = [groups, int(transposed), POOLINGS.index(pool), int(channels_last)]
+    for i, of_axis in enumerate(zip(stride, padding[::2], padding[1::2], dilation, output_padding)):
+        flat += of_axis
+        if pool != "none":
+            flat += pool_size[i], pool_stride[i], pool_padding[i]
+    return flat
+
+
+def _arguments(channels_last, options):
+    stride, padding, dilation, groups, transposed, output_padding, activation, pool, size, step, rim, slope, _ = options
+    key = (stride, padding, dilation, groups, transposed, output_padding, pool, size, step, rim)
+    try:
+        return _geometry(channels_last, *key), activation, slope
+    except TypeError:  # lists, as operators give them, have no hash
+        return _geometry.__wrapped__(channels_last, *key), activation, slope
+
+
+def _forward(native, x, weight, bias, scale, shift, residual, *options):
+    arguments = _arguments(op.gives_channels_last(x, weight), options)
+    return native(x, weight, _contiguous(bias), _contiguous(scale), _contiguous(shift), residual, *arguments)
+
+
+def infer(*args):
+    return (_forward(torch.ops.bigmodel_native.conv_infer, *args),)
+
+
+def fwd(*args):
+    if args[-1]:
+        return _forward(torch.ops.bigmodel_native.conv_fwd, *args)
+    x = args[0]
+    return *infer(*args), x.new_empty(0, dtype=torch.uint8), x.new_empty(0)
 
 
 def bwd(grad, out, index, pre, needs, x, weight, bias, scale, shift, residual, *options):
     return torch.ops.bigmodel_native.conv_bwd(
-        grad, out, index, pre, needs, x, weight, *_contiguous(bias, scale), *options[:-1], op.is_channels_last(x)
-    )
+        grad, out, index, pre, needs, x, weight, _contiguous(bias), _contiguous(scale),
+        *_arguments(op.is_channels_last(x), options),
+    )  # fmt: skip

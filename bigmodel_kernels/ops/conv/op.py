@@ -93,10 +93,7 @@ def prepare(
         x = x.unsqueeze(0)
     x, weight, bias, scale, shift, residual = autocast(x, weight, bias, scale, shift, residual)
     call = (x.shape, weight.shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool)
-    try:
-        options, channels, full = _geometry(*call) if torch.compiler.is_compiling() else _known_geometry(*call)
-    except TypeError:  # symbolic sizes and lists have no hash; anything else that is wrong comes again
-        options, channels, full = _geometry(*call)
+    options, channels, full = _looked_up_geometry(*call)
     check_like("weight", weight, x)
     for name, t in (("bias", bias), ("scale", scale), ("shift", shift)):
         if t is not None:
@@ -172,6 +169,21 @@ def _geometry(
 
 # A model calls with the same few sizes again and again, and checking them costs as much as a small convolution.
 _known_geometry = functools.lru_cache(maxsize=4096, typed=True)(_geometry)
+
+
+def _looked_up_geometry(*call) -> tuple[tuple, int, list[int]]:
+    try:
+        return _geometry(*call) if torch.compiler.is_compiling() else _known_geometry(*call)
+    except TypeError:  # symbolic sizes and lists have no hash; anything else that is wrong comes again
+        return _geometry(*call)
+
+
+def convolved_shape(x: Tensor, weight: Tensor, stride, padding, dilation, groups) -> list[int]:
+    """The shape of the convolution's own output."""
+    _, channels, full = _looked_up_geometry(
+        x.shape, weight.shape, stride, padding, dilation, groups, False, 0, None, None
+    )
+    return [x.shape[0], channels, *full]
 
 
 def parse_activation(activation: Any) -> tuple[str, float]:

@@ -29,7 +29,8 @@ def _folded(x, weight, bias, scale, shift, padding, transposed, groups):
 
 
 def _convolution(x, weight, bias, scale, shift, stride, padding, dilation, groups, transposed, output_padding):
-    if scale is not None and weight.numel() > x.numel():  # fresh memory for the folded weights costs more than a pass over y
+    # Fresh memory for folded weights costs more than a pass over a smaller y.
+    if scale is not None and weight.numel() > x.numel():
         y = _convolution(x, weight, bias, None, None, stride, padding, dilation, groups, transposed, output_padding)
         return _scaled(y, scale, shift)
     x, weight, bias, padding = _folded(x, weight, bias, scale, shift, padding, transposed, groups)
