@@ -130,8 +130,8 @@ class Op:
         if not torch.is_grad_enabled() or not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
             if not plain:
                 return self.fwd(*args, backend)
-            module = _registry.module(self.name, backend)
-            return getattr(module, "infer", module.fwd)(*args)
+            direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
+            return _run(self.name, backend, direction, args)
         flat, lengths = _flatten(args, self._tensors["fwd"])
         pair = _EagerPair if plain else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
