@@ -35,13 +35,19 @@ def in_forward_mode() -> bool:
     return torch.autograd.forward_ad._current_level >= 0
 
 
+# Asked once: torch.compile of torch 2.11 and before does not trace the question.
+_AUTOCAST = frozenset(
+    kind for kind in ("cpu", "cuda", "xpu", "hpu", "mps", "mtia", "xla") if torch.amp.is_autocast_available(kind)
+)
+
+
 def autocast(*tensors: Any) -> tuple:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops do."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
     first = next(t for t in tensors if isinstance(t, torch.Tensor))
     kind = first.device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 

@@ -263,3 +263,9 @@ def test_lack_of_memory_is_told_as_pytorch_tells_it():
     other = RuntimeError("torch_call_dispatcher(aten::fill_) API call failed")
     assert _extension.lack_of_memory(other, "linear", (x,)) is None
     assert _extension.lack_of_memory(RuntimeError("empty input"), "linear", (x,)) is None
+
+
+def test_what_older_compilers_do_not_trace_is_not_asked_in_a_call(monkeypatch):
+    """torch.compile of 2.11 stops at is_autocast_available."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", None)
+    assert bmk.linear(torch.ones(2, 3), torch.ones(4, 3)).shape == (2, 4)
