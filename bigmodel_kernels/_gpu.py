@@ -43,6 +43,13 @@ def reason(t: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | N
     return None
 
 
+def allows_tf32(dtype: torch.dtype, *switches) -> bool:
+    """Whether products of this dtype may take numbers rounded to TF32: where PyTorch's own switches (that of products, if none is
+    named) all say so."""
+    switches = switches or (torch.backends.cuda.matmul,)
+    return dtype == torch.float32 and all(switch.fp32_precision == "tf32" for switch in switches)
+
+
 def product(
     a: torch.Tensor,  # [M, K]
     b: torch.Tensor,  # [K, N]

@@ -36,12 +36,8 @@ def reason(t: torch.Tensor) -> str | None:
 
 
 def precision(dtype: torch.dtype, *switches) -> str:
-    """How tl.dot multiplies: IEEE float32 unless PyTorch's own switches (that of products, if none is named) all allow TF32;
-    16-bit products are exact either way."""
-    if dtype != torch.float32:
-        return "ieee"
-    switches = switches or (torch.backends.cuda.matmul,)
-    return "tf32" if all(switch.fp32_precision == "tf32" for switch in switches) else "ieee"
+    """How tl.dot multiplies: IEEE float32 unless PyTorch's own switches allow TF32; 16-bit products are exact either way."""
+    return "tf32" if _gpu.allows_tf32(dtype, *switches) else "ieee"
 
 
 def launch(kernel, programs: int, *args, **constants) -> None:

@@ -101,7 +101,14 @@ def readable(mangled: str) -> str:
     """_ZN3bmk12lstm_forwardI13__nv_bfloat16LNS_5ScopeE0ELi8EEEv.. -> lstm_forward<bf16, 0, 8>"""
     match = re.match(r"_ZN3bmk\d+(\w+?)(?:I(\w+?)EEv|E)", mangled)
     name, arguments = match[1], match[2] or ""
-    kinds = {"13__nv_bfloat16": "bf16", "6__half": "half", "f": "float", "a": "int8", "14__nv_fp8_e4m3": "fp8"}
+    kinds = {
+        "13__nv_bfloat16": "bf16",
+        "6__half": "half",
+        "f": "float",
+        "a": "int8",
+        "14__nv_fp8_e4m3": "fp8",
+        "NS_4Tf32E": "tf32",
+    }
     pattern = "|".join([*map(re.escape, kinds), r"L(?:NS_\d+[A-Za-z]+E|[a-z])n?\d+E?"])
     words = [kinds.get(word) or re.search(r"\d+(?=E?$)", word)[0] for word in re.findall(pattern, arguments)]
     return f"{name}<{', '.join(words)}>" if words else name

@@ -5,6 +5,7 @@ import re
 from fnmatch import fnmatch
 
 import pytest
+from torch.utils import cpp_extension
 
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.conv import cuda as conv
@@ -22,9 +23,11 @@ BUDGET = [
     ("lstm_*ward_stream<*>", 64, ("LDG", "STG")),
     ("lstm_forward<float, 0, *>", 168, ("FFMA", "LDS")),
     ("lstm_forward<float, *>", 255, ("FFMA", "LDS")),
+    ("lstm_forward<tf32, *>", 255, ("HMMA", "LDS")),
     ("lstm_forward<*, 0, *>", 128, ("HMMA", "LDS")),  # 512 threads
     ("lstm_forward<*>", 255, ("HMMA", "LDS")),
     ("lstm_backward<float, *>", 255, ("FFMA", "LDS")),
+    ("lstm_backward<tf32, *>", 255, ("HMMA", "LDS")),
     ("lstm_backward<*, 0, 8>", 192, ("HMMA", "LDS")),
     ("lstm_backward<*>", 255, ("HMMA", "LDS")),
     ("attention_decode<*, 0, 64>", 128, ("HMMA", "LDSM", "LDGSTS")),
@@ -61,7 +64,7 @@ def dynamic_shared(name: str, gpu: _gpu.Gpu) -> int:
     """The most dynamic shared memory that a launch of this kernel asks for, by the functions of its launcher (which
     tests/emulator/test_launch_sizes.py compares with those in C++); 0 where it has none."""
     family, _, arguments = name.rstrip(">").partition("<")
-    size = 4 if arguments.startswith("float") else 2
+    size = 4 if arguments.startswith(("float", "tf32")) else 2
     if family == "attention_decode":
         _, cache, head_dim = arguments.split(", ")
         return decode_shared_bytes(2 if cache == "0" else 1, int(head_dim))
@@ -112,6 +115,29 @@ def within(kernel, architecture: str) -> list[str]:
     if missing := [word for word in needed if word not in kernel.instructions]:
         problems.append(f"no {', '.join(missing)}")
     return [f"{kernel.name} on {architecture}: {problem}" for problem in problems]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_measurement_of_synchronisation_compiles(architecture):
+    needs_nvcc()
+    assert cubin(SOURCES.parents[1] / "benchmarks" / "gpu_sync.cu", architecture).stat().st_size
+
+
+@pytest.mark.parametrize("asked", [None, "8.9", "8.0;9.0a+PTX"])
+def test_architectures_are_those_asked_for(asked, monkeypatch):
+    needs_nvcc()
+    script = build_script()
+    monkeypatch.chdir(SOURCES.parents[1])
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", cpp_extension.CUDA_HOME)
+    monkeypatch.delenv("CPU_ONLY", raising=False)
+    monkeypatch.setenv("FORCE_CUDA", "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked or "")
+    native = script.extensions()[0]
+    assert sum(source.endswith(".cu") for source in native.sources) == len(list(SOURCES.glob("*.cu")))
+    flags = cpp_extension._get_cuda_arch_flags()
+    wanted = re.findall(r"(\d+)\.(\d+a?)", asked or script.CUDA_ARCHS)
+    assert {f for f in flags if "code=sm" in f} == {f"-gencode=arch=compute_{a}{b},code=sm_{a}{b}" for a, b in wanted}
+    assert any("code=compute" in f for f in flags) == ("PTX" in (asked or script.CUDA_ARCHS))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -72,17 +72,17 @@ void attention_decode_native(const Tensor& q, const Tensor& k, const Tensor& v, 
   STD_TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, "q must have a multiple of the heads of k_cache, got ", heads, " and ", kv_heads);
   STD_TORCH_CHECK(head_dim % 8 == 0 && head_dim <= 128, "q must have a head dimension that is a multiple of 8 up to 128, got ", head_dim);
   STD_TORCH_CHECK(table.has_value() || pages == batch, "k_cache must have ", batch, " sequences, got ", pages);
-  check_table(lengths, {batch}, ScalarType::Int, "cache_seqlens");
+  check_tensor(lengths, {batch}, ScalarType::Int, "cache_seqlens");
   const int64_t width = table ? table->size(1) : 1;
-  if (table) check_table(*table, {batch, width}, ScalarType::Int, "block_table");
-  check_table(out, {batch, heads, q_len, head_dim}, q.scalar_type(), "out");
-  if (lse) check_table(*lse, {batch, heads, q_len}, ScalarType::Float, "lse");
+  if (table) check_tensor(*table, {batch, width}, ScalarType::Int, "block_table");
+  check_tensor(out, {batch, heads, q_len, head_dim}, q.scalar_type(), "out");
+  if (lse) check_tensor(*lse, {batch, heads, q_len}, ScalarType::Float, "lse");
   const int64_t padded = head_dim <= 64 ? 64 : 128, tiles = kv_heads * ceil_div<int64_t>(heads / kv_heads * q_len, kDecodeRows);
   STD_TORCH_CHECK(splits > 0 && batch <= 65535 && tiles <= 65535 && width * page_size < (int64_t{1} << 31),
                   "attention_decode: too many sequences, heads or keys: ", batch, ", ", tiles, ", ", width * page_size);
   if (splits > 1) {
-    check_table(partial, {batch * tiles * splits * kDecodeRows * (padded + 2)}, ScalarType::Float, "partial");
-    check_table(tickets, {batch * tiles}, ScalarType::Int, "tickets");
+    check_tensor(partial, {batch * tiles * splits * kDecodeRows * (padded + 2)}, ScalarType::Float, "partial");
+    check_tensor(tickets, {batch * tiles}, ScalarType::Int, "tickets");
   }
   if (batch * heads * q_len == 0) return;
   const OnDeviceOf device(q);

@@ -42,13 +42,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // A contiguous CUDA tensor of this shape and dtype.
-inline void check_table(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype, const char* name) {
+inline void check_tensor(const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(t.is_cuda() && t.is_contiguous() && t.scalar_type() == dtype && has_shape(t, shape), name,
                   " must be a contiguous CUDA tensor ", shape_string(shape), " of scalar type ", static_cast<int>(dtype), ", got ",
                   shape_string(t), " of ", static_cast<int>(t.scalar_type()));
 }
-inline void check_table(const std::optional<Tensor>& t, std::initializer_list<int64_t> shape, ScalarType dtype, const char* name) {
-  if (t) check_table(*t, shape, dtype, name);
+inline void check_tensor(const std::optional<Tensor>& t, std::initializer_list<int64_t> shape, ScalarType dtype, const char* name) {
+  if (t) check_tensor(*t, shape, dtype, name);
 }
 
 inline void check_cuda(cudaError_t status, const char* what) {

@@ -71,12 +71,6 @@ void check_block(const Plan& plan, int64_t hidden) {
                   " units");
 }
 
-void check_tensor(const Tensor& t, std::initializer_list<int64_t> sizes, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.is_cuda() && t.is_contiguous() && t.scalar_type() == dtype && has_shape(t, sizes), name,
-                  " must be a contiguous CUDA tensor ", shape_string(sizes), " of scalar type ", static_cast<int>(dtype), ", got ",
-                  shape_string(t), " of ", static_cast<int>(t.scalar_type()));
-}
-
 LstmSteps steps_of(const Tensor& h, int64_t tokens, int64_t steps, const std::optional<Tensor>& firsts,
                    const std::optional<Tensor>& lengths) {
   const int64_t batch = h.size(1), hidden = h.size(2);
@@ -169,13 +163,20 @@ Kernel<T, LstmBackward> backward_kernel_of(const Plan& plan) {
     return backward_kernel<T, 8, 16, 24>(plan);
 }
 
+// Runs `run` with a number of the type that the kernels take: float32 is Tf32 where `tf32` allows it.
+template <class Run>
+void dispatch(ScalarType dtype, bool tf32, const Run& run) {
+  if (tf32 && dtype == ScalarType::Float) return run(Tf32{});
+  DISPATCH_CUDA(dtype, "lstm", [&] { run(scalar_t{}); });
+}
+
 }  // namespace
 
 // Writes output, h_n, and, where they are given, gates and cells; c holds the initial states and on return the final ones.
 void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tensor& bias, const Tensor& h0,
                        const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor output, Tensor h_n,
                        Tensor c, std::optional<Tensor> gates, std::optional<Tensor> cells, const std::string& scope, int64_t registers,
-                       int64_t warps) {
+                       int64_t warps, bool tf32) {
   CHECK_DIM(h0, 3);
   CHECK_DIM(from_input, 3);
   const int64_t directions = h0.size(0), batch = h0.size(1), hidden = h0.size(2), tokens = from_input.size(1);
@@ -198,8 +199,8 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
                   " warps and ", registers, " tiles in registers");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(h0);
-  DISPATCH_CUDA(dtype, "lstm", [&] {
-    using T = scalar_t;
+  dispatch(dtype, tf32, [&](auto zero) {
+    using T = decltype(zero);
     const Scope where = parse_scope(scope);
     const Plan plan{where, static_cast<int>(registers),
                     lstm_forward_plan<T>(where, shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
@@ -225,7 +226,7 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
 // Writes d_gates; d_h and d_c hold the gradients of the final states and on return those of the initial ones.
 void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor& cells, const Tensor& c0, const Tensor& w_hh,
                        const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor d_h, Tensor d_c,
-                       Tensor d_gates, const std::string& scope, int64_t registers, int64_t warps) {
+                       Tensor d_gates, const std::string& scope, int64_t registers, int64_t warps, bool tf32) {
   CHECK_DIM(c0, 3);
   CHECK_DIM(d_output, 2);
   const int64_t directions = c0.size(0), batch = c0.size(1), hidden = c0.size(2), tokens = d_output.size(0);
@@ -243,8 +244,8 @@ void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor
                   registers, " tiles in registers");
   if (batch * hidden == 0) return;
   const OnDeviceOf device(c0);
-  DISPATCH_CUDA(dtype, "lstm", [&] {
-    using T = scalar_t;
+  dispatch(dtype, tf32, [&](auto zero) {
+    using T = decltype(zero);
     const Scope where = parse_scope(scope);
     const Plan plan{where, static_cast<int>(registers),
                     lstm_backward_plan<T>(where, shape.hidden, static_cast<int>(registers), static_cast<int>(warps))};
@@ -263,10 +264,10 @@ void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "lstm_sequence_fwd(Tensor from_input, Tensor w_hh, Tensor bias, Tensor h0, Tensor? firsts, Tensor? lengths, int steps, "
-      "Tensor(a!) output, Tensor(b!) h_n, Tensor(c!) c, Tensor(d!)? gates, Tensor(e!)? cells, str scope, int registers, int warps) -> ()");
+      "Tensor(a!) output, Tensor(b!) h_n, Tensor(c!) c, Tensor(d!)? gates, Tensor(e!)? cells, str scope, int registers, int warps, bool tf32) -> ()");
   m.def(
       "lstm_sequence_bwd(Tensor d_output, Tensor gates, Tensor cells, Tensor c0, Tensor w_hh, Tensor? firsts, Tensor? lengths, "
-      "int steps, Tensor(a!) d_h, Tensor(b!) d_c, Tensor(c!) d_gates, str scope, int registers, int warps) -> ()");
+      "int steps, Tensor(a!) d_h, Tensor(b!) d_c, Tensor(c!) d_gates, str scope, int registers, int warps, bool tf32) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CUDA, m) {

@@ -2,7 +2,8 @@
 //
 // A word holds a float, or two 16-bit neighbours along the depth k of the next product, for one of the 8 columns n (rows of the
 // batch). 16-bit words lie in the order in which lanes read them as B fragments of mma.m16n8k16, two tiles of 16 k to one 16-byte
-// load; floats lie by k, so that the four lanes that share a row of weights read 128 bytes in a row.
+// load; TF32 words likewise for mma.m16n8k8, one tile of 16 k to a load. IEEE floats lie by k, so that the four lanes that share a
+// row of weights read 128 bytes in a row.
 // Slots: a step's words are in slot step % 2 of shared memory. Who writes slot s of step k + 2 has received step k + 1, which
 // everyone sent after reading step k, so two slots are enough.
 //
@@ -14,11 +15,23 @@
 //   streamed as grid; the weights past the registers do not stay on chip, but are read from L2 in every step
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace bmk {
 
 constexpr int kColumns = 8;  // rows of the batch of a block: the columns of a product
+
+// A float32 number whose products take it rounded to 10 bits of fraction, as torch's TF32 switches allow; sums are float32.
+struct Tf32 {
+  float value;
+};
+__device__ __forceinline__ float to_float(Tf32 x) { return x.value; }
+template <>
+__device__ __forceinline__ Tf32 from_float<Tf32>(float x) {
+  return {x};
+}
 
 // Words of T for a tile of 16 k: how many, which one holds depth k (16 bits: k and k + 1, k even) of column n, and back.
 template <class T>
@@ -36,6 +49,14 @@ struct Words<float> {
   __host__ __device__ static constexpr int of(int k, int n) { return k * kColumns + n; }
   __host__ __device__ static constexpr int depth(int word) { return word / kColumns; }
   __host__ __device__ static constexpr int column(int word) { return word % kColumns; }
+};
+
+template <>
+struct Words<Tf32> {
+  static constexpr int kPerTile = 128, kDepth = 1;
+  __host__ __device__ static constexpr int of(int k, int n) { return k / 16 * kPerTile + (n * 4 + k % 4) * 4 + k % 16 / 4; }
+  __host__ __device__ static constexpr int depth(int word) { return word / kPerTile * 16 + word % 4 * 4 + word / 4 % 4; }
+  __host__ __device__ static constexpr int column(int word) { return word % kPerTile / 16; }
 };
 
 enum class Scope { block, cluster, grid, streamed };
@@ -109,6 +130,7 @@ __device__ __forceinline__ const unsigned* exchange_receive(const Exchange& e, i
 
 // A number as the bits of a word, or of half of one.
 __device__ __forceinline__ unsigned bits_of(float x) { return __builtin_bit_cast(unsigned, x); }
+__device__ __forceinline__ unsigned bits_of(Tf32 x) { return __builtin_bit_cast(unsigned, x); }
 template <class T>
 __device__ __forceinline__ unsigned bits_of(T x) {
   return __builtin_bit_cast(unsigned short, x);
@@ -121,6 +143,15 @@ __device__ __forceinline__ T from_bits(unsigned bits) {
     return __builtin_bit_cast(T, static_cast<unsigned short>(bits));
 }
 
+// The bits that a product takes for those of a number.
+template <class T>
+__device__ __forceinline__ unsigned operand(unsigned bits) {
+  if constexpr (std::is_same_v<T, Tf32>)
+    return ptx::cvt_rna_tf32(__builtin_bit_cast(float, bits));
+  else
+    return bits;
+}
+
 // Sends the numbers of a unit, at depth first_k + unit, for columns 2 t and 2 t + 1 (t = lane % 4). The lanes of a warp have 8
 // neighbouring units; in 16 bits, lanes of neighbouring units make words of both: the even one that of column 2 t, the odd one
 // that of 2 t + 1.
@@ -130,8 +161,8 @@ __device__ __forceinline__ void exchange_send_unit(const Exchange& e, int step, 
   const int column = threadIdx.x % 4 * 2;
   if constexpr (sizeof(T) == 4) {
     if (unit >= units) return;
-    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column), first_column);
-    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column + 1), second_column);
+    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column), operand<T>(first_column));
+    exchange_send<scope>(e, step, Words<T>::of(first_k + unit, column + 1), operand<T>(second_column));
   } else {
     const bool odd = unit % 2;
     const unsigned other = __shfl_xor_sync(kFullWarp, odd ? first_column : second_column, 4);

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kForwardThreads<T, scope, Registers>, 1) lstm_
     const T* h = p.h0 + (int64_t{rows.direction} * p.shape.batch + row) * hidden + k;
     unsigned value = 0;
     for (int i = 0; i < Words<T>::kDepth; ++i)
-      if (row < p.shape.batch && k + i < hidden) value |= bits_of(h[i]) << i * 16;
+      if (row < p.shape.batch && k + i < hidden) value |= operand<T>(bits_of(h[i])) << i * 16;
     exchange.shared[word] = value;
     if (k >= hidden) exchange.shared[exchange.words + word] = 0;
   }

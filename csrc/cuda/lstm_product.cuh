@@ -6,7 +6,7 @@
 // Results, for either arithmetic, as mma.m16n8k16 gives them: with g = lane / 4 and t = lane % 4, a thread has rows g and g + 8 of
 // each tile for columns 2 t and 2 t + 1.
 //
-// 16 bits: mma.m16n8k16, sums in float, the chain of sums halved.
+// 16 bits: mma.m16n8k16, sums in float, the chain of sums halved. TF32: likewise with two mma.m16n8k8 to a tile, one to each chain.
 // float32: IEEE multiply-adds. A thread has rows g and g + 8 for every fourth k, from t on, and all 8 columns; at the end the four
 // threads of a row add up what they have.
 #pragma once
@@ -27,7 +27,7 @@ __device__ __forceinline__ void load_fragment(unsigned (&a)[kFragment<T>], const
   for (int i = 0; i < kFragment<T>; ++i) {
     const int m = g + i % 2 * 8;
     if constexpr (sizeof(T) == 4) {
-      a[i] = weight(m, i / 2 * 4 + t);
+      a[i] = operand<T>(weight(m, i / 2 * 4 + t));
     } else {
       const int k = t * 2 + i / 2 * 8;
       a[i] = weight(m, k) | weight(m, k + 1) << 16;
@@ -38,14 +38,18 @@ __device__ __forceinline__ void load_fragment(unsigned (&a)[kFragment<T>], const
 // What a thread has summed up, and the word of the step for a tile of the depth.
 template <class T, int Tiles>
 struct Sums {
-  float odd[Tiles][4] = {};  // of every second tile of the depth; the others go into acc at once
+  static constexpr int kTiles = 128 / Words<T>::kPerTile;  // of the depth, to a load
+  float odd[Tiles][4] = {};  // of every second mma; the others go into acc at once
   uint4 b;
 
   __device__ __forceinline__ void load(const unsigned* words, int k) {
-    if (k % 2 == 0) b = reinterpret_cast<const uint4*>(words)[k / 2 * kWarpSize + threadIdx.x % kWarpSize];
+    if (k % kTiles == 0) b = reinterpret_cast<const uint4*>(words)[k / kTiles * kWarpSize + threadIdx.x % kWarpSize];
   }
-  __device__ __forceinline__ void add(float (&acc)[Tiles][4], int tile, int k, const unsigned (&a)[4]) {
-    if (k % 2 == 0)
+  __device__ __forceinline__ void add(float (&acc)[Tiles][4], int tile, int k, const unsigned (&a)[kFragment<T>]) {
+    if constexpr (sizeof(T) == 4) {
+      ptx::mma_m16n8k8_tf32(acc[tile], {a[0], a[1], a[2], a[3]}, b.x, b.y);
+      ptx::mma_m16n8k8_tf32(odd[tile], {a[4], a[5], a[6], a[7]}, b.z, b.w);
+    } else if (k % 2 == 0)
       mma_m16n8k16<T>(acc[tile], a, b.x, b.y);
     else
       mma_m16n8k16<T>(odd[tile], a, b.z, b.w);

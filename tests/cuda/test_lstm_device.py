@@ -8,7 +8,7 @@ from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import cuda
 from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, plan
 from bigmodel_kernels.testing import assert_matches, make
-from tests.emulator.test_lstm import small
+from tests.emulator.test_lstm import check_tf32, small, tf32_allowed
 from tests.ops.test_lstm import Problem, check
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -49,6 +49,13 @@ def test_tiny(scope, monkeypatch):
 def test_matches_float64(scope, size, variant, dtype, monkeypatch):
     in_scope(monkeypatch, scope)
     check(on_gpu(Problem(*size, **VARIANTS[variant], dtype=dtype)), "cuda")
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_tf32_where_torch_allows_it(scope, monkeypatch):
+    in_scope(monkeypatch, scope)
+    with tf32_allowed():
+        check_tf32(on_gpu(Problem(5, 9, 7, 33, **VARIANTS["packed_stacked"], dtype=torch.float32)), "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

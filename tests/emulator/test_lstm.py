@@ -1,5 +1,6 @@
 """The CUDA kernels of whole LSTM layers, emulated: against float64, forward and every gradient, in all four scopes."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from bigmodel_kernels import _gpu
 from bigmodel_kernels.ops.lstm import cuda, cuda_plan
 from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, ROWS, STREAMED_REGISTERS, Kernel, Plan
+from bigmodel_kernels.testing import relative_l2
 from tests.emulator.backend import SUFFIX, emulated
 from tests.emulator.emulator import EmulatorError, Program, needs_compiler
 from tests.ops.test_lstm import Problem, check
@@ -26,19 +28,23 @@ def registers_of(scope: str, kernel: Kernel) -> int:
     return STREAMED_REGISTERS if scope == "streamed" else kernel.registers
 
 
-def stream_name(direction: str, dtype: torch.dtype) -> str:
-    return f"bmk::lstm_{direction}_stream<{SUFFIX[dtype]}>"
+def type_of(dtype: torch.dtype, tf32: bool) -> str:
+    return "bmk::Tf32" if tf32 and dtype == torch.float32 else SUFFIX[dtype]
 
 
-def kernel_name(direction: str, dtype: torch.dtype, scope: str, registers: int) -> str:
-    return f"bmk::lstm_{direction}<{SUFFIX[dtype]}, static_cast<bmk::Scope>({SCOPES[scope]}), {registers}>"
+def stream_name(direction: str, kind: str) -> str:
+    return f"bmk::lstm_{direction}_stream<{kind}>"
 
 
-def program(direction: str, dtype: torch.dtype, scope: str) -> Program:
-    kernel = KERNELS[direction][dtype.itemsize]
+def kernel_name(direction: str, kind: str, scope: str, registers: int) -> str:
+    return f"bmk::lstm_{direction}<{kind}, static_cast<bmk::Scope>({SCOPES[scope]}), {registers}>"
+
+
+def program(direction: str, kind: str, size: int, scope: str) -> Program:
+    kernel = KERNELS[direction][size]
     registers = [r for _, r in kernel.one_block] if scope == "block" else [registers_of(scope, kernel)]
-    streams = [stream_name(direction, dtype)] if scope == "streamed" else []
-    return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, dtype, scope, r) for r in registers), *streams)
+    streams = [stream_name(direction, kind)] if scope == "streamed" else []
+    return Program(f"lstm_{direction}.cuh", *(kernel_name(direction, kind, scope, r) for r in registers), *streams)
 
 
 class Native:
@@ -48,9 +54,9 @@ class Native:
         self.seed, self.detect, self.together = seed, detect, together
         self.edit, self.edited = edit, edited  # a change in a header, in which direction's kernel
 
-    def _run(self, direction, like, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps):
+    def _run(self, direction, like, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps, tf32):
         directions, batch, hidden = like.shape
-        kernel = KERNELS[direction][like.element_size()]
+        kernel, kind = KERNELS[direction][like.element_size()], type_of(like.dtype, tf32)
         groups = -(-batch // ROWS)
         blocks = kernel.blocks(hidden, warps)
         words = (
@@ -59,7 +65,7 @@ class Native:
             else None
         )
         together = groups if words is None else self.together
-        code = program(direction, like.dtype, scope)
+        code = program(direction, kind, like.element_size(), scope)
         code = code.with_edit(*self.edit) if self.edited == direction else code
         shared = kernel.shared_bytes(hidden, registers, warps, scope == "streamed")
         streamed = None
@@ -67,32 +73,48 @@ class Native:
             size = directions * blocks * rest * kernel.tiles * 16 * 16 * warps * like.element_size()
             streamed = torch.full((size,), 255, dtype=torch.uint8)  # NaNs
             code.run(
-                stream_name(direction, like.dtype), (blocks, rest, directions), 32 * warps, (w_hh, streamed, hidden, registers),
+                stream_name(direction, kind), (blocks, rest, directions), 32 * warps, (w_hh, streamed, hidden, registers),
                 seed=self.seed, detect=self.detect,
             )  # fmt: skip
         bias_at = shared - cuda_plan.BIAS_BYTES * kernel.units * warps
         for first in range(0, groups, together):
             shape = (tokens, batch, hidden, steps, firsts, lengths, words, streamed, first, groups, bias_at)
             code.run(
-                kernel_name(direction, like.dtype, scope, registers),
+                kernel_name(direction, kind, scope, registers),
                 (blocks, min(together, groups - first), directions), 32 * warps, (shape, *arguments),
                 shared_bytes=shared, cluster=blocks if scope == "cluster" else 1, cooperative=words is not None,
                 seed=self.seed, detect=self.detect,
             )  # fmt: skip
 
     def lstm_sequence_fwd(
-        self, from_input, w_hh, bias, h0, firsts, lengths, steps, output, h_n, c, gates, cells, scope, registers, warps
+        self,
+        from_input,
+        w_hh,
+        bias,
+        h0,
+        firsts,
+        lengths,
+        steps,
+        output,
+        h_n,
+        c,
+        gates,
+        cells,
+        scope,
+        registers,
+        warps,
+        tf32,
     ):
         arguments = (from_input, w_hh, bias, h0, output, h_n, c, gates, cells)
         tokens = from_input.shape[1]
-        self._run("forward", h0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("forward", h0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps, tf32)
 
     def lstm_sequence_bwd(
-        self, d_output, gates, cells, c0, w_hh, firsts, lengths, steps, d_h, d_c, d_gates, scope, registers, warps
+        self, d_output, gates, cells, c0, w_hh, firsts, lengths, steps, d_h, d_c, d_gates, scope, registers, warps, tf32
     ):
         arguments = (d_output, gates, cells, c0, w_hh, d_h, d_c, d_gates)
         tokens = d_output.shape[0]
-        self._run("backward", c0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps)
+        self._run("backward", c0, w_hh, firsts, lengths, steps, tokens, arguments, scope, registers, warps, tf32)
 
 
 def check_emulated(problem, monkeypatch, scope, gpu=_gpu.H100, function=check, **native):
@@ -142,6 +164,61 @@ def test_one_block_up_to_its_most_units(size, dtype, monkeypatch):
 def test_streamed_weights(size, dtype, monkeypatch):
     """Sizes with tiles past the registers, forward (150 units) and backward."""
     check_emulated(Problem(*size, bidirectional=size[3] == 40, dtype=dtype), monkeypatch, "streamed")
+
+
+@contextlib.contextmanager
+def tf32_allowed():
+    """PyTorch's switches allow TF32 in products and in RNNs."""
+    switches = torch.backends.cuda.matmul, torch.backends.cudnn.rnn
+    before = [switch.fp32_precision for switch in switches]
+    for switch in switches:
+        switch.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            switch.fp32_precision = value
+
+
+@pytest.fixture
+def tf32():
+    with tf32_allowed():
+        yield
+
+
+def errors(problem, backend):
+    """Relative L2 errors of all results and gradients, by name, against float64."""
+    found, exact = problem.run(backend), problem.run("torch", torch.float64)
+    return {name: relative_l2(a[name], e[name]) for a, e in zip(found, exact) for name in e}
+
+
+def check_tf32(problem, backend):
+    """TF32 has the fraction of float16, hence float16's bounds on the error; it is not float32, or it would not be TF32."""
+    found = errors(problem, backend)
+    assert all(error < (6e-4 if name in ("output", "h_n", "c_n") else 1e-3) for name, error in found.items()), found
+    assert found["output"] > 1e-5
+
+
+@pytest.mark.parametrize("variant", ["plain", "packed_stacked"])
+@pytest.mark.parametrize("size", [(3, 9, 7, 16), (2, 5, 8, 33), (2, 2, 3, 64)], ids=str)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_tf32_where_torch_allows_it(scope, size, variant, tf32, monkeypatch):
+    check_emulated(Problem(*size, **VARIANTS[variant], dtype=torch.float32), monkeypatch, scope, function=check_tf32)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_tf32_products_of_such_numbers_are_float32(scope, tf32, monkeypatch):
+    """One step from a state of few digits, with weights of few digits: what rounding leaves as it was is exact in every place."""
+    problem = Problem(1, 9, 5, 40, dtype=torch.float32)
+    problem.weights[1] = problem.weights[1].to(torch.bfloat16).float()
+    problem.h0 = problem.h0.to(torch.bfloat16).float()
+    found = check_emulated(problem, monkeypatch, scope, function=errors)
+    assert all(found[name] < 2e-6 for name in ("output", "h_n", "c_n")), found
+
+
+def test_one_switch_is_not_enough(tf32, monkeypatch):
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    check_emulated(Problem(3, 9, 7, 16, dtype=torch.float32), monkeypatch, "block")
 
 
 @pytest.mark.parametrize("seed", range(1, 21))

@@ -29,9 +29,12 @@ def supports(
 
 
 def _plan(kernels: dict[int, Kernel], w_hh: torch.Tensor) -> tuple:
+    """The plan, and whether the recurrent product may be TF32: by the switches of RNNs and of products, since the other products
+    of a layer are PyTorch's."""
     directions, _, hidden = w_hh.shape
     found = plan(kernels[w_hh.element_size()], hidden, directions, _gpu.properties(w_hh.device.index))
-    return found.scope, found.registers, found.warps
+    tf32 = _gpu.allows_tf32(w_hh.dtype, torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    return found.scope, found.registers, found.warps, tf32
 
 
 def _tables(tokens: by_layer.Tokens) -> tuple:
