@@ -115,6 +115,16 @@ def wanted(backend: str) -> str:
     return (_wanted.get() or _environment) if backend == "auto" else check_name(backend)
 
 
+def is_free(backend: str) -> bool:
+    """Whether a call is free to go the fastest way: nobody asks for a backend, and nobody wants to be told of the choice."""
+    return (
+        backend == "auto"
+        and (_wanted.get() or _environment) == "auto"
+        and _record.get() is None
+        and not _log.isEnabledFor(logging.INFO)
+    )
+
+
 def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: tuple) -> str:
     """The backend that runs this call: the one asked for, or for "auto" the first that can, in the op's own order.
 

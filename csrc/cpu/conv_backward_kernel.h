@@ -16,6 +16,8 @@
 #include "conv_depthwise_gradient.h"
 #include "conv_winograd.h"
 #include "conv_scatter.h"
+#include "few_rows.h"
+#include "conv_few_pixels.h"
 #include "conv_pass.h"
 #include "conv_gradient.h"
 // clang-format on

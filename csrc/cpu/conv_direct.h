@@ -39,6 +39,19 @@ inline int64_t packed_weights_size(const Pass& pass) {
   return pass.groups * pass.depth() * padded_channels<T>(pass.out_channels);
 }
 
+// How the weights of an output channel lie in memory: in one piece, [channel][tap] or [tap][channel], or not.
+enum class WeightOrder { taps_inside, channels_inside, scattered };
+template <class T, class S>
+inline WeightOrder weight_order(const Pass& pass, const Weights<T, S>& weights) {
+  const int64_t C = pass.channels, taps_h = pass.h.axis.taps, taps_w = pass.w.axis.taps;
+  const auto lie = [&](int64_t in, int64_t h, int64_t w) {
+    return (C == 1 || weights.in == in) && (taps_h == 1 || weights.h == h) && (taps_w == 1 || weights.w == w);
+  };
+  return lie(taps_h * taps_w, taps_w, 1) ? WeightOrder::taps_inside
+         : lie(1, taps_w * C, C)         ? WeightOrder::channels_inside
+                                         : WeightOrder::scattered;
+}
+
 // The weights of up to W output channels, lanes of a vector, at one tap and source channel; lanes past them are 0.
 template <class T, class S>
 INLINE vec<T> weight_vector(const S* source, int64_t step, int64_t lanes) {
@@ -54,12 +67,9 @@ inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weigh
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
   const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels), C = pass.channels;
   const int64_t vectors = padded / W, taps_h = pass.h.axis.taps, taps_w = pass.w.axis.taps;
-  // Where the weights of an output channel lie in one piece, [channel][tap] or [tap][channel], squares of W x W are transposed
-  // in registers.
-  const auto lie = [&](int64_t in, int64_t h, int64_t w) {
-    return (C == 1 || weights.in == in) && (taps_h == 1 || weights.h == h) && (taps_w == 1 || weights.w == w);
-  };
-  const bool taps_inside = lie(taps_h * taps_w, taps_w, 1), rows = taps_inside || lie(1, taps_w * C, C);
+  // Where the weights of an output channel lie in one piece, squares of W x W are transposed in registers.
+  const WeightOrder order = weight_order(pass, weights);
+  const bool taps_inside = order == WeightOrder::taps_inside, rows = order != WeightOrder::scattered;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * W));
   torch::stable::parallel_for(0, pass.groups * vectors, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

@@ -8,6 +8,8 @@
 #include "conv_depthwise.h"
 #include "conv_winograd.h"
 #include "conv_scatter.h"
+#include "few_rows.h"
+#include "conv_few_pixels.h"
 #include "conv_pass.h"
 #include "conv_epilogue.h"
 #include "conv_planar.h"

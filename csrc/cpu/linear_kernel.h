@@ -9,6 +9,7 @@
 // Floor: 2 rows in out operations forward, twice that backward, at the multiply-add peak.
 // clang-format off: each builds on those before it
 #include "tiles.h"
+#include "few_rows.h"
 #include "activation_kernel.h"
 // clang-format on
 
@@ -38,57 +39,6 @@ struct LinearTail {
   }
 };
 
-// Up to this many rows multiply the weights so few times that packing them counts.
-inline constexpr int64_t kFewRows = 96;
-
-// y of up to kRows rows and NV vectors of columns: (+)= the sums over one block of inputs.
-template <int kRows, int NV, class T>
-inline void few_rows_tile(const T* x, int64_t x_row, const T* packed, int64_t steps, T* y, int64_t y_row, int64_t columns, bool add) {
-  vec<T> acc[kRows][NV] = {};
-  multiply_chain<kRows, NV, T>(acc, x, x_row, 1, packed, NV * kLanes<T>, steps);
-  store_tile<kRows, NV, T>(acc, y, y_row, columns, add);
-}
-
-// A task owns a strip of NV vectors of outputs for all rows. It packs as many of their weights as stay in the first-level cache,
-// multiplies all rows with them and goes on, so that packed weights never travel: 64 rows of 3136 x 128 took 340 us on one thread and
-// 390 on two where every thread read what both had packed. Sums are those of gemm(), to the bit.
-template <int NV, class T, class Finish>
-inline void multiply_few_rows(const LinearCall& call, T* y, Finish finish) {
-  constexpr int64_t R = PanelTile<T>::rows(NV), kWidth = NV * kLanes<T>;
-  const T *x = static_cast<const T*>(call.x), *weight = static_cast<const T*>(call.weight);
-  const int64_t block = depth_block<T>(call.in);
-  torch::stable::parallel_for(0, (call.out + kWidth - 1) / kWidth, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> packed(block * kWidth);
-    for (int64_t first = begin * kWidth; first < std::min(end * kWidth, call.out); first += kWidth) {
-      const int64_t columns = std::min(kWidth, call.out - first);
-      for (int64_t k0 = 0; k0 == 0 || k0 < call.in; k0 += block) {
-        const int64_t steps = std::min(block, call.in - k0);
-        pack_panels<T>(packed.get(), weight + first * call.weight_row + k0, 1, call.weight_row, steps, columns, kWidth, 0, 1);
-        for (int64_t m = 0; m < call.rows; m += R) {
-          const int64_t rows = std::min(R, call.rows - m);
-          T* tile = y + m * call.out + first;
-          with_constant<R>(rows, [&](auto count) {
-            few_rows_tile<count.value, NV, T>(x + m * call.x_row + k0, call.x_row, packed, steps, tile, call.out, columns, k0 > 0);
-          });
-          if (k0 + steps >= call.in) finish(tile, m, first, rows, columns);
-        }
-      }
-    }
-  });
-}
-
-// The vectors of multiply_few_rows' strips; 0 where gemm() shares the work out better.
-template <class T>
-inline int strip_vectors(const LinearCall& call) {
-  if (call.rows > kFewRows || call.x_step != 1 || call.weight_step != 1) return 0;
-  const int64_t threads = torch::stable::get_num_threads();
-  for (int vectors : {PanelTile<T>::kVectors, PanelTile<T>::kVectors / 2}) {
-    const int64_t strips = (call.out + vectors * kLanes<T> - 1) / (vectors * kLanes<T>);
-    if (strips % threads == 0 || strips >= 4 * threads) return vectors;
-  }
-  return 0;
-}
-
 template <class S>
 void linear_forward(const LinearCall& call) {
   using T = compute_t<S>;
@@ -105,9 +55,14 @@ void linear_forward(const LinearCall& call) {
   };
   if constexpr (std::is_same_v<S, T>) {
     constexpr int kVectors = PanelTile<T>::kVectors;
-    const int vectors = strip_vectors<T>(call);
-    if (vectors == kVectors) return multiply_few_rows<kVectors, T>(call, y, finish);
-    if (vectors == kVectors / 2) return multiply_few_rows<kVectors / 2, T>(call, y, finish);
+    const bool few = call.rows <= kFewRows && call.x_step == 1 && call.weight_step == 1;
+    const int vectors = few ? strip_vectors<T>(call.out) : 0;
+    const auto multiply = [&](auto constant) {
+      multiply_few_rows<constant.value, T>(call.rows, call.out, call.in, static_cast<const T*>(call.x), call.x_row,
+                                           static_cast<const T*>(call.weight), call.weight_row, y, call.out, depth_block<T>(call.in), finish);
+    };
+    if (vectors == kVectors) return multiply(std::integral_constant<int, kVectors>{});
+    if (vectors == kVectors / 2) return multiply(std::integral_constant<int, kVectors / 2>{});
   }
   gemm(call.rows, call.out, call.in, static_cast<const S*>(call.x), call.x_row, call.x_step, static_cast<const S*>(call.weight),
        call.weight_step, call.weight_row, sums, call.out, false, finish);

@@ -138,3 +138,89 @@ def test_other_instruction_sets(isa):
         timeout=300,
     )
     assert run.returncode == 0, run.stdout[-3000:]
+
+
+# Up to 256 outputs and at least 65536 weights: the pixels' windows in rows. Tails of its tiles, strips and blocks; both orders.
+FEW_PIXELS = {
+    "last_stage": ((1, 64, 7, 7), (130, 64, 3, 3), {"padding": 1}),
+    "strided": ((3, 40, 13, 15), (192, 40, 3, 3), {"stride": 2, "padding": 1}),
+    "dilated": ((2, 33, 9, 12), (257, 33, 3, 3), {"padding": 2, "dilation": (2, 1)}),
+    "pooled": ((2, 64, 12, 10), (128, 64, 3, 3), {"padding": 1, "pool": ("max", 3, 2, 1)}),
+    "pointwise": ((2, 256, 14, 14), (260, 256, 1, 1), {"stride": 2}),
+    "one_axis": ((3, 65, 50), (512, 65, 4), {"stride": 3, "padding": 2}),
+    "one_pixel": ((1, 300, 3, 3), (70, 300, 3, 3), {}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", FEW_PIXELS)
+def test_few_pixels(name, last, dtype):
+    x_shape, w_shape, options = FEW_PIXELS[name]
+    x, weight = make(*x_shape, dtype=torch.float64, seed=1), make(*w_shape, dtype=torch.float64, seed=2) / 30
+    tail = [make(w_shape[0], dtype=torch.float64, seed=3 + i) for i in range(3)]
+    if last and x.dim() == 4:
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+
+    def run(dtype, backend, activation="relu"):
+        tensors = [t.to(dtype) for t in (x, weight, *tail)]
+        scales = dict(zip(("bias", "scale", "shift"), tensors[2:]))
+        return bmk.conv(*tensors[:2], **scales, **options, activation=activation, backend=backend)
+
+    x, weight, *tail = (t.to(dtype).double() for t in (x, weight, *tail))
+    for activation in ("relu", "silu"):
+        exact, ours, theirs = (
+            run(torch.float64, "torch", activation), run(dtype, "cpu", activation), run(dtype, "torch", activation)
+        )  # fmt: skip
+        assert_matches(ours, exact, theirs, dtype=dtype, name=activation)
+    x, weight, *tail = (t.mul(20).round().clamp(-3, 3) for t in (x, weight, *tail))
+    if dtype != torch.bfloat16:
+        assert torch.equal(run(dtype, "cpu").double(), run(torch.float64, "torch"))
+
+
+REPEATED = {
+    "ours": ((2, 8, 9, 9), (8, 8, 3, 3), {"padding": 1, "activation": "relu"}),
+    "ours, pooled": ((2, 1, 28, 28), (32, 1, 3, 3), {"padding": 1, "activation": "relu", "pool": ("max", 2)}),
+    "PyTorch's": ((1, 64, 8, 8), (32, 64, 1, 1), {"activation": "relu"}),
+    "PyTorch's, plain": ((1, 64, 8, 8), (32, 64, 1, 1), {}),
+}
+
+
+@pytest.mark.parametrize("name", REPEATED)
+def test_a_call_that_was_made_before(name):
+    """The second call of the same sizes goes by what the first found out: it must see new values, and refuse what is wrong."""
+    x_shape, w_shape, options = REPEATED[name]
+    x, weight, bias = make(*x_shape, seed=1), make(*w_shape, seed=2), make(w_shape[0], seed=3)
+
+    def both(x, weight, bias):
+        found = [bmk.conv(x, weight, bias, **options, backend=backend) for backend in ("auto", "torch")]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        assert found[0].stride() == found[1].stride()
+        return found[0]
+
+    with torch.no_grad():
+        first = both(x, weight, bias)
+        assert torch.equal(first, both(x, weight, bias))
+        weight.data.mul_(2)
+        bias.data.add_(1)
+        assert not torch.equal(first, both(x, weight, bias))
+        both(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        both(x, weight, None)
+        both(x[0], weight, bias)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert bmk.conv(x, weight, bias, **options).dtype == torch.bfloat16
+        for wrong in ((x.double(), weight, bias), (x, weight.double(), bias), (x, weight, bias.double())):
+            with pytest.raises(RuntimeError, match="must be torch"):
+                bmk.conv(*wrong, **options)
+        with pytest.raises(RuntimeError, match="bias must have shape"):
+            bmk.conv(x, weight, bias[1:], **options)
+        with bmk.use_backend("triton"), pytest.raises(RuntimeError, match="triton"):
+            bmk.conv(x, weight, bias, **options)
+        assert len(bmk.explain(lambda: bmk.conv(x, weight, bias, **options)).calls) == 1
+    for t in (x, weight, bias):
+        t.requires_grad_()
+    for _ in range(2):
+        y = bmk.conv(x, weight, bias, **options)
+        assert all(g is not None for g in torch.autograd.grad(y.sum(), (x, weight, bias)))
+    jvp = torch.func.jvp(lambda x: bmk.conv(x, weight, bias, **options), (x.detach(),), (x.detach(),))
+    assert jvp[1].shape == y.shape

@@ -6,7 +6,7 @@ import functools
 
 import torch
 
-from bigmodel_kernels import _cpu
+from bigmodel_kernels import _cpu, _extension
 from bigmodel_kernels.ops.conv import op
 
 POOLINGS = ("none", "max", "avg")
@@ -61,6 +61,25 @@ def _forward(native, x, weight, bias, scale, shift, residual, *options):
 
 def infer(*args):
     return (_forward(torch.ops.bigmodel_native.conv_infer, *args),)
+
+
+def plan(x, weight, bias, scale, shift, residual, *options):
+    """`infer` for arguments of these shapes and options as a function of the six tensors; None where a backward follows."""
+    if options[-1]:
+        return None
+    native = torch.ops.bigmodel_native.conv_infer.default
+    arguments = _arguments(op.gives_channels_last(x, weight), options)
+
+    def run(x, weight, bias, scale, shift, residual):
+        tensors = (x, weight, _contiguous(bias), _contiguous(scale), _contiguous(shift), residual)
+        try:
+            return native(*tensors, *arguments)
+        except RuntimeError as error:
+            if (lack := _extension.lack_of_memory(error, "conv", tensors)) is None:
+                raise
+            raise lack from error
+
+    return run
 
 
 def fwd(*args):
