@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Worker processes of the tests; each runs torch with one thread.
 JOBS   ?= $(shell nproc)
 
-.PHONY: build cuda gpu test sanitize bench smoke lint format clean
+.PHONY: build cuda gpu test triton sanitize bench smoke lint format clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if (3, 10) <= sys.version_info[:2] <= (3, 13) else "Python 3.10-3.13 is needed (make PYTHON=python3.12)")'
@@ -29,6 +29,12 @@ gpu:
 
 test: build
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal
+
+# The Triton kernels compiled for GPUs not at hand, within their budgets, under another version of Triton, installed beside the environment.
+TRITON ?= 3.6.0
+triton: $(VENV)/.installed
+	test -d build/triton-$(TRITON) || $(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
+	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON).cache $(BIN)/python -m pytest tests/ops -k "compile or budget"
 
 # The CPU kernels under AddressSanitizer and UBSan, every instruction set: some half an hour on 2 cores.
 sanitize: $(VENV)/.installed

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import ClassVar
 
 import torch
+from triton import language
 from triton.runtime import interpreter
 
 
@@ -25,6 +26,8 @@ class _Patched:
     def enter(cls, function):
         if function.__module__ not in cls._scopes:
             cls._scopes[function.__module__] = cls._patch(function)
+            # Triton 3.6 makes numbers of arrays of one element by int(array), which NumPy 2.4 refuses.
+            language.tensor.__index__ = lambda self: self.handle.data.item()
         return cls
 
     @classmethod

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from bigmodel_kernels import _registry
 from bigmodel_kernels.ops.lstm import lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell
+from bigmodel_kernels.ops.norm import layer_norm
 
 
 class LSTM(nn.RNNBase):
@@ -209,9 +211,17 @@ class LayerNormLSTM(nn.Module):
     def _layer(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hh, norm_hh, norm_c = self.hh[layer], self.norm_hh[layer], self.norm_c[layer]
         outputs = []
-        for pre in self.norm_ih[layer](self.ih[layer](x)):
-            i, f, g, o = (pre + norm_hh(hh(h))).chunk(4, -1)
+        for pre in _normed(self.norm_ih[layer], self.ih[layer](x)):
+            i, f, g, o = (pre + _normed(norm_hh, hh(h))).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(norm_c(c))
+            h = torch.sigmoid(o) * torch.tanh(_normed(norm_c, c))
             outputs.append(h)
         return torch.stack(outputs), h, c
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """norm(x), on the backend that use_backend or the environment names: by itself no other pays for the call of an op, which
+    takes up to a fifth of a small step."""
+    if torch.compiler.is_compiling() or _registry.wanted("auto") in ("auto", "torch"):
+        return norm(x)
+    return layer_norm(x, norm.weight, norm.bias, eps=norm.eps)

@@ -1,10 +1,13 @@
-"""What torch.compile and torch.export see of a call on a GPU: one opaque operator, traced with fake tensors, no GPU needed."""
+"""What torch.compile and torch.export see of a call on a GPU: one opaque operator, traced with fake tensors, no GPU needed; and
+gradients of gradients and layers of several ops on the Triton backend."""
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
 import bigmodel_kernels as bmk
+from bigmodel_kernels.testing import make
+from tests.triton_interpreter import interpreted
 
 
 def _tensor(*shape):
@@ -77,3 +80,61 @@ def test_export_sees_one_operator(name):
         function, inputs = CALLS[name]()
         graph = torch.export.export(Module(), tuple(inputs), strict=False).graph
     assert ours(graph) == [name]
+
+
+def _twice(function, tensors, backend):
+    """The gradient of the gradient's square."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    result = function(*leaves, backend=backend)
+    first = torch.autograd.grad(
+        (result * torch.linspace(-1, 1, result.numel()).view(result.shape)).sum(), leaves, create_graph=True
+    )
+    return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+
+TWICE = {
+    # With a softcap: PyTorch's own attention on the CPU has no second derivative.
+    "attention": (lambda q, k, **how: bmk.attention(q, k, k, is_causal=True, softcap=9.0, **how), [(1, 2, 5, 8)] * 2),
+    "conv": (lambda x, w, **how: bmk.conv(x, w, padding=1, activation="tanh", **how), [(2, 3, 7), (4, 3, 3)]),
+    "gated_conv": (lambda x, w, o, **how: bmk.gated_conv(x, w, None, o, **how)[0], [(2, 3, 7), (8, 3, 2), (3, 4, 1)]),
+    "lstm": (
+        lambda x, h, c, *w, **how: bmk.lstm(x, (h, c), list(w), **how)[0],
+        [(4, 2, 3), (1, 2, 5), (1, 2, 5), (20, 3), (20, 5)],
+    ),
+    "lstm_cell": (
+        lambda x, h, c, w, u, **how: bmk.lstm_cell(x, (h, c), w, u, **how)[0],
+        [(2, 3), (2, 5), (2, 5), (20, 3), (20, 5)],
+    ),
+    "layer_norm": (bmk.layer_norm, [(4, 9), (9,)]),
+    "bias_act": (lambda x, b, **how: bmk.bias_act(x, b, activation="gelu", **how), [(4, 9), (9,)]),
+    "cross_entropy": (lambda z, **how: bmk.cross_entropy(z, torch.arange(4), **how), [(4, 9)]),
+}
+
+
+def check_twice(name):
+    function, shapes = TWICE[name]
+    tensors = [make(*shape, seed=i) for i, shape in enumerate(shapes)]
+    for a, e in zip(_twice(function, tensors, "triton"), _twice(function, tensors, "torch")):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_gradients_of_gradients(name):
+    interpreted(check_twice, name)
+
+
+def check_layer_norm_lstm():
+    layer, x = bmk.nn.LayerNormLSTM(5, 7, 2), make(4, 3, 5).requires_grad_()
+    results = []
+    for backend in ("triton", "torch"):
+        with bmk.use_backend(backend):
+            used = bmk.explain(layer, x).backend
+            y, _ = layer(x)
+            results.append((y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])))
+        assert used == ("triton" if backend == "triton" else "none")
+    for a, e in zip(*results):
+        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_lstm():
+    interpreted(check_layer_norm_lstm)
