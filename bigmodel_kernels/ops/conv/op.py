@@ -89,7 +89,9 @@ _plans: dict[tuple, Callable] = {}
 def _key(x, weight, bias, others, *options) -> tuple | None:
     """All that a valid call of `conv` on the CPU is known by: a model makes the same few calls again and again, and to check
     their arguments and to choose their backend takes longer than a small convolution, or a twentieth of a middling one."""
-    if x is None or weight is None or not (x.is_cpu and weight.is_cpu) or x.dim() != weight.dim():
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or isinstance(bias, (list, tuple)):
+        return None
+    if not (x.is_cpu and weight.is_cpu) or x.dim() != weight.dim() or any(isinstance(t, (list, tuple)) for t in others):
         return None
     if torch._C._is_any_autocast_enabled() or in_forward_mode():
         return None
