@@ -17,6 +17,7 @@ from bigmodel_kernels.ops import (
     linear,
     lstm,
     lstm_cell,
+    norm_lstm,
     rms_norm,
 )
 from bigmodel_kernels.optimize import PatchReport, optimize
@@ -43,6 +44,7 @@ __all__ = [
     "lstm",
     "lstm_cell",
     "nn",
+    "norm_lstm",
     "ops",
     "optimize",
     "rms_norm",

@@ -25,9 +25,17 @@ class Sequence(nn.Module):
 class Packed(Sequence):
     """Sequences of different lengths as PyTorch's manual has it: pack, run, pad."""
 
+    pad = staticmethod(pad_packed_sequence)
+
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # [T, B, I], [B] -> [T, B, H], zero past each length
         packed = pack_padded_sequence(x, lengths)
-        return pad_packed_sequence(self.lstm(packed)[0])[0]
+        return self.pad(self.lstm(packed)[0])[0]
+
+
+class PackedAndPadded(Packed):
+    """The same with this library's pad_packed_sequence."""
+
+    pad = staticmethod(bmk.nn.pad_packed_sequence)
 
 
 class PaddedMasked(Sequence):
@@ -58,7 +66,7 @@ def lstm_flops(tokens: int, inputs: int, hidden: int, layers: int, directions: i
     return float(sum(2 * tokens * directions * 4 * hidden * (width + hidden) for width in widths))
 
 
-def build(dtype, pass_, *, t, b, i, h, layers=1, bidirectional=False, lengths=None) -> Problem:
+def build(dtype, pass_, *, t, b, i, h, layers=1, bidirectional=False, lengths=None, packed=PackedAndPadded) -> Problem:
     arguments = {"num_layers": layers, "bidirectional": bidirectional}
     stock = nn.LSTM(i, h, **arguments).to(dtype)
     ours = bmk.nn.LSTM(i, h, **arguments).to(dtype)
@@ -66,15 +74,15 @@ def build(dtype, pass_, *, t, b, i, h, layers=1, bidirectional=False, lengths=No
     x = torch.randn(t, b, i).to(dtype).requires_grad_(pass_ == TRAIN)
     tokens = t * b
     if lengths is None:
-        inputs, form = (x,), Sequence
+        inputs, form, ours_form = (x,), Sequence, Sequence
     else:
         steps = torch.linspace(*lengths, b).long()
-        inputs, form, tokens = (x, steps), Packed, int(steps.sum())
+        inputs, form, ours_form, tokens = (x, steps), Packed, packed, int(steps.sum())
     contestants = [Contestant("eager", form(stock), inputs)]
     if lengths is not None:
         contestants.append(Contestant("padded + mask", PaddedMasked(stock), inputs))
     return Problem(
-        ours=Contestant("ours", form(ours), inputs),
+        ours=Contestant("ours", ours_form(ours), inputs),
         stock=contestants,
         flops=lstm_flops(tokens, i, h, layers, 1 + bidirectional),
         steps=t,
@@ -109,6 +117,16 @@ CASES = [
     case("T100 B32 I10 H8 L2", t=100, b=32, i=10, h=8, layers=2),
     case("T100 B32 H256", t=100, b=32, i=256, h=256, dtypes=("fp32", "bf16")),
     case("packed T200 B16 H256 (200..40)", t=200, b=16, i=256, h=256, lengths=(200, 40)),
+    case(
+        "packed T200 B16 H256 (200..40), torch's padding",
+        t=200,
+        b=16,
+        i=256,
+        h=256,
+        lengths=(200, 40),
+        packed=Packed,
+        passes=(TRAIN,),
+    ),
     case("bidirectional T100 B16 H128", t=100, b=16, i=128, h=128, bidirectional=True),
     Case("lstm", "step LSTM B1 H512", partial(build_step, b=1, h=512, cell=False), (FWD,)),
     Case("lstm", "step LSTMCell B1 H512", partial(build_step, b=1, h=512, cell=True), (FWD,)),

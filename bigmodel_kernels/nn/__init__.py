@@ -15,6 +15,7 @@ from bigmodel_kernels.nn.lstm import LSTM as LSTM
 from bigmodel_kernels.nn.lstm import LayerNormLSTM as LayerNormLSTM
 from bigmodel_kernels.nn.lstm import LSTMCell as LSTMCell
 from bigmodel_kernels.nn.norm import RMSNorm as RMSNorm
+from bigmodel_kernels.nn.packed import pad_packed_sequence as pad_packed_sequence
 from bigmodel_kernels.nn.transformer import Transformer as Transformer
 from bigmodel_kernels.nn.transformer import TransformerDecoderLayer as TransformerDecoderLayer
 from bigmodel_kernels.nn.transformer import TransformerEncoderLayer as TransformerEncoderLayer

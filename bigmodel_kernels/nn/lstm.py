@@ -10,6 +10,7 @@ from bigmodel_kernels import _registry
 from bigmodel_kernels.ops.lstm import lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell
 from bigmodel_kernels.ops.norm import layer_norm
+from bigmodel_kernels.ops.norm_lstm import norm_lstm
 
 
 class LSTM(nn.RNNBase):
@@ -136,8 +137,10 @@ class LayerNormLSTM(nn.Module):
         c_t = sigmoid(f) c_(t-1) + sigmoid(i) tanh(g)        h_t = sigmoid(o) tanh(LN_c(c_t))
 
     One direction, `num_layers` deep, dropout between the layers. x [T, B, I] ([B, T, I] with batch_first), or without B;
-    hx as torch.nn.LSTM takes it. The products with W_ih are made for all steps at once.
+    hx as torch.nn.LSTM takes it. The products with W_ih are made for all steps at once, the steps by one op (bmk.norm_lstm).
     """
+
+    backend = "auto"  # may be set on the class or a layer
 
     def __init__(
         self,
@@ -209,9 +212,29 @@ class LayerNormLSTM(nn.Module):
         return output, states
 
     def _layer(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hh, norm_hh, norm_c = self.hh[layer], self.norm_hh[layer], self.norm_c[layer]
+        a, norm_hh, norm_c = _normed(self.norm_ih[layer], self.ih[layer](x)), self.norm_hh[layer], self.norm_c[layer]
+        if not torch.compiler.is_compiling() and _registry.wanted(self.backend) in ("cuda", "triton"):
+            return self._composed(a, h, c, self.hh[layer], norm_hh, norm_c)
+        output, (h, c) = norm_lstm(
+            a,
+            (h, c),
+            self.hh[layer].weight,
+            norm_hh.weight,
+            norm_c.weight,
+            norm_c.bias,
+            eps=norm_hh.eps,
+            eps_c=norm_c.eps,
+            backend=self.backend,
+        )
+        return output, h, c
+
+    @staticmethod
+    def _composed(
+        a: Tensor, h: Tensor, c: Tensor, hh: nn.Linear, norm_hh: nn.LayerNorm, norm_c: nn.LayerNorm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The steps on backends that have kernels of the norms only."""
         outputs = []
-        for pre in _normed(self.norm_ih[layer], self.ih[layer](x)):
+        for pre in a:
             i, f, g, o = (pre + _normed(norm_hh, hh(h))).chunk(4, -1)
             c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
             h = torch.sigmoid(o) * torch.tanh(_normed(norm_c, c))

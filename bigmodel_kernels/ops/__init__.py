@@ -14,6 +14,7 @@ from bigmodel_kernels.ops.lstm import lstm as lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell as lstm_cell
 from bigmodel_kernels.ops.norm import layer_norm as layer_norm
 from bigmodel_kernels.ops.norm import rms_norm as rms_norm
+from bigmodel_kernels.ops.norm_lstm import norm_lstm as norm_lstm
 
 
 def names() -> tuple[str, ...]:

@@ -220,6 +220,27 @@ void run_backward(const Problem& p, const std::optional<Tensor>& d_output, const
 
 }  // namespace
 
+void lstm_cell_step(ScalarType dtype, const LstmCell& cell) {
+  const int64_t offset = 0;
+  const std::vector<int64_t> lengths(cell.batch, 1);
+  LstmShape shape{};
+  shape.steps = shape.directions = 1;
+  shape.batch = shape.tokens = cell.batch;
+  shape.input = cell.input;
+  shape.hidden = shape.state = cell.hidden;
+  shape.batch_sizes = &cell.batch, shape.offsets = &offset, shape.lengths = lengths.data();
+  DISPATCH_FLOATING(dtype, "lstm_cell", [&] {
+    using S = scalar_t;
+    const auto in = [](const void* p) { return static_cast<const S*>(p); };
+    LstmForward<S, any_isa::compute_t<S>> layer{};
+    layer.weights[0] = {in(cell.w_ih), in(cell.w_hh), in(cell.b_ih), in(cell.b_hh), nullptr};
+    layer.x = in(cell.x), layer.h0 = in(cell.h), layer.c0 = in(cell.c);
+    layer.output = layer.h_n = static_cast<S*>(cell.h_new);
+    layer.c_n = static_cast<S*>(cell.c_new);
+    ISA_CALL(lstm_layer_forward<S>, shape, layer);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(const Tensor& x, const Tensor& h0, const Tensor& c0,
                                                                     const std::vector<Tensor>& weights,
                                                                     const std::optional<Tensor>& batch_sizes,

@@ -2,11 +2,14 @@
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
 #include <vector>
+
+#include "team.h"
 
 namespace bmk {
 
@@ -67,6 +70,14 @@ struct LstmBackward {
   S* d_h0;            // [D, B, P]
   S* d_c0;            // [D, B, H]
 };
+
+// One step of one cell, of h and c into h_new and c_new. All contiguous and of one dtype.
+struct LstmCell {
+  int64_t batch, input, hidden;
+  const void *x, *h, *c, *w_ih, *w_hh, *b_ih, *b_hh;  // the biases may be null
+  void *h_new, *c_new;
+};
+void lstm_cell_step(torch::headeronly::ScalarType dtype, const LstmCell& cell);
 
 // The op itself, for lstm_cell: output, h_n, c_n, gates, cells, hidden.
 std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,

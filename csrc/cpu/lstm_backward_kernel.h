@@ -157,19 +157,15 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   };
   // Every round: dh through W_hh from the step before, then this step's gates for the same units, so that threads sharing
   // the panels meet once a step. The rows of the step before have all ended or go on: dh keeps what others start from.
-  for (int64_t s = 0; s <= shape.steps; ++s) {
-    const auto step_at = [&](int64_t i) { return d == 0 ? shape.steps - 1 - i : i; };
-    if (s < shape.steps && shape.projected) {
-      if (s > 0) product(step_at(s - 1), 0, panels);
-      unproject(step_at(s));
-      pointwise(step_at(s), 0, H);
-      continue;
-    }
-    for_range(share_panels, panels, [&](int64_t first, int64_t last) {
+  for_team(share_panels, panels, [&](int64_t first, int64_t last, auto meet) {
+    for (int64_t s = 0; s <= shape.steps; ++s) {
+      const auto step_at = [&](int64_t i) { return d == 0 ? shape.steps - 1 - i : i; };
       if (s > 0) product(step_at(s - 1), first, last);
-      if (s < shape.steps) pointwise(step_at(s), first * N, std::min(last * N, H));
-    });
-  }
+      if (s < shape.steps && shape.projected) unproject(step_at(s));
+      if (s < shape.steps) pointwise(step_at(s), shape.projected ? 0 : first * N, shape.projected ? H : std::min(last * N, H));
+      meet();
+    }
+  });
   for (int64_t r = 0; r < count; ++r) {
     const int64_t at = d * shape.batch + rows[r];
     store_row(layer.d_h0 + at * P, dh + r * dh_row, P);

@@ -10,7 +10,7 @@
 // Who owns what: with enough sequences for every thread, a thread owns every n-th sequence of one direction from the first
 // step to the last, and meets the others only at the end of the layer. Sequences are sorted by length when packed, so taking
 // every n-th also shares out the tokens. With few sequences and weights too big for one second-level cache, the threads
-// own panels (hidden units) instead and meet after every step. A number is computed by the same operations in the same
+// own panels (hidden units) instead and meet after every step (team.h). A number is computed by the same operations in the same
 // order either way: results do not depend on the number of threads.
 #include "lstm_step.h"
 
@@ -20,7 +20,8 @@ void store_final_states(const LstmShape& shape, const LstmForward<S, compute_t<S
   const int64_t last = d == 0 ? shape.lengths[row] - 1 : 0;
   const S* h = shape.lengths[row] > 0 ? layer.output + (shape.offsets[last] + row) * shape.width() + d * shape.state
                                       : layer.h0 + (d * shape.batch + row) * shape.state;
-  std::memcpy(layer.h_n + (d * shape.batch + row) * shape.state, h, shape.state * sizeof(S));
+  S* h_n = layer.h_n + (d * shape.batch + row) * shape.state;
+  if (h_n != h) std::memcpy(h_n, h, shape.state * sizeof(S));  // of a single step the output is h_n
   S* c_n = layer.c_n + (d * shape.batch + row) * shape.hidden;
   for (int64_t j = 0; j < shape.hidden; ++j) c_n[j] = from_compute<S>(c[j]);
 }
@@ -37,68 +38,74 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
   const int64_t h_row = padded<T>(P), c_row = padded<T>(H);
   // h_t is written while h_(t-1) is still read. Both start as h0: a sequence that joins later finds it in either.
   Scratch<M> h_memory(2 * count * h_row);
-  Scratch<T> c_memory(count * c_row);
-  Scratch<T> u_memory(shape.projected ? count * c_row : 0), x_memory(std::is_same_v<S, M> || x_product || !cell ? 0 : count * shape.input);
-  M *h = h_memory, *h_next = h + count * h_row;
+  Scratch<T> c_memory(count * c_row), u_memory(shape.projected ? count * c_row : 0);
+  // Every thread converts the input it reads: on a machine without dot products it has time for it.
+  const int64_t converted = std::is_same_v<S, M> || x_product || !cell ? 0 : count * shape.input;
+  Scratch<T> x_memory(converted * (share_panels ? torch::stable::get_num_threads() : 1));
   for (int64_t r = 0; r < count; ++r) {
-    load_row(h + r * h_row, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
-    std::memcpy(h_next + r * h_row, h + r * h_row, h_row * sizeof(M));
+    M* h = h_memory + r * h_row;
+    load_row(h, layer.h0 + (d * shape.batch + rows[r]) * P, P, h_row);
+    std::memcpy(h + count * h_row, h, h_row * sizeof(M));
     load_row<T>(c_memory + r * c_row, layer.c0 + (d * shape.batch + rows[r]) * H, H, c_row);
   }
-  for (int64_t s = 0; s < shape.steps; ++s) {
-    const int64_t t = d == 0 ? s : shape.steps - 1 - s;
-    const int64_t active = rows.count(shape.batch_sizes[t]);
-    if (active == 0) continue;
-    const int64_t token = shape.offsets[t] + rows.first;
-    CellStep<S, M> step{};
-    step.rows = active;
-    step.row_stride = rows.stride;
-    if (!cell) {
-      // lstm_step_direct takes the input in its own type.
-    } else if (x_product) {
-      step.x_product = x_product + token * G;
-    } else if constexpr (std::is_same_v<S, M>) {
-      step.x = layer.x + token * shape.input;
-      step.x_row = rows.stride * shape.input;
-      if (s + 1 < shape.steps) {
-        const int64_t next = d == 0 ? t + 1 : t - 1;
-        step.x_next = layer.x + (shape.offsets[next] + rows.first) * shape.input;
-        step.x_next_rows = rows.count(shape.batch_sizes[next]);
+  std::atomic<int64_t> members{0};
+  for_team(share_panels, padded<T>(H) / kLanes<T>, [&](int64_t first, int64_t last, auto meet) {
+    M *h = h_memory, *h_next = h + count * h_row;
+    T* own_x = x_memory + converted * members++;
+    for (int64_t s = 0; s < shape.steps; ++s) {
+      const int64_t t = d == 0 ? s : shape.steps - 1 - s;
+      const int64_t active = rows.count(shape.batch_sizes[t]);
+      if (active == 0) continue;
+      const int64_t token = shape.offsets[t] + rows.first;
+      CellStep<S, M> step{};
+      step.rows = active;
+      step.row_stride = rows.stride;
+      if (!cell) {
+        // lstm_step_direct takes the input in its own type.
+      } else if (x_product) {
+        step.x_product = x_product + token * G;
+      } else if constexpr (std::is_same_v<S, M>) {
+        step.x = layer.x + token * shape.input;
+        step.x_row = rows.stride * shape.input;
+        if (s + 1 < shape.steps) {
+          const int64_t next = d == 0 ? t + 1 : t - 1;
+          step.x_next = layer.x + (shape.offsets[next] + rows.first) * shape.input;
+          step.x_next_rows = rows.count(shape.batch_sizes[next]);
+        }
+      } else {
+        for (int64_t r = 0; r < active; ++r)
+          load_row<T>(own_x + r * shape.input, layer.x + (token + r * rows.stride) * shape.input, shape.input, shape.input);
+        step.x = own_x;
+        step.x_row = shape.input;
       }
-    } else {
-      for (int64_t r = 0; r < active; ++r)
-        load_row<T>(x_memory + r * shape.input, layer.x + (token + r * rows.stride) * shape.input, shape.input, shape.input);
-      step.x = x_memory;
-      step.x_row = shape.input;
-    }
-    step.h = h;
-    step.h_row = h_row;
-    step.c = c_memory;
-    step.c_row = c_row;
-    step.out = h_next;
-    step.out_row = h_row;
-    if constexpr (std::is_same_v<T, M>)
-      if (shape.projected) step.out = u_memory.get(), step.out_row = c_row;
-    if (!shape.projected) step.output = layer.output + token * shape.width() + d * P;
-    step.output_row = rows.stride * shape.width();
-    if (layer.gates) {
-      step.gates = layer.gates + (d * shape.tokens + token) * G;
-      step.cells = layer.cells + (d * shape.tokens + token) * H;
-    }
-    for_range(share_panels, padded<T>(H) / kLanes<T>, [&](int64_t first, int64_t last) {
+      step.h = h;
+      step.h_row = h_row;
+      step.c = c_memory;
+      step.c_row = c_row;
+      step.out = h_next;
+      step.out_row = h_row;
+      if constexpr (std::is_same_v<T, M>)
+        if (shape.projected) step.out = u_memory.get(), step.out_row = c_row;
+      if (!shape.projected) step.output = layer.output + token * shape.width() + d * P;
+      step.output_row = rows.stride * shape.width();
+      if (layer.gates) {
+        step.gates = layer.gates + (d * shape.tokens + token) * G;
+        step.cells = layer.cells + (d * shape.tokens + token) * H;
+      }
       if (cell)
         lstm_step(shape, *cell, step, first, last);
       else
         lstm_step_direct(shape, layer.weights[d], step, layer.x + token * shape.input, first, last);
-    });
-    if constexpr (std::is_same_v<T, M>)
-      if (shape.projected) {
-        gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
-        for (int64_t r = 0; r < active; ++r)
-          store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
-      }
-    std::swap(h, h_next);
-  }
+      if constexpr (std::is_same_v<T, M>)
+        if (shape.projected) {
+          gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
+          for (int64_t r = 0; r < active; ++r)
+            store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
+        }
+      std::swap(h, h_next);
+      meet();
+    }
+  });
   for (int64_t r = 0; r < count; ++r) store_final_states(shape, layer, d, rows[r], c_memory + r * c_row);
 }
 

@@ -68,6 +68,15 @@ INLINE void for_range(bool share, int64_t count, F f) {
     f(int64_t{0}, count);
 }
 
+// f(first, last, meet) over the panels that a thread has of every step: see team.h.
+template <class F>
+INLINE void for_team(bool share, int64_t panels, F f) {
+  if (share)
+    run_team(panels, f);
+  else
+    f(int64_t{0}, panels, [] {});
+}
+
 // f(direction, rows) for every direction and group of sequences.
 template <class F>
 void for_tasks(const LstmShape& shape, const Plan& plan, F f) {

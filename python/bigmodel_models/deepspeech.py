@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from bigmodel_kernels import nn as bnn
 from bigmodel_kernels.nn.fused import conv_block
@@ -90,7 +90,7 @@ class DeepSpeech(nn.Module):
             data = rnn(packed)[0].data  # [frames, directions H]
             data = norm(data.unflatten(1, (-1, self.hidden_size)).sum(1))
             packed = PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-        logits, _ = pad_packed_sequence(
+        logits, _ = bnn.pad_packed_sequence(
             PackedSequence(self.fc(packed.data), packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
         )
         return F.log_softmax(

@@ -89,6 +89,30 @@ def test_packed(options, sorted_already):
     torch.testing.assert_close(output, pad_packed_sequence(theirs(packed)[0], batch_first=ours.batch_first)[0])
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("sorted_already", [False, True])
+def test_pad_packed_sequence(batch_first, sorted_already):
+    lengths = [6, 4, 4, 1] if sorted_already else [4, 1, 6, 4]
+    x = make(4, 6, 3, dtype=torch.float64) if batch_first else make(6, 4, 3, dtype=torch.float64)
+    packed = pack_padded_sequence(x, lengths, batch_first, enforce_sorted=sorted_already)
+    data = packed.data.requires_grad_()
+
+    def padded(function, data):
+        return function(packed._replace(data=data), batch_first, padding_value=-2.0, total_length=8)
+
+    expected, lengths = padded(pad_packed_sequence, data)
+    actual, actual_lengths = padded(bmk.nn.pad_packed_sequence, data)
+    assert torch.equal(actual, expected)
+    assert torch.equal(actual_lengths, lengths)
+    upstream = make(*expected.shape, dtype=torch.float64, seed=1)
+    assert torch.equal(*(torch.autograd.grad(y, data, upstream)[0] for y in (actual, expected)))
+    assert torch.autograd.gradgradcheck(lambda data: padded(bmk.nn.pad_packed_sequence, data)[0], (data,))
+    with torch.no_grad():
+        assert torch.equal(padded(bmk.nn.pad_packed_sequence, data)[0], expected)
+    with pytest.raises(ValueError, match="total_length=5"):
+        bmk.nn.pad_packed_sequence(packed, total_length=5)
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_state_dict_moves_both_ways(options):
     ours, theirs = bmk.nn.LSTM(5, 7, **options), nn.LSTM(5, 7, **options)

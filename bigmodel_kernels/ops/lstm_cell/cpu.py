@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from bigmodel_kernels.ops.lstm.cpu import supports as supports
@@ -9,6 +11,12 @@ from bigmodel_kernels.ops.lstm.cpu import supports as supports
 
 def _contiguous(*tensors):
     return [None if t is None else t.contiguous() for t in tensors]
+
+
+@functools.cache
+def infer():
+    """The operator of a step that keeps nothing for a backward; it takes contiguous tensors."""
+    return torch.ops.bigmodel_native.lstm_cell_infer.default
 
 
 def fwd(*args):

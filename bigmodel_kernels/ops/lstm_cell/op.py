@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
-from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels import _registry
+from bigmodel_kernels._library import Op, autocast, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.lstm.cpu import dots
 from bigmodel_kernels.ops.lstm.op import saved_dtype
-from bigmodel_kernels.ops.lstm_cell import reference
+from bigmodel_kernels.ops.lstm_cell import cpu, reference
 
 
 def lstm_cell(
@@ -37,8 +40,23 @@ def lstm_cell(
         TypeError: an argument of the wrong type.
         ValueError: an unknown backend.
     """
+    if type(hx) is tuple and len(hx) == 2:
+        args = (x, *hx, w_ih, w_hh, b_ih, b_hh)
+        if _goes_to_the_kernel(args, backend):
+            # The kernel checks its arguments before it starts: to check them here too would take as long as a small step.
+            with contextlib.suppress(RuntimeError, TypeError):
+                return cpu.infer()(*args)
     h, c, *_ = OP(*prepare(x, hx, w_ih, w_hh, b_ih, b_hh), backend=backend)
     return h, c
+
+
+def _goes_to_the_kernel(args: tuple, backend: str) -> bool:
+    """Whether this is an eager call without gradients that gets the backend "cpu"."""
+    if torch.is_grad_enabled() or not is_plain_eager(range(7), args):
+        return False
+    if not all(isinstance(t, Tensor) for t in args[:5]) or cpu.supports(*args) is not None:
+        return False
+    return args[0].dim() == 2 and _registry.select(OP.name, backend, prefer, (*args, False)) == "cpu"
 
 
 def prepare(
@@ -120,11 +138,11 @@ def _differentiable(*args):
 
 
 def prefer(x, h, c, w_ih, w_hh, b_ih, b_hh, save) -> tuple[str, ...]:
-    """Steps that repay a call to the kernel, and in bfloat16 those small enough that oneDNN's products are not faster: the
-    table "LSTM on the CPU" in docs/decisions.md."""
+    """Without gradients all steps, with gradients those that repay a call to the kernel, and in bfloat16 those small enough that
+    oneDNN's products are not faster: the table "LSTM on the CPU" in docs/decisions.md."""
     batch, size = x.shape[0], w_ih.numel() + w_hh.numel()
     if x.dtype != torch.bfloat16:
-        ours = batch * size > (2**20 if save else 2**18)
+        ours = not save or batch * size > 2**20
     elif save:
         ours = dots() and batch <= 32 and size <= 2**17
     else:
