@@ -285,11 +285,27 @@ def bad_cell_calls():
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_cell_without_gradients_is_the_same(bias, layout):
+    shapes = [(9, 20), (9, 33), (9, 33), (132, 20), (132, 33)]
+    x, h, c, *weights = (make(*shape, seed=i, layout=layout) for i, shape in enumerate(shapes))
+    weights += [make(132, seed=i) for i in (7, 8)] if bias else []
+    expected = bmk.lstm_cell(x.clone().requires_grad_(), (h, c), *weights, backend="cpu")
+    with torch.no_grad():
+        actual = bmk.lstm_cell(x, (h, c), *weights, backend="cpu")
+        assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+        assert bmk.explain(lambda: bmk.lstm_cell(x, (h, c), *weights, backend="cpu")).backend == "cpu"
+    with torch.autograd.forward_ad.dual_level(), torch.no_grad(), pytest.raises(RuntimeError, match="forward-mode"):
+        bmk.lstm_cell(x, (h, c), *weights, backend="cpu")
+
+
 @pytest.mark.parametrize("name", bad_cell_calls())
 def test_wrong_cell_arguments(name):
     error, message, args = bad_cell_calls()[name]
-    with pytest.raises(error, match=message):
-        bmk.lstm_cell(*args)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(error, match=message):
+            bmk.lstm_cell(*args)
 
 
 def test_native_op_checks_what_memory_safety_needs():

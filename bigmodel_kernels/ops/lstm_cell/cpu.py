@@ -14,9 +14,13 @@ def _contiguous(*tensors):
 
 
 @functools.cache
-def infer():
+def native():
     """The operator of a step that keeps nothing for a backward; it takes contiguous tensors."""
     return torch.ops.bigmodel_native.lstm_cell_infer.default
+
+
+def infer(*args):
+    return native()(*_contiguous(*args[:-1]))
 
 
 def fwd(*args):

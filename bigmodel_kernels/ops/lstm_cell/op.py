@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import Op, autocast, is_plain_eager, needs_grad
+from bigmodel_kernels._library import Op, autocast, in_forward_mode, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.lstm.cpu import dots
 from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.lstm_cell import cpu, reference
@@ -45,14 +45,14 @@ def lstm_cell(
         if _goes_to_the_kernel(args, backend):
             # The kernel checks its arguments before it starts: to check them here too would take as long as a small step.
             with contextlib.suppress(RuntimeError, TypeError):
-                return cpu.infer()(*args)
+                return cpu.native()(*args)
     h, c, *_ = OP(*prepare(x, hx, w_ih, w_hh, b_ih, b_hh), backend=backend)
     return h, c
 
 
 def _goes_to_the_kernel(args: tuple, backend: str) -> bool:
     """Whether this is an eager call without gradients that gets the backend "cpu"."""
-    if torch.is_grad_enabled() or not is_plain_eager(range(7), args):
+    if torch.is_grad_enabled() or in_forward_mode() or not is_plain_eager(range(7), args):
         return False
     if not all(isinstance(t, Tensor) for t in args[:5]) or cpu.supports(*args) is not None:
         return False

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from bigmodel_kernels.ops.lstm.cpu import DTYPES
+from bigmodel_kernels import _cpu
 
 
 def supports(a, *rest) -> str | None:
-    if not a.is_cpu:
-        return f"a is on {a.device}, not on the CPU"
-    if a.dtype not in DTYPES:
-        return f"a is {a.dtype}; the kernels take float32, float64 and bfloat16"
-    return None
+    return _cpu.reason(a, "a")
 
 
 def _contiguous(*tensors):
