@@ -12,6 +12,8 @@ whole tensors. Offsets are int64 from the row on.
 Floor: memory: 9 H floats read and 2 to 7 H written per row forward; the products around it cost more from H = 32 or so.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -129,6 +131,7 @@ def backward_kernel(
     tl.store(d_c_pointer + row * hidden + unit, d_c, mask=inside)
 
 
+@functools.lru_cache(maxsize=4096)
 def programs(rows: int, hidden: int) -> tuple[int, dict[str, int]]:
     """How many programs take `rows` rows, and their launch constants."""
     block_h = min(ELEMENTS, triton.next_power_of_2(max(hidden, 1)))
