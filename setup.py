@@ -110,7 +110,8 @@ def extensions() -> list[Extension]:
     ]
     # Contraction to fused multiply-add is wanted; NaN and infinity keep their meaning (no -ffast-math).
     cxx += ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
-    link = []
+    # Lines of the source would be half of the binary; names of functions stay, for profilers.
+    link = [] if DEBUG or SANITIZE else ["-Wl,--strip-debug"]
     if SANITIZE:
         # -O1 leaves out what forms fused multiply-adds, and results are to be those of the real build.
         # Python's own flags may hold -fwrapv, under which no overflow is a mistake; object-size is what address sees better.

@@ -57,23 +57,22 @@ inline bool has_shape(const torch::stable::Tensor& t, std::initializer_list<int6
 
 #define CHECK_CONTIGUOUS(t) STD_TORCH_CHECK((t).is_contiguous(), #t " must be contiguous, got shape ", bmk::shape_string(t))
 
-// Runs `...` (a lambda body's statement list) with `scalar_t` set to the storage type of a floating dtype the CPU kernels compute in.
-#define DISPATCH_FLOATING(dtype, name, ...)                                                                                             \
-  [&] {                                                                                                                                 \
-    switch (dtype) {                                                                                                                    \
-      case torch::headeronly::ScalarType::Float: {                                                                                      \
-        using scalar_t = float;                                                                                                         \
-        return __VA_ARGS__();                                                                                                           \
-      }                                                                                                                                 \
-      case torch::headeronly::ScalarType::Double: {                                                                                     \
-        using scalar_t = double;                                                                                                        \
-        return __VA_ARGS__();                                                                                                           \
-      }                                                                                                                                 \
-      case torch::headeronly::ScalarType::BFloat16: {                                                                                   \
-        using scalar_t = bmk::bfloat16;                                                                                                 \
-        return __VA_ARGS__();                                                                                                           \
-      }                                                                                                                                 \
-      default:                                                                                                                          \
-        STD_TORCH_CHECK(false, name ": the cpu kernels take float32, float64 and bfloat16, got scalar type ", static_cast<int>(dtype)); \
-    }                                                                                                                                   \
+// One case of a DISPATCH macro, and the macro around its cases: runs `...` (a lambda) with `scalar_t` set to the storage type of a dtype.
+#define DISPATCH_CASE(scalar_type, type, ...)        \
+  case torch::headeronly::ScalarType::scalar_type: { \
+    using scalar_t = type;                           \
+    return __VA_ARGS__();                            \
+  }
+#define DISPATCH_CASES(dtype, name, taken, ...)                                                         \
+  [&] {                                                                                                 \
+    switch (dtype) {                                                                                    \
+      __VA_ARGS__                                                                                       \
+      default: STD_TORCH_CHECK(false, name ": ", taken, ", got scalar type ", static_cast<int>(dtype)); \
+    }                                                                                                   \
   }()
+
+// For a floating dtype the CPU kernels compute in.
+#define DISPATCH_FLOATING(dtype, name, ...)                                                          \
+  DISPATCH_CASES(dtype, name, "the cpu kernels take float32, float64 and bfloat16",                  \
+                 DISPATCH_CASE(Float, float, __VA_ARGS__) DISPATCH_CASE(Double, double, __VA_ARGS__) \
+                     DISPATCH_CASE(BFloat16, bmk::bfloat16, __VA_ARGS__))

@@ -15,26 +15,11 @@
 
 #define CHECK_CUDA(t) STD_TORCH_CHECK((t).is_cuda(), #t " must be a CUDA tensor")
 
-// Runs `...` (a lambda's body) with `scalar_t` set to the storage type of a dtype the CUDA kernels compute in.
-#define DISPATCH_CUDA(dtype, name, ...)                                                                                                  \
-  [&] {                                                                                                                                  \
-    switch (dtype) {                                                                                                                     \
-      case torch::headeronly::ScalarType::Float: {                                                                                       \
-        using scalar_t = float;                                                                                                          \
-        return __VA_ARGS__();                                                                                                            \
-      }                                                                                                                                  \
-      case torch::headeronly::ScalarType::Half: {                                                                                        \
-        using scalar_t = __half;                                                                                                         \
-        return __VA_ARGS__();                                                                                                            \
-      }                                                                                                                                  \
-      case torch::headeronly::ScalarType::BFloat16: {                                                                                    \
-        using scalar_t = __nv_bfloat16;                                                                                                  \
-        return __VA_ARGS__();                                                                                                            \
-      }                                                                                                                                  \
-      default:                                                                                                                           \
-        STD_TORCH_CHECK(false, name ": the cuda kernels take float32, float16 and bfloat16, got scalar type ", static_cast<int>(dtype)); \
-    }                                                                                                                                    \
-  }()
+// For a dtype the CUDA kernels compute in.
+#define DISPATCH_CUDA(dtype, name, ...)                                                            \
+  DISPATCH_CASES(dtype, name, "the cuda kernels take float32, float16 and bfloat16",               \
+                 DISPATCH_CASE(Float, float, __VA_ARGS__) DISPATCH_CASE(Half, __half, __VA_ARGS__) \
+                     DISPATCH_CASE(BFloat16, __nv_bfloat16, __VA_ARGS__))
 
 namespace bmk {
 
