@@ -215,6 +215,8 @@ def test_auto_knows_where_the_products_of_torch_are_slow(monkeypatch):
     for slow, backend in ((True, "cpu"), (False, "torch")):
         monkeypatch.setattr(_cpu, "slow_products", lambda slow=slow: slow)
         assert bmk.explain(bmk.linear, x, weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:64], weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:64], weight.clone().requires_grad_()).backend == "torch"
         assert bmk.explain(bmk.linear, x[:8], weight).backend == "torch"
 
 
