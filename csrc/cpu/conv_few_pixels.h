@@ -44,8 +44,8 @@ inline void few_pixels_pass(const Pass& pass, const Bands& bands, const Weights<
   });
   const auto nothing = [](const T*, int64_t, int64_t, int64_t, int64_t) {};
   const auto multiply = [&](auto vectors) {
-    multiply_few_rows<vectors.value, T>(pass.batch * pixels, pass.out_channels, depth, rows.get(), row_step, weights.data, weights.out, y.get(),
-                                        padded, pass.sum_length, nothing);
+    multiply_few_rows<vectors.value, T>(pass.batch * pixels, pass.out_channels, depth, rows.get(), row_step, weights.data, weights.out,
+                                        y.get(), padded, pass.sum_length, nothing);
   };
   if (strip_vectors<T>(pass.out_channels) == PanelTile<T>::kVectors)
     multiply(std::integral_constant<int, PanelTile<T>::kVectors>{});

@@ -50,8 +50,8 @@ inline void multiply_few_rows(int64_t rows, int64_t columns, int64_t depth, cons
           prefetch_weights<T>(following, weight_row, following_rows, following_steps, i, tiles);
           with_constant<R>(count, [&](auto constant) {
             for (int64_t k = 0; k == 0 || k < steps; k += chain)
-              few_rows_tile<constant.value, NV, T>(x + m * x_row + k0 + k, x_row, packed.get() + k * kWidth, std::min(chain, steps - k), tile,
-                                                   y_row, width, k0 + k > 0);
+              few_rows_tile<constant.value, NV, T>(x + m * x_row + k0 + k, x_row, packed.get() + k * kWidth, std::min(chain, steps - k),
+                                                   tile, y_row, width, k0 + k > 0);
           });
           if (k0 + steps >= depth) finish(tile, m, first, count, width);
           m += count;

@@ -59,7 +59,8 @@ void linear_forward(const LinearCall& call) {
     const int vectors = few ? strip_vectors<T>(call.out) : 0;
     const auto multiply = [&](auto constant) {
       multiply_few_rows<constant.value, T>(call.rows, call.out, call.in, static_cast<const T*>(call.x), call.x_row,
-                                           static_cast<const T*>(call.weight), call.weight_row, y, call.out, depth_block<T>(call.in), finish);
+                                           static_cast<const T*>(call.weight), call.weight_row, y, call.out, depth_block<T>(call.in),
+                                           finish);
     };
     if (vectors == kVectors) return multiply(std::integral_constant<int, kVectors>{});
     if (vectors == kVectors / 2) return multiply(std::integral_constant<int, kVectors / 2>{});
