@@ -64,6 +64,11 @@ def _layer_norm(x, weight, bias, residual, backend):
     return bmk.layer_norm(x, weight, bias, residual=residual, backend=backend)
 
 
+def _norm_lstm(a, h, c, w, gain, gain_c, bias_c, backend):
+    output, states = bmk.norm_lstm(a, (h, c), w, gain, gain_c, bias_c, backend=backend)
+    return output, *states
+
+
 def _bias_act(x, bias, residual, backend):
     return bmk.bias_act(x, bias, activation="gelu", residual=residual, backend=backend)
 
@@ -112,6 +117,8 @@ def _cases() -> Iterator[Case]:
     yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)))
     yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
     yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
+    norms = ((64,), (16,), (16,))
+    yield Case("norm_lstm", "one layer", _norm_lstm, ((4, 5, 64), (5, 16), (5, 16), (64, 16), *norms))
     yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer))
 
 
