@@ -41,6 +41,10 @@ CALLS = {
         "x": make(4, 6), "weight": make(6), "bias": make(6), "residual": make(4, 6), "eps": 1e-5,
     }),
     "rms_norm": (bmk.rms_norm, {"x": make(4, 6), "weight": make(6), "residual": make(4, 6), "eps": 1e-5}),
+    "norm_lstm": (bmk.norm_lstm, {
+        "a": make(3, 2, 16), "hx": (make(2, 4), make(2, 4)), "w": make(16, 4), "gain": make(16), "gain_c": make(4),
+        "bias_c": make(4), "eps": 1e-5, "eps_c": 1e-5,
+    }),
     "bias_act": (bmk.bias_act, {
         "x": make(4, 6), "bias": make(6), "activation": "relu", "dropout_p": 0.1, "residual": make(4, 6),
     }),
