@@ -1,5 +1,6 @@
 """bmk.linear: contract, the C++ kernels against float64, PyTorch's ops."""
 
+import math
 import os
 import subprocess
 import sys
@@ -83,7 +84,9 @@ def test_triton_matches_float64(activation, dtype):
     st.sampled_from([None, *ACTIVATIONS]), st.sampled_from(LAYOUTS), st.booleans(), st.booleans(), st.integers(0, 9),
 )  # fmt: skip
 def test_any_size(size, activation, layout, bias, residual, seed):
-    check(*problem(size, activation, bias, residual, seed, layout), torch.float32, "cpu", least=256)
+    rows, _, outputs = size
+    least = 256 if rows * outputs >= 256 else math.inf  # all of dx may hang on one number of z, and torch's error on its luck
+    check(*problem(size, activation, bias, residual, seed, layout), torch.float32, "cpu", least=least)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
