@@ -85,7 +85,9 @@ def test_triton_matches_float64(activation, dtype):
 )  # fmt: skip
 def test_any_size(size, activation, layout, bias, residual, seed):
     rows, _, outputs = size
-    least = 256 if rows * outputs >= 256 else math.inf  # all of dx may hang on one number of z, and torch's error on its luck
+    least = (
+        256 if rows * outputs >= 256 else math.inf
+    )  # all of dx may hang on one number of z, and torch's error on its luck
     check(*problem(size, activation, bias, residual, seed, layout), torch.float32, "cpu", least=least)
 
 

@@ -3,13 +3,11 @@ graphs, whose backend is chosen only when they run."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bigmodel_kernels.ops.gated_conv import composed, layout
+from bigmodel_kernels.ops.gated_conv import layout
 
 
 def supports(*args) -> str | None:
@@ -48,4 +46,21 @@ def _gradients(d, x, weight, bias, dilation, need_x, need_weights):
     return d_x[..., source.shape[2] - x.shape[2] :] if need_x else d_x, *of_weights
 
 
-bwd = functools.partial(composed.bwd, _causal, _gradients)
+def bwd(
+    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation,
+):  # fmt: skip
+    first, second = _causal(x, weight, bias, dilation).chunk(2, 1)
+    t, s = first.tanh(), second.sigmoid()
+    d_a, mixed = torch.zeros_like(t), []
+    for d, w, b in ((d_out, out_weight, out_bias), (d_skip, skip_weight, skip_bias)):
+        if d is None:
+            mixed += [x.new_empty(0) if p is None or not need_weights else torch.zeros_like(p) for p in (w, b)]
+            continue
+        part, *of_weights = _gradients(d, t * s, w, b, 1, True, need_weights)
+        d_a = d_a + part
+        mixed += of_weights
+    d_z = torch.cat([d_a * s * (1 - t * t), d_a * t * s * (1 - s)], 1)
+    d_x, *of_weights = _gradients(d_z, x, weight, bias, dilation, need_x, need_weights)
+    if need_x:
+        d_x = layout.like(d_x if d_out is None else d_x + d_out, x)
+    return d_x, *of_weights, *mixed
