@@ -122,7 +122,9 @@ def test_problems_come_to_their_rows(op, sizes, rows):
 
 
 def test_every_op_with_a_table_can_be_tuned():
-    assert set(tune.tunable_ops()) == {"attention", "bias_act", "conv", "cross_entropy", "lstm", "norm"}
+    assert set(tune.tunable_ops()) == {
+        "attention", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm"
+    }  # fmt: skip
 
 
 @pytest.fixture

@@ -41,8 +41,11 @@ CrossEntropyCall make_call(const Tensor& logits, const Tensor& target, int64_t i
           smoothing, first,   first + rows * (parts.scalar_type() == ScalarType::Double ? 8 : 4)};
 }
 
-int64_t counted(const CrossEntropyCall& call) {
-  return std::count_if(call.target, call.target + call.rows, [&](int64_t target) { return target != call.ignore_index; });
+// What the sum over rows is divided by.
+double share_of(const CrossEntropyCall& call, const std::string& reduction) {
+  if (reduction != "mean") return 1;
+  const auto counts = [&](int64_t target) { return target != call.ignore_index; };
+  return static_cast<double>(std::count_if(call.target, call.target + call.rows, counts));
 }
 
 }  // namespace
@@ -57,18 +60,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
   const bool by_row = reduction == "none";
   Tensor loss = torch::stable::new_empty(logits, {by_row ? rows : 1});
   DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] {
-    using compute_type = any_isa::compute_t<scalar_t>;
-    Scratch<compute_type> losses(rows);
-    ISA_CALL(cross_entropy_forward<scalar_t>, call, losses.get());
-    scalar_t* out = static_cast<scalar_t*>(loss.mutable_data_ptr());
-    if (by_row) {
-      for (int64_t r = 0; r < rows; ++r) out[r] = any_isa::from_compute<scalar_t>(losses[r]);
-    } else {
-      double sum = 0;
-      for (int64_t r = 0; r < rows; ++r) sum += losses[r];
-      if (reduction == "mean") sum /= static_cast<double>(counted(call));
-      *out = any_isa::from_compute<scalar_t>(static_cast<compute_type>(sum));
-    }
+    ISA_CALL(cross_entropy_forward<scalar_t>, call, by_row, share_of(call, reduction), loss.mutable_data_ptr());
   });
   return {loss, parts};
 }
@@ -81,8 +73,7 @@ Tensor cross_entropy_bwd(const Tensor& d_loss, const Tensor& parts, const Tensor
   CHECK_SAME_DTYPE(d_loss, logits);
   CHECK_CONTIGUOUS(d_loss);
   Tensor d_logits = torch::stable::new_empty(logits, {call.rows, call.columns});
-  const CrossEntropyGradientCall gradient{call, d_loss.const_data_ptr(), by_row,
-                                          reduction == "mean" ? static_cast<double>(counted(call)) : 1.0, d_logits.mutable_data_ptr()};
+  const CrossEntropyGradientCall gradient{call, d_loss.const_data_ptr(), by_row, share_of(call, reduction), d_logits.mutable_data_ptr()};
   DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] { ISA_CALL(cross_entropy_backward<scalar_t>, gradient); });
   return d_logits;
 }

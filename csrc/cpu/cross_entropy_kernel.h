@@ -23,10 +23,12 @@ INLINE T sum_of_row(const S* row, int64_t columns, Function&& function) {
   return sum;
 }
 
+// Writes the loss of every row to `out`, or the sum of all over `share`.
 template <class S>
-void cross_entropy_forward(const CrossEntropyCall& call, void* losses) {
+void cross_entropy_forward(const CrossEntropyCall& call, bool by_row, double share, void* out) {
   using T = compute_t<S>;
   const int64_t columns = call.columns;
+  Scratch<T> losses(call.rows);
   const T smoothing = static_cast<T>(call.smoothing);
   torch::stable::parallel_for(0, call.rows, row_grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
@@ -49,9 +51,17 @@ void cross_entropy_forward(const CrossEntropyCall& call, void* losses) {
         // Of differences from m, so that logits far from 0 keep their digits.
         if (smoothing > 0) loss += smoothing * (sum_of_row<T>(row, columns, [&](vec<T> z) { return m - z; }) / static_cast<T>(columns));
       }
-      static_cast<T*>(losses)[r] = loss;
+      losses[r] = loss;
     }
   });
+  S* result = static_cast<S*>(out);
+  if (by_row) {
+    for (int64_t r = 0; r < call.rows; ++r) result[r] = from_compute<S>(losses[r]);
+    return;
+  }
+  double sum = 0;
+  for (int64_t r = 0; r < call.rows; ++r) sum += losses[r];
+  *result = from_compute<S>(static_cast<T>(sum / share));
 }
 
 template <class S>
