@@ -106,10 +106,12 @@ def _backward(op, args, outputs, grads, needs, backend):
 
 
 def prefer(x, weight, *rest) -> tuple[str, ...]:
-    """By the table "Linear layers" in docs/decisions.md: ours where PyTorch's product is held to half of this CPU's peak."""
+    """By the table "Linear layers" in docs/decisions.md: ours where PyTorch's product is held to half of this CPU's peak.
+    Of fewer than 16 outputs PyTorch's has the smaller error."""
     inputs, products, save = weight.shape[1], x.numel() * weight.shape[0], rest[-1]
     few = not save and x.numel() <= 96 * inputs  # rows that multiply the weights where they lie
     worth = x.numel() >= (4 if few else 16) * inputs and products >= (1 << 20 if few else 1 << 23)
+    worth = worth and weight.shape[0] >= 16
     ours = worth and x.dtype in (torch.float32, torch.float64) and _cpu.slow_products()
     return ("cpu", "torch") if ours else ("torch", "cpu")
 
