@@ -14,6 +14,7 @@ from benchmarks.report import EQUAL, LOSS, TIE, WIN, WRONG, Result, summary
 COLOUR = {WIN: "#2a8f6d", TIE: "#b9a44c", LOSS: "#c8413b", WRONG: "#5b1a18"}
 TITLE = {
     "lstm": "LSTM",
+    "cross_entropy": "Cross-entropy",
     "cnn": "CNN, whole model",
     "rnn": "RNN, whole model",
     "transformer": "Transformer, whole model",
