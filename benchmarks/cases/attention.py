@@ -70,6 +70,34 @@ def build(dtype, pass_, *, b, heads, sq, d, kv_heads=None, sk=None, causal=False
     )
 
 
+def in_pages(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    return bmk.attention_decode(q, k_pages, v_pages, lengths, block_table=table)
+
+
+def gathered(q: Tensor, k_pages: Tensor, v_pages: Tensor, lengths: Tensor, table: Tensor) -> Tensor:
+    """What stock PyTorch has for pages: they are copied together, and a mask leaves out what is past the lengths."""
+    k, v = (t[table].transpose(1, 2).flatten(2, 3) for t in (k_pages, v_pages))  # [B, Hkv, S, D]
+    b, heads, _, d = q.shape
+    rows = q.reshape(b, k.shape[1], heads // k.shape[1], d)
+    mask = (torch.arange(k.shape[2]) < lengths[:, None])[:, None, None, :]
+    return F.scaled_dot_product_attention(rows, k, v, attn_mask=mask).reshape(b, heads, 1, d)
+
+
+def build_paged(dtype, pass_, *, b, heads, kv_heads, sk, d, page_size) -> Problem:
+    """Decoding with caches in pages; the sequences have half of `sk` keys up to all."""
+    pages = sk // page_size
+    table = torch.randperm(b * pages).view(b, pages)
+    lengths = torch.linspace(sk // 2, sk, b).long()
+    q = torch.randn(b, heads, 1, d).to(dtype)
+    caches = [torch.randn(b * pages, kv_heads, page_size, d).to(dtype) for _ in range(2)]
+    inputs = (q, *caches, lengths, table)
+    return Problem(
+        ours=Contestant("ours", in_pages, inputs),
+        stock=[Contestant("gathered pages", gathered, inputs)],
+        flops=4.0 * heads * int(lengths.sum()) * d,
+    )
+
+
 class SelfAttention(nn.Module):
     """A multi-head layer on one sequence."""
 
@@ -106,6 +134,12 @@ CASES = [
     case("B1 H8 S1024 D64 float mask", b=1, heads=8, sq=1024, d=64, mask=float_mask),
     case("B4 H8 S512 D64 key padding", b=4, heads=8, sq=512, d=64, mask=padding_mask),
     case("decode B1 H8:1 KV4096 D64", b=1, heads=8, kv_heads=1, sq=1, sk=4096, d=64, passes=(FWD,)),
-    case("decode B8 H32:4 KV4096 D128", b=8, heads=32, kv_heads=4, sq=1, sk=4096, d=128, passes=(FWD,)),
+    case("decode B8 H32:4 KV4096 D128", b=8, heads=32, kv_heads=4, sq=1, sk=4096, d=128, passes=(FWD,), dtypes=BOTH),
+    Case(
+        "attention",
+        "decode in pages of 16 B8 H32:4 KV2048-4096 D128",
+        partial(build_paged, b=8, heads=32, kv_heads=4, sk=4096, d=128, page_size=16),
+        (FWD,),
+    ),
     Case("attention", "MultiheadAttention B8 S256 E512 H8", partial(build_layer, b=8, s=256, e=512, heads=8)),
 ]

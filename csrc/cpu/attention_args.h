@@ -38,6 +38,22 @@ struct AttentionArgs {
   int64_t group_rows() const { return heads / (kv_heads > 0 ? kv_heads : 1) * q_len; }
 };
 
+inline constexpr int64_t kFewRows = 16;  // of a group; with at most so many, keys and values can be read where they lie
+
+struct Float8 {
+  uint8_t bits;  // float8_e4m3fn
+};
+enum class CacheType { same, int8, float8 };  // same: the type of q
+
+// Caches of keys and values to decode with: sequence b has the first lengths[b] keys, in pages where there is a table of them.
+struct AttentionCache {
+  const int64_t* lengths;          // [B]
+  const int64_t* table = nullptr;  // [B, table_row]: key j is in page table[b, j / page_size]; null: k[b] holds all keys
+  int64_t table_row = 0, page_size = 0;
+  CacheType type = CacheType::same;
+  Strided k_scale, v_scale;  // float [pages, Hkv, page_size], for caches of 8 bits
+};
+
 // What the backward adds. grad_lse may be null.
 struct AttentionGradArgs {
   Strided grad_out;      // [B, Hq, Sq, Dv]

@@ -216,100 +216,6 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   }
 }
 
-// Sums of products of one row with W keys, side by side: one vector of scores. `whole`: W keys of whole contiguous vectors.
-template <bool whole, class S, class T>
-INLINE vec<T> dot_keys(const T* q, const S* keys, int64_t row_stride, int64_t stride, int64_t present, int64_t depth) {
-  constexpr int64_t W = kLanes<T>;
-  vec<T> sums[W] = {};
-  for (int64_t d = 0; d < depth; d += W) {
-    const vec<T> qd = load(q + d);
-    const int64_t m = std::min(W, depth - d);
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) {
-      const S* p = keys + i * row_stride + d * stride;
-      if constexpr (whole) {
-        __builtin_prefetch(p + W * row_stride);
-        sums[i] += qd * load(p);
-      } else if (i < present) {
-        sums[i] += qd * load_any(p, stride, m);
-      }
-    }
-  }
-  transpose_square<T>(sums);
-#pragma GCC unroll 16
-  for (int i = 1; i < W; ++i) sums[0] += sums[i];
-  return sums[0];
-}
-
-// out[0 .. 4 W) += sum over keys of p[j] value[j], columns past the end left out. `whole`: whole contiguous vectors.
-template <bool whole, class S, class T>
-INLINE void add_values(T* out, const T* p, const S* values, int64_t row_stride, int64_t stride, int64_t lo, int64_t hi, int64_t columns) {
-  constexpr int64_t W = kLanes<T>, kAhead = 16;
-  vec<T> sums[4] = {};
-  for (int64_t j = lo; j < hi; ++j) {
-    if (p[j] == 0) continue;  // so that what a mask excludes never leaks
-    const S* row = values + j * row_stride;
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (whole) {
-        __builtin_prefetch(row + kAhead * row_stride + i * W);
-        sums[i] += p[j] * load(row + i * W);
-      } else if (i * W < columns) {
-        sums[i] += p[j] * load_any(row + i * W * stride, stride, std::min(W, columns - i * W));
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i)
-    if (whole || i * W < columns) store(out + i * W, load(out + i * W) + sums[i]);
-}
-
-// The same for a handful of rows, as in decoding, where packing would cost more than the products: keys are read where
-// they lie, each once for all rows. Bound by memory, so what comes next is prefetched.
-template <class S, class T>
-inline void attend_few(const AttentionArgs& a, const RowBlock<T>& rows, int64_t group, int64_t k_begin, int64_t k_end, Scores<T>& scores,
-                       ForwardScratch<T, T>& x) {
-  constexpr int64_t W = kLanes<T>;
-  const int64_t D = a.head_dim, ld = x.padded_depth, Dv = a.value_dim, value_ld = x.padded_value;
-  const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
-  x.start();
-  for (int64_t r = 0; r < rows.count; ++r)
-    pack_row<S, T>(x.q + r * ld, a.q.at<S>(b, rows.head[r], rows.query[r]), a.q.stride[3], D, ld, scores.factor);
-  const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
-  for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
-    const int64_t n = std::min(kBlockKeys, k_end - k0);
-    const int64_t lo = std::clamp<int64_t>(rows.block_lo - k0, 0, n), hi = std::clamp<int64_t>(rows.block_hi - k0, 0, n);
-    const int64_t begin = lo / W * W, end = round_up(hi, W);
-    for (int64_t j = begin; j < end; j += W) {
-      const S* key = a.k.at<S>(b, h, k0 + j);
-      const int64_t present = std::min(W, n - j);
-      for (int64_t r = 0; r < rows.count; ++r) {
-        const bool whole = a.k.stride[3] == 1 && D % W == 0 && present == W;
-        const vec<T> score = whole ? dot_keys<true>(x.q + r * ld, key, a.k.stride[2], 1, present, D)
-                                   : dot_keys<false>(x.q + r * ld, key, a.k.stride[2], a.k.stride[3], present, D);
-        store(x.p(r) + j, score);
-      }
-    }
-    const auto place = [&](int64_t r) -> ScoreRow<T> { return {x.p(r), begin, end, rows.lo[r] - k0, rows.hi[r] - k0}; };
-    for (int64_t r = 0; r < rows.count; r += W) softmax_rows<T>(rows, r, std::min(W, rows.count - r), k0, place, scores, x.m, x.l, x.alpha);
-    for (int64_t r = 0; r < rows.count; ++r) {
-      T* o = x.o + r * value_ld;
-      for (int64_t d = 0; d < value_ld; d += W) store(o + d, load(o + d) * x.alpha[r]);
-    }
-    const S* value = a.v.at<S>(b, h, k0);
-    constexpr int64_t kChunk = 4 * W;  // columns summed in registers over the keys of the block
-    for (int64_t r = 0; r < rows.count; ++r)
-      for (int64_t d = 0; d < Dv; d += kChunk) {
-        const T* p = x.p(r);
-        T* o = x.o + r * value_ld + d;
-        if (a.v.stride[3] == 1 && Dv - d >= kChunk)
-          add_values<true>(o, p, value + d, a.v.stride[2], 1, lo, hi, kChunk);
-        else
-          add_values<false>(o, p, value + d * a.v.stride[3], a.v.stride[2], a.v.stride[3], lo, hi, Dv - d);
-      }
-  }
-}
-
 // Writes o / l and lse = m + log l of a block of rows; a row that attends to nothing gets 0 and -inf.
 // The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
 template <class S, class T, class A>
@@ -344,16 +250,12 @@ inline void merge(ForwardScratch<T, A>& x, const T* m, const T* l, const T* o, i
   }
 }
 
-// At most so many rows of a group read keys and values where they lie.
-constexpr int64_t kFewRows = 4;
-
 template <class S, class A>
 void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
   using T = compute_t<S>;
   constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
   const int64_t blocks = (a.group_rows() + kRows - 1) / kRows, block_tasks = a.groups() * blocks;
   if (block_tasks == 0) return;
-  const bool few = a.group_rows() <= kFewRows;
   const KeyRange first = key_range(a, 0), last = key_range(a, a.q_len - 1);
   const int64_t k_first = first.lo / kBlockKeys * kBlockKeys, k_last = std::max(k_first, last.hi);
   const int64_t key_blocks = std::max<int64_t>(1, (k_last - k_first + kBlockKeys - 1) / kBlockKeys);
@@ -369,17 +271,13 @@ void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
   torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
     ForwardScratch<T, A> x(a);
     Scores<T> scores(a);
-    PackedGroup<T, A> packed(a, few ? 0 : std::min(part_keys, k_last - k_first));
+    PackedGroup<T, A> packed(a, std::min(part_keys, k_last - k_first));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / (blocks * parts), part = task / blocks % parts;
       const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       const int64_t k_begin = std::min(k_last, k_first + part * part_keys), k_end = std::min(k_last, k_begin + part_keys);
-      if (few) {
-        if constexpr (std::is_same_v<A, T>) attend_few<S, T>(a, rows, group, k_begin, k_end, scores, x);
-      } else {
-        packed.template pack<S>(a, group, k_begin, k_end);
-        attend<S>(a, rows, packed, k_begin, k_end, scores, x);
-      }
+      packed.template pack<S>(a, group, k_begin, k_end);
+      attend<S>(a, rows, packed, k_begin, k_end, scores, x);
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
       } else {
@@ -408,6 +306,7 @@ void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
 
 template <class S>
 void attention_forward(const AttentionArgs& a, void* out, void* lse) {
+  if (read_in_place(a)) return attention_few<S>(a, nullptr, out, lse);
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, bfloat16>)
     if (multiplied_in_pairs(a)) return attention_forward_of<S, bfloat16>(a, out, lse);

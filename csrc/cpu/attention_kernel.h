@@ -17,6 +17,8 @@
 
 #include "attention_mask_kernel.h"
 
+#include "attention_few_kernel.h"
+
 #include "attention_forward_kernel.h"
 
 #include "attention_backward_kernel.h"

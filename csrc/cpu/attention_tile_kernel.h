@@ -138,14 +138,16 @@ INLINE void transpose_square(vec<T> (&x)[kLanes<T>]) {
 
 // Lane i is what `combine` makes of the lanes of x[i], for kLanes vectors at once: half as many vectors in every round, each
 // with the lanes of two interleaved.
+template <int kHalf, class T, class Combine>
+INLINE void reduce_round(vec<T> (&x)[kLanes<T>], Combine combine) {
+  constexpr auto lanes = std::make_index_sequence<kLanes<T>>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < kHalf; ++i) x[i] = combine(interleave_low(x[i], x[i + kHalf], lanes), interleave_high(x[i], x[i + kHalf], lanes));
+  if constexpr (kHalf > 1) reduce_round<kHalf / 2, T>(x, combine);
+}
 template <class T, class Combine>
 INLINE vec<T> reduce_each(vec<T> (&x)[kLanes<T>], Combine combine) {
-  constexpr int W = kLanes<T>;
-  constexpr auto lanes = std::make_index_sequence<W>{};
-#pragma GCC unroll 4
-  for (int half = W / 2; half; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) x[i] = combine(interleave_low(x[i], x[i + half], lanes), interleave_high(x[i], x[i + half], lanes));
+  reduce_round<kLanes<T> / 2, T>(x, combine);
   return x[0];
 }
 template <class T>

@@ -1,5 +1,5 @@
-"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. Backend "cuda" is a kernel of its
-own; all others are composed from bmk.attention, whose kernels split the keys among the threads where there are few queries."""
+"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. Backends "cuda" and "cpu" have kernels
+of their own; what those do not take, and all others, is composed from bmk.attention."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels.ops.attention import cuda_decode
+from bigmodel_kernels.ops.attention import cpu_decode, cuda_decode
 from bigmodel_kernels.ops.attention.op import attention, slopes_2d
 from bigmodel_kernels.ops.attention.varlen import position_mask
 
@@ -82,6 +82,10 @@ def attention_decode(
         return cuda_decode.run(
             q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, scale, softcap, return_lse
         )
+    if not torch.compiler.is_compiling() and _registry.wanted(backend) in ("auto", "cpu"):
+        call = (q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, alibi_slopes)
+        if cpu_decode.takes(*call):
+            return cpu_decode.run(*call, is_causal, scale, window, softcap, return_lse)
     if block_table is not None:
         if not torch.compiler.is_compiling():
             _check_blocks(block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[2])

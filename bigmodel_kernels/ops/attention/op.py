@@ -103,9 +103,9 @@ def prepare(
             raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
-    if not 0 <= _number("dropout_p", dropout_p) <= 1:
+    if not 0 <= number("dropout_p", dropout_p) <= 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
-    if not 0 <= _number("softcap", softcap) < math.inf:
+    if not 0 <= number("softcap", softcap) < math.inf:
         raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     left, right = window_sides(window)
     q, k, v = autocast(q, k, v)
@@ -122,7 +122,7 @@ def prepare(
         None if attn_mask is None else _mask(attn_mask, q, k),
         None if alibi_slopes is None else slopes_2d(alibi_slopes, q.shape[0], q.shape[1], q.device),
         None,
-        float(_number("scale", scale)),
+        float(number("scale", scale)),
         float(dropout_p),
         float(softcap),
         left,
@@ -133,7 +133,7 @@ def prepare(
     )
 
 
-def _number(name: str, value: float) -> float:
+def number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     return value
