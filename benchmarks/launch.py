@@ -2,6 +2,7 @@
 
 Checks of the arguments, choice of the backend, allocation of the results, grid and constants of the kernel: everything but
 Triton's own launch, which is replaced by nothing, so that no GPU is needed. A small call on a GPU takes at least this long.
+An LSTM's products are PyTorch's: they run here, on the CPU, with so few numbers that what is timed is their dispatch.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import bigmodel_kernels as bmk
 BAR = 25.0  # microseconds
 ROUNDS, CALLS = 15, 200
 GPU = "sm_90"
+TRAINING = ", training"
 
 
 def _gpu(device: int | None) -> str:
@@ -48,7 +50,7 @@ def stubbed() -> Iterator[list]:
 
 
 def cases() -> dict[str, Callable[[], object]]:
-    """One inference call of every op with a kernel of its own."""
+    """One inference call of every op with a kernel of its own; "training" ones record what their backward needs."""
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.ones(shape, dtype=torch.bfloat16)
@@ -59,6 +61,8 @@ def cases() -> dict[str, Callable[[], object]]:
     column, one, taps, row_64 = tensor(2, 64), tensor(64, 64, 1), tensor(128, 64, 2), tensor(64)
     state = bmk.ConvState.start(2, 64, 2, 4, column)
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    step, sequence, parameters = _lstm(16, 4)
+    trained = [w.clone().requires_grad_() for w in parameters]
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
@@ -80,31 +84,60 @@ def cases() -> dict[str, Callable[[], object]]:
             activation="tanh_sigmoid",
             backend="triton",
         ),
+        "lstm": lambda: bmk.lstm(*sequence, parameters, backend="triton"),
+        "lstm_cell": lambda: bmk.lstm_cell(*step, *parameters, backend="triton"),
+        f"lstm_cell{TRAINING}": lambda: bmk.lstm_cell(*step, *trained, backend="triton"),
         "layer_norm": lambda: bmk.layer_norm(x, row, row, backend="triton"),
         "bias_act": lambda: bmk.bias_act(x, row, activation="gelu", backend="triton"),
         "cross_entropy": lambda: bmk.cross_entropy(x, target, reduction="none", backend="triton"),
     }
 
 
+def _lstm(hidden: int, steps: int) -> tuple[tuple, tuple, list[torch.Tensor]]:
+    """x and states of a step and of a sequence, and the weights. In float32 a product is one call of PyTorch's, as on a GPU."""
+    x, state = torch.ones(steps, 2, 16), torch.zeros(1, 2, hidden)
+    weights = [torch.ones(4 * hidden, 16), torch.ones(4 * hidden, hidden), *torch.ones(2, 4 * hidden)]
+    return (x[0], (state[0], state[0].clone())), (x, (state, state.clone())), weights
+
+
+def steps() -> tuple[int, dict[int, Callable[[], object]]]:
+    """The number of steps that a long LSTM, which goes step by step, has more than a short one; calls of both."""
+    short, long = 1, 17
+    calls = {}
+    for count in (short, long):
+        _, sequence, weights = _lstm(72, count)
+        calls[count] = lambda sequence=sequence, weights=weights: bmk.lstm(*sequence, weights, backend="triton")
+    return long - short, calls
+
+
 def measure(rounds: int = ROUNDS, calls: int | None = None) -> dict[str, float]:
     """{op: microseconds of a call}, the median of the rounds, which go through all ops in turn."""
     calls = calls or CALLS
     samples: dict[str, list[float]] = {}
-    with stubbed(), torch.no_grad():
-        some = cases()
-        for call in some.values():  # the first calls fill caches
-            call()
+    more_steps, by_step = steps()
+    with stubbed():
+        some = cases() | {f"{count} steps": call for count, call in by_step.items()}
+        for name, call in some.items():  # the first calls fill caches
+            _microseconds(name, call, 1)
         for _ in range(rounds):
             for name, call in some.items():
-                started = time.perf_counter_ns()
-                for _ in range(calls):
-                    call()
-                samples.setdefault(name, []).append((time.perf_counter_ns() - started) / calls / 1e3)
+                samples.setdefault(name, []).append(_microseconds(name, call, calls))
+    short, long = (samples.pop(f"{count} steps") for count in by_step)
+    samples["lstm, a step"] = [(b - a) / more_steps for a, b in zip(short, long)]
     return {name: statistics.median(found) for name, found in samples.items()}
+
+
+def _microseconds(name: str, call: Callable[[], object], calls: int) -> float:
+    with torch.set_grad_enabled(name.endswith(TRAINING)):
+        started = time.perf_counter_ns()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter_ns() - started) / calls / 1e3
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launch", description=__doc__)
+    torch.set_num_threads(1)  # what runs here is small
     parser.add_argument("--json", type=Path, metavar="FILE", help="write {op: microseconds} here as well")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of {CALLS} calls each (default {ROUNDS})")
     options = parser.parse_args(argv)

@@ -53,9 +53,9 @@ def allows_tf32(dtype: torch.dtype, *switches) -> bool:
 def product(
     a: torch.Tensor,  # [M, K]
     b: torch.Tensor,  # [K, N]
-    out: torch.Tensor,  # [M, N] float32
+    out: torch.Tensor | None = None,  # [M, N] float32
 ) -> torch.Tensor:
-    """out = a b by PyTorch's own product, summed up and left in float32 for 16-bit numbers too."""
+    """a b, into `out` if there is one, by PyTorch's own product, summed up and left in float32 for 16-bit numbers too."""
     if a.dtype == torch.float32:
         return torch.mm(a, b, out=out)
     if a.is_cuda:

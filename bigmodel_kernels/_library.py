@@ -8,6 +8,7 @@ torch.compile, so that a compiled graph never has a device, a shape or an enviro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,11 @@ _ops: dict[str, Op] = {}
 
 def needs_grad(*args: Any) -> bool:
     """Whether a gradient may be asked for through one of these (tensors, lists of tensors, anything else)."""
-    return torch.is_grad_enabled() and any(
-        needs_grad(*a) if isinstance(a, (list, tuple)) else isinstance(a, torch.Tensor) and a.requires_grad
-        for a in args
-    )
+    if torch.is_grad_enabled():
+        for a in args:
+            if needs_grad(*a) if isinstance(a, (list, tuple)) else isinstance(a, torch.Tensor) and a.requires_grad:
+                return True
+    return False
 
 
 def in_forward_mode() -> bool:
@@ -225,12 +227,12 @@ def is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
         return False
     for i in tensors:
         a = args[i]
-        if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and all(type(t) in _PLAIN for t in a)):
+        if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and _PLAIN.issuperset(map(type, a))):
             return False
     return True
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter, type(None))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
 def _tensor_arguments(schema: str) -> tuple[int, ...]:
@@ -271,17 +273,8 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.name, ctx.backend, ctx.lengths, *flat = inputs
-        outputs = output if isinstance(output, tuple) else (output,)
-        ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
-        ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
-        op = _ops[ctx.name]
-        read = op.reads_results(*_unflatten(flat, ctx.lengths))
-        kept = outputs if read else (*[None] * op.results, *outputs[op.results :])
-        ctx.save_for_backward(*[a for a, is_tensor in zip(flat, ctx.tensor_at) if is_tensor], *kept)
-        ctx.set_materialize_grads(False)
-        if len(outputs) > op.results:
-            ctx.mark_non_differentiable(*outputs[op.results :])
+        name, backend, lengths, *flat = inputs
+        _keep(ctx, name, backend, lengths, flat, _unflatten(flat, lengths), output)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -312,12 +305,27 @@ class _EagerPair(torch.autograd.Function):
     signature of forward on every call, half of what a small call costs."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        outputs = _Pair.forward(*inputs)
-        _Pair.setup_context(ctx, inputs, outputs)
+    def forward(ctx, name, backend, lengths, *flat):
+        args = _unflatten(flat, lengths)
+        outputs = _run(name, backend, "fwd", args)
+        _keep(ctx, name, backend, lengths, flat, args, outputs)
         return outputs
 
     backward = staticmethod(_Pair.backward)
+
+
+def _keep(ctx, name: str, backend: str, lengths: tuple[int, ...], flat: Sequence, args: Sequence, output: Any) -> None:
+    """Into the context what the backward needs; `args` are `flat` with lists of tensors as lists."""
+    ctx.name, ctx.backend, ctx.lengths = name, backend, lengths
+    ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
+    ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
+    op = _ops[name]
+    outputs = output if isinstance(output, tuple) else (output,)
+    kept = outputs if op.reads_results(*args) else (*[None] * op.results, *outputs[op.results :])
+    ctx.save_for_backward(*itertools.compress(flat, ctx.tensor_at), *kept)
+    ctx.set_materialize_grads(False)
+    if len(outputs) > op.results:
+        ctx.mark_non_differentiable(*outputs[op.results :])
 
 
 def _gradient_with_graph(

@@ -11,17 +11,30 @@ from benchmarks import launch
 
 
 def test_every_case_launches_one_kernel_and_runs_nothing():
-    with launch.stubbed() as launched, torch.no_grad():
+    with launch.stubbed() as launched:
         for name, call in launch.cases().items():
             launched.clear()
             call()
             assert len(launched) == 1, name
 
 
+def test_a_longer_lstm_launches_one_kernel_for_each_step_more():
+    more, calls = launch.steps()
+    with launch.stubbed() as launched, torch.no_grad():
+        counts = []
+        for call in calls.values():
+            launched.clear()
+            call()
+            counts.append(len(launched))
+    assert counts[1] - counts[0] == more
+
+
 def test_report(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(launch, "CALLS", 2)
     assert launch.main(["--rounds", "2", "--json", str(tmp_path / "launch.json")]) == 0
     found = json.loads((tmp_path / "launch.json").read_text())
-    assert found.keys() == launch.cases().keys()
-    assert all(microseconds > 0 for microseconds in found.values())
+    assert found.keys() == {*launch.cases(), "lstm, a step"}
+    assert all(
+        microseconds > 0 for name, microseconds in found.items() if name != "lstm, a step"
+    )  # a difference of two
     assert "us per call" in capsys.readouterr().out

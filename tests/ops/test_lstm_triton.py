@@ -45,11 +45,11 @@ class by_step:
     def __enter__(self):
         from bigmodel_kernels.ops.lstm import triton_kernels
 
-        self.module, self.config = triton_kernels, triton_kernels.config
-        triton_kernels.config = lambda *args: None
+        self.module, self.constants = triton_kernels, triton_kernels._constants
+        triton_kernels._constants = lambda *args: None
 
     def __exit__(self, *exception):
-        self.module.config = self.config
+        self.module._constants = self.constants
 
 
 class configured_for:
@@ -280,7 +280,7 @@ def check_states_before():
 
     for sizes in ([1], [3, 3, 3], [4, 2, 1], [4, 4, 2, 2, 2, 1], [5, 1, 1], [2, 2, 1, 0]):
         count = sum(sizes)
-        tokens = Tokens(torch.empty(count, 1), 5, torch.tensor(sizes))
+        tokens = Tokens(sizes, count, 5, packed=True)
         y, initial = make(count, 2, seed=1), make(5, 2, seed=2)
         for backwards in (False, True):
             state, expected = initial.clone(), torch.empty_like(y)
@@ -316,23 +316,24 @@ def check_far_tokens():
             if at_once:
                 table = torch.tensor([first])
                 options = {"H": hidden, "PACKED": True, "PRECISION": "ieee", "BLOCK_B": 4, "BLOCK_H": 16}
+                h0, c0 = h.clone(), c.clone()
                 y = torch.empty(first + batch, hidden)
                 _triton.launch(
-                    triton_sequence.forward_kernel, 1, gates, w, bias, h, c, y, gates, cells, table, lengths,
-                    1, batch, first + batch, hidden, SAVE=True, **options,
+                    triton_sequence.forward_kernel, 1, gates, w, w, *[bias] * 4, h0, c0, h, c, y, gates, cells,
+                    table, lengths, 1, batch, first + batch, 0, hidden, TRANSPOSED=True, **options,
                 )  # fmt: skip
                 _triton.launch(
-                    triton_sequence.backward_kernel, 1, y, h, c, gates, cells, c.clone(), w, d_gates, table, lengths,
-                    1, batch, first + batch, hidden, 4 * hidden, **options,
+                    triton_sequence.backward_kernel, 1, y, h, c, gates, cells, c.clone(), w, w, d_gates,
+                    table, lengths, 1, batch, first + batch, hidden, 4 * hidden, **options,
                 )  # fmt: skip
             else:
                 _triton.launch(
-                    triton_step.forward_kernel, 1, gates, state, bias, c, c, h, h, gates, cells,
-                    batch, first, hidden, hidden, OUTPUT=False, SAVE=True, **blocks,
+                    triton_step.forward_kernel, 1, gates, state, bias, bias, c, c, h, None, gates, cells,
+                    batch, first, hidden, hidden, **blocks,
                 )  # fmt: skip
                 _triton.launch(
-                    triton_step.backward_kernel, 1, h, h, c, gates, cells, c.clone(), d_gates,
-                    batch, first, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **blocks,
+                    triton_step.backward_kernel, 1, h, None, c, gates, cells, c.clone(), d_gates,
+                    batch, first, 0, 0, hidden, hidden, 4 * hidden, **blocks,
                 )  # fmt: skip
             found += [gates[token].clone(), cells[token].clone(), h, c, d_gates[token].clone()]
         results.append(found)

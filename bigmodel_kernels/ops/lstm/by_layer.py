@@ -7,6 +7,7 @@ Offsets of packed tokens come from batch_sizes on the CPU, so that nothing waits
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -21,11 +22,15 @@ from bigmodel_kernels.ops.lstm.reference import split_weights
 class Tokens:
     """Where the tokens of every step lie: dense, or packed by batch_sizes."""
 
-    def __init__(self, x: Tensor, batch: int, batch_sizes: Tensor | None):
-        self.batch, self.device = batch, x.device
-        self.packed = batch_sizes is not None
-        self.sizes = batch_sizes.tolist() if self.packed else [batch] * x.shape[0]
-        self.count = x.shape[0] if self.packed else x.shape[0] * batch
+    @staticmethod
+    def of(x: Tensor, batch: int, batch_sizes: Tensor | None) -> Tokens:
+        if batch_sizes is None:
+            return _dense(x.shape[0], batch)
+        return Tokens(batch_sizes.tolist(), x.shape[0], batch, packed=True)
+
+    def __init__(self, sizes: list[int], count: int, batch: int, packed: bool):
+        self.sizes, self.count, self.batch, self.packed = sizes, count, batch, packed
+        self._tables: tuple[Tensor, Tensor] | None = None
         for size, previous in zip(self.sizes, [batch, *self.sizes]):
             if not 0 <= size <= previous:
                 raise RuntimeError(
@@ -36,12 +41,17 @@ class Tokens:
         self.firsts = [0, *itertools.accumulate(self.sizes)][:-1]
         self.steps = list(zip(self.firsts, self.sizes))  # (first token, number of rows)
 
-    def tables(self) -> tuple[Tensor, Tensor]:
-        """First token of every step and number of steps of every row, on the device."""
+    def tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Of packed ones: first token of every step and number of steps of every row, on the device."""
+        if self._tables is None:
+            self._tables = self._make_tables(device)
+        return self._tables
+
+    def _make_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         rows = torch.arange(self.batch)
         shrinking = torch.tensor(self.sizes[::-1])
         lengths = len(self.sizes) - torch.searchsorted(shrinking, rows, right=True)
-        found = torch.cat([torch.tensor(self.firsts), lengths]).to(self.device)
+        found = torch.cat([torch.tensor(self.firsts), lengths]).to(device)
         return found[: len(self.sizes)], found[len(self.sizes) :]
 
     def states_before(self, y: Tensor, initial: Tensor, backwards: bool) -> Tensor:
@@ -66,11 +76,9 @@ class Tokens:
         return before
 
 
-def bias_of(w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
-    """The sum of both biases [4 H], float32; 0 where there are none."""
-    if b_ih is None:
-        return torch.zeros(w_hh.shape[0], dtype=torch.float32, device=w_hh.device)
-    return torch.add(b_ih.float(), b_hh.float())
+@functools.lru_cache(maxsize=1024)
+def _dense(steps: int, batch: int) -> Tokens:
+    return Tokens([batch] * steps, steps * batch, batch, packed=False)
 
 
 def weight_gradients(d_gates: Tensor, x: Tensor, h: Tensor, biased: bool) -> list[Tensor]:
@@ -85,48 +93,67 @@ def weight_gradients(d_gates: Tensor, x: Tensor, h: Tensor, biased: bool) -> lis
 def forward(
     layer: Callable, x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional, dropout, save
 ) -> tuple[Tensor, ...]:
-    """The results of the op's forward. `layer` is called as
+    """The results of the op's forward; see `infer` for `layer`."""
+    shapes = saved_shapes(x, h0, c0, num_layers, bidirectional, save)
+    dtypes = (torch.float32, torch.float32, x.dtype)
+    saved = tuple(torch.empty(shape, dtype=dtype, device=x.device) for shape, dtype in zip(shapes, dtypes))
+    args = (x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional)
+    return *infer(layer, *args, *(saved if save else ())), *saved
 
-    layer(tokens, parameters, from_input, bias, h, c, y, gates, cells), with D directions:
-        parameters: of every direction, as split_weights gives them
-        from_input  # [D, tokens, 4 H] float32: the product with w_ih
-        bias        # [D, 4 H] float32
-        h, c        # [D, B, P], [D, B, H] float32: initial states, to be replaced by the final ones
-        y           # [tokens, D P]: to be written
+
+def infer(
+    layer: Callable, x, h0, c0, weights, batch_sizes, dropout_mask, num_layers, bidirectional,
+    gates=None, cells=None, between=None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The op's results proper; what is saved for a backward is written into the last three. `layer` is called as
+
+    layer(tokens, own, parameters, from_input, h0, c0, h_n, c_n, y, gates, cells), with D directions:
+        own         # slice: the layer's D cells among all
+        parameters  # of every direction, as split_weights gives them
+        from_input  # [D, tokens, 4 H] float32: the product with w_ih; [tokens, 4 H] if D is 1
+        h0, c0      # [cells, B, P], [cells, B, H]: initial states of all layers
+        h_n, c_n    # likewise; final states, to be written
+        y           # D P numbers for every token: to be written
         gates, cells  # [D, tokens, 4 H], [D, tokens, H] float32, to be written; None where nothing is saved. gates may be
                       # the memory of from_input.
     """
     directions, (_, batch, hidden) = 2 if bidirectional else 1, c0.shape
-    tokens = Tokens(x, batch, batch_sizes)
+    tokens = Tokens.of(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
-    shapes = saved_shapes(x, h0, c0, num_layers, bidirectional, save)
-    gates, cells, between = (
-        torch.empty(shape, dtype=dtype, device=x.device)
-        for shape, dtype in zip(shapes, (torch.float32, torch.float32, x.dtype))
-    )
-    h = h0.clone(memory_format=torch.contiguous_format)
-    c = c0.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    scratch = None if save else torch.empty(directions, tokens.count, 4 * hidden, dtype=torch.float32, device=x.device)
-
+    h_n, c_n = x.new_empty(*h0.shape), x.new_empty(*c0.shape)
+    width = directions * h0.shape[2]
     y = x.reshape(tokens.count, x.shape[-1])
+    gates_here = cells_here = None
     for number in range(num_layers):
         source = y if number == 0 or dropout_mask is None else y * dropout_mask[number - 1]
-        last = number == num_layers - 1
-        y = between[number] if save and not last else x.new_empty(tokens.count, directions * h0.shape[2])
+        if number == num_layers - 1:
+            y = x.new_empty(*x.shape[:-1], width)
+        else:
+            y = x.new_empty(tokens.count, width) if between is None else between[number]
         own = slice(number * directions, (number + 1) * directions)
-        from_input = gates[own] if save else scratch
-        for w, out in zip(parameters[own], from_input):
-            product(source, w[0].t(), out)
-        bias = torch.stack([bias_of(*w[1:4]) for w in parameters[own]])
-        saved = (gates[own], cells[own]) if save else (None, None)
-        layer(tokens, parameters[own], from_input, bias, h[own], c[own], y, *saved)
-    return y.view(*x.shape[:-1], y.shape[1]), h, c.to(x.dtype), gates, cells, between
+        of_layer = parameters[own]
+        if gates is not None:
+            from_input = gates_here = gates[own]
+            cells_here = cells[own]
+        elif directions == 2:
+            from_input = torch.empty(2, tokens.count, 4 * hidden, dtype=torch.float32, device=x.device)
+        else:
+            from_input = product(source, of_layer[0][0].t())
+        if gates is not None or directions == 2:
+            for w, out in zip(of_layer, from_input):
+                product(source, w[0].t(), out)
+        layer(tokens, own, of_layer, from_input, h0, c0, h_n, c_n, y, gates_here, cells_here)
+    return y, h_n, c_n
 
 
-def _float_state(given: Tensor | None, like: Tensor) -> Tensor:
+def float_state(given: Tensor) -> Tensor:
+    return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _gradient_of_state(given: Tensor | None, like: Tensor) -> Tensor:
     if given is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
-    return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    return float_state(given)
 
 
 def _gradient_of_source(d_gates: Tensor, w_ih: list[Tensor]) -> Tensor:
@@ -155,11 +182,11 @@ def backward(
     """
     directions, (_, batch, units) = 2 if bidirectional else 1, c0.shape
     width = output.shape[-1]
-    tokens = Tokens(x, batch, batch_sizes)
+    tokens = Tokens.of(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
     projected = parameters[0][4] is not None
     gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
-    d_h, d_c = _float_state(d_h_n, h0), _float_state(d_c_n, c0)
+    d_h, d_c = _gradient_of_state(d_h_n, h0), _gradient_of_state(d_c_n, c0)
     d_y = output.new_zeros(tokens.count, width) if d_output is None else d_output.reshape(tokens.count, width)
     d_y = d_y.contiguous()
     d_gates = torch.empty(tokens.count, directions, 4 * units, dtype=x.dtype, device=x.device)

@@ -37,16 +37,27 @@ def _plan(kernels: dict[int, Kernel], w_hh: torch.Tensor) -> tuple:
     return found.scope, found.registers, found.warps, tf32
 
 
-def _tables(tokens: by_layer.Tokens) -> tuple:
-    return tokens.tables() if tokens.packed else (None, None)
+def _tables(tokens: by_layer.Tokens, device: torch.device) -> tuple:
+    return tokens.tables(device) if tokens.packed else (None, None)
 
 
-def _layer_forward(tokens, parameters, from_input, bias, h, c, y, gates, cells) -> None:
+def _bias_of(w_hh, b_ih, b_hh) -> torch.Tensor:
+    """The sum of both biases [4 H], float32; 0 where there are none."""
+    if b_ih is None:
+        return torch.zeros(w_hh.shape[0], dtype=torch.float32, device=w_hh.device)
+    return torch.add(b_ih.float(), b_hh.float())
+
+
+def _layer_forward(tokens, own, parameters, from_input, h0, c0, h_n, c_n, y, gates, cells) -> None:
     w_hh = torch.stack([w[1] for w in parameters])
+    bias = torch.stack([_bias_of(*w[1:4]) for w in parameters])
+    c = by_layer.float_state(c0[own])
+    from_input = from_input.view(len(parameters), *from_input.shape[-2:])
     native.lstm_sequence_fwd(
-        from_input, w_hh, bias, h.clone(), *_tables(tokens), len(tokens.sizes), y, h, c, gates, cells,
-        *_plan(FORWARD, w_hh),
+        from_input, w_hh, bias, h0[own].contiguous(), *_tables(tokens, h0.device), len(tokens.sizes),
+        y.flatten(0, -2), h_n[own], c, gates, cells, *_plan(FORWARD, w_hh),
     )  # fmt: skip
+    c_n[own] = c
 
 
 def fwd(*args):
@@ -56,7 +67,7 @@ def fwd(*args):
 def _layer_backward(tokens, parameters, d_y, d_h, d_c, gates, cells, c0, d_gates, d_projected) -> None:
     w_hh = torch.stack([w[1] for w in parameters])
     native.lstm_sequence_bwd(
-        d_y, gates, cells, c0, w_hh, *_tables(tokens), len(tokens.sizes), d_h, d_c, d_gates,
+        d_y, gates, cells, c0, w_hh, *_tables(tokens, d_y.device), len(tokens.sizes), d_h, d_c, d_gates,
         *_plan(BACKWARD, w_hh),
     )  # fmt: skip
 

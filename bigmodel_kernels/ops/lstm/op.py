@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels._library import Op, autocast, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.lstm import cpu, reference
 
 
@@ -82,20 +83,13 @@ def prepare(
         raise ValueError(f"num_layers must be positive, got {num_layers}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
-    cells = num_layers * (2 if bidirectional else 1)
-    if len(weights) % cells or not 2 <= len(weights) // cells <= 5:
-        raise RuntimeError(
-            f"weights must hold w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr if h is projected, for each of "
-            f"{cells} layers and directions; got {len(weights)} tensors"
-        )
-    dims = 3 if batch_sizes is None else 2
-    if x.dim() != dims:
-        raise RuntimeError(f"x must have {dims} dimensions {'with batch_sizes' if dims == 2 else ''}, got {x.dim()}")
+    # A model calls with the same few sizes again and again; symbolic ones are no keys.
+    sizes = _known_sizes if is_plain_eager((0,), (x,)) else _sizes
+    cells, hidden, state = sizes(
+        x.shape, tuple([w.shape for w in weights]), num_layers, bidirectional, batch_sizes is not None
+    )
     if batch_first and batch_sizes is None:
         x = x.transpose(0, 1)
-    hidden = weights[1].shape[0] // 4 if weights[1].dim() == 2 else 0
-    projected = len(weights) // cells % 2 == 1
-    state = weights[-1].shape[0] if projected else hidden
     if batch_sizes is None:
         if x.shape[0] == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN: x has no steps")
@@ -107,33 +101,27 @@ def prepare(
     if hx is None:
         hx = x.new_zeros(cells, batch, state), x.new_zeros(cells, batch, hidden)
     h0, c0 = hx
-    _check_shape("hx[0]", h0, (cells, batch, state))
-    _check_shape("hx[1]", c0, (cells, batch, hidden))
-    _check_weights(weights, cells, num_layers, x.shape[-1], hidden, state)
+    _check_shape("hx[0]", h0.shape, (cells, batch, state))
+    _check_shape("hx[1]", c0.shape, (cells, batch, hidden))
     if c0 is h0:  # torch.compile does not trace an autograd.Function that is given a tensor twice
         c0 = c0.clone()
     save = needs_grad(x, h0, c0, weights)
     if batch_sizes is None or not x.is_cpu:  # as torch's own: its packed LSTM on the CPU returns what it was given
         x, h0, c0, weights = autocast(x, h0, c0, weights)
-    for name, t in _named(h0, c0, weights):
-        if t.dtype != x.dtype or t.device != x.device:
-            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
+    dtype, device = x.dtype, x.device
+    for i, t in enumerate((h0, c0, *weights)):
+        if t.dtype != dtype or t.device != device:
+            name = f"hx[{i}]" if i < 2 else f"weights[{i - 2}]"
+            raise RuntimeError(f"{name} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
     p = float(dropout) if training and num_layers > 1 else 0.0
     return x, h0, c0, weights, batch_sizes, None, num_layers, bool(bidirectional), p, save
-
-
-def _named(h0: Tensor, c0: Tensor, weights: list[Tensor]):
-    yield "hx[0]", h0
-    yield "hx[1]", c0
-    for i, w in enumerate(weights):
-        yield f"weights[{i}]", w
 
 
 def _check_types(x, hx, weights, batch_sizes) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if hx is not None and not (
-        isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(t, Tensor) for t in hx)
+        isinstance(hx, (tuple, list)) and len(hx) == 2 and isinstance(hx[0], Tensor) and isinstance(hx[1], Tensor)
     ):
         raise TypeError(f"hx must be None or two tensors (h_0, c_0), got {type(hx).__name__}")
     for i, w in enumerate(weights):
@@ -148,18 +136,30 @@ def _check_types(x, hx, weights, batch_sizes) -> None:
         raise TypeError("batch_sizes must be a one-dimensional int64 tensor on the CPU")
 
 
-def _check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
-    if t.dim() != len(shape) or any(a != b for a, b in zip(t.shape, shape)):
-        raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
+def _check_shape(name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
+    if len(found) != len(shape) or any(a != b for a, b in zip(found, shape)):
+        raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(found)}")
 
 
-def _check_weights(
-    weights: list[Tensor], cells: int, num_layers: int, input_size: int, hidden: int, state: int
-) -> None:
+def _sizes(
+    x: Sequence[int], weights: tuple[Sequence[int], ...], num_layers: int, bidirectional: bool, packed: bool
+) -> tuple[int, int, int]:
+    """Checks the shapes of x and of the weights; returns how many cells there are, hidden size and width of h."""
+    cells = num_layers * (2 if bidirectional else 1)
+    if len(weights) % cells or not 2 <= len(weights) // cells <= 5:
+        raise RuntimeError(
+            f"weights must hold w_ih, w_hh, then b_ih, b_hh if there are biases, then w_hr if h is projected, for each of "
+            f"{cells} layers and directions; got {len(weights)} tensors"
+        )
+    dims = 2 if packed else 3
+    if len(x) != dims:
+        raise RuntimeError(f"x must have {dims} dimensions {'with batch_sizes' if packed else ''}, got {len(x)}")
     n = len(weights) // cells
+    hidden = weights[1][0] // 4 if len(weights[1]) == 2 else 0
+    state = weights[-1][0] if n % 2 else hidden
     for i, w in enumerate(weights):
         cell, j = i // n, i % n
-        layer_input = input_size if cell * num_layers < cells else state * (cells // num_layers)
+        layer_input = x[-1] if cell * num_layers < cells else state * (cells // num_layers)
         if j == 0:
             shape = (4 * hidden, layer_input)
         elif j == 1:
@@ -167,6 +167,10 @@ def _check_weights(
         else:
             shape = (state, hidden) if j == n - 1 and n % 2 else (4 * hidden,)
         _check_shape(f"weights[{i}]", w, shape)
+    return cells, hidden, state
+
+
+_known_sizes = functools.lru_cache(maxsize=4096)(_sizes)
 
 
 def saved_shapes(x, h0, c0, num_layers, bidirectional, save) -> tuple[tuple[int, ...], ...]:

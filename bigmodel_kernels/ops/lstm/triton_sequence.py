@@ -18,7 +18,7 @@ warps), not memory: 9 H floats per row and step.
 import triton
 import triton.language as tl
 
-from bigmodel_kernels.ops.lstm_cell.triton_step import load_four, step, step_gradient, store_four
+from bigmodel_kernels.ops.lstm_cell.triton_step import load_bias, load_four, step, step_gradient, store_four
 
 
 @triton.jit
@@ -56,13 +56,10 @@ def first_token(firsts_pointer, t, batch, PACKED: tl.constexpr):
 
 
 @triton.jit
-def load_weights(pointer, distance, stride, H: tl.constexpr, BLOCK_H: tl.constexpr):
-    """The blocks of four gates, `distance` apart, with rows `stride` apart; 0 past H.
-
-    Their columns are those of the product and next to each other in memory, so that a warp reads shared memory in rows.
-    """
+def load_weights(pointer, distance, row_stride, column_stride, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The blocks of four gates, `distance` apart; 0 past H. Their columns are those of the product."""
     row, column = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_H)[None, :]
-    pointer += row * stride + column
+    pointer += row * row_stride + column * column_stride
     inside = (row < H) & (column < H)
     i = tl.load(pointer, mask=inside, other=0.0)
     f = tl.load(pointer + distance, mask=inside, other=0.0)
@@ -71,32 +68,52 @@ def load_weights(pointer, distance, stride, H: tl.constexpr, BLOCK_H: tl.constex
     return i, f, g, o
 
 
-@triton.jit(do_not_specialize=["steps", "batch", "tokens"])
+@triton.jit
+def of_direction(direction, first, second):
+    """The pointer of a direction's parameter; None where there is none."""
+    if first is None:
+        return None
+    return tl.where(direction == 0, first, second)
+
+
+@triton.jit(do_not_specialize=["steps", "batch", "tokens", "cell"])
 def forward_kernel(
     from_input_pointer,  # [D, tokens, 4 H] float32: W x; may be gates
-    w_pointer,  # [D, H, 4 H]: U, transposed
-    bias_pointer,  # [D, 4 H] float32
-    h_pointer,  # [D, B, H]: initial states; on return final ones
-    c_pointer,  # [D, B, H] float32: likewise
+    w_pointer,  # [4 H, H]: U; [H, 4 H] if TRANSPOSED
+    w_reverse_pointer,  # that of the other direction, if there is one
+    b_ih_pointer,  # [4 H], or None
+    b_hh_pointer,
+    b_ih_reverse_pointer,
+    b_hh_reverse_pointer,
+    h0_pointer,  # [cells, B, H]: initial states
+    c0_pointer,  # [cells, B, H]
+    h_pointer,  # [cells, B, H]: final states
+    c_pointer,  # [cells, B, H]
     output_pointer,  # [tokens, D H]
-    gates_pointer,  # [D, tokens, 4 H], if SAVE
-    cells_pointer,  # [D, tokens, H], if SAVE
+    gates_pointer,  # [D, tokens, 4 H]; None where nothing is saved
+    cells_pointer,  # [D, tokens, H]; likewise
     firsts_pointer,  # [T] int64: first token of every step, if PACKED
     lengths_pointer,  # [B] int64: steps of every row, if PACKED
-    steps, batch, tokens, output_stride,
-    H: tl.constexpr, PACKED: tl.constexpr, SAVE: tl.constexpr, PRECISION: tl.constexpr,
+    steps, batch, tokens, cell, output_stride,
+    H: tl.constexpr, PACKED: tl.constexpr, TRANSPOSED: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     direction, row, length, longest, unit, inside = rows_of_program(
         lengths_pointer, batch, steps, H, PACKED, BLOCK_B, BLOCK_H
     )
     backwards = direction == 1
-    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H, 4 * H, H, BLOCK_H)
-    bi, bf, bg, bo = load_four(bias_pointer + direction * 4 * H + unit, H, inside)
-    states = (direction * batch + row) * H + unit
+    w_pointer = of_direction(direction, w_pointer, w_reverse_pointer)
+    if TRANSPOSED:
+        wi, wf, wg, wo = load_weights(w_pointer, H, 4 * H, 1, H, BLOCK_H)
+    else:
+        wi, wf, wg, wo = load_weights(w_pointer, H * H, 1, H, H, BLOCK_H)
+    b_ih_pointer = of_direction(direction, b_ih_pointer, b_ih_reverse_pointer)
+    b_hh_pointer = of_direction(direction, b_hh_pointer, b_hh_reverse_pointer)
+    bi, bf, bg, bo = load_bias(b_ih_pointer, b_hh_pointer, unit, H, inside)
+    states = ((cell + direction) * batch + row) * H + unit  # cell: the first of the layer
     exists = (row < batch) & inside
-    h = tl.load(h_pointer + states, mask=exists, other=0.0)
-    c = tl.load(c_pointer + states, mask=exists, other=0.0)
+    h = tl.load(h0_pointer + states, mask=exists, other=0.0)
+    c = tl.load(c0_pointer + states, mask=exists, other=0.0).to(tl.float32)
     plane = direction * tokens  # tokens of the directions before
 
     t = step_number(0, longest, backwards)
@@ -118,11 +135,11 @@ def forward_kernel(
         c = tl.where(active, c_new, c)
         h = tl.where(active, h_new.to(h.dtype), h)
         tl.store(output_pointer + (here - plane) * output_stride + direction * H + unit, h, mask=active)
-        if SAVE:
+        if gates_pointer is not None:
             store_four(gates_pointer + here * 4 * H + unit, H, i, f, g, o, active)
             tl.store(cells_pointer + here * H + unit, c.to(cells_pointer.dtype.element_ty), mask=active)
     tl.store(h_pointer + states, h, mask=exists)
-    tl.store(c_pointer + states, c, mask=exists)
+    tl.store(c_pointer + states, c.to(c_pointer.dtype.element_ty), mask=exists)
 
 
 @triton.jit(do_not_specialize=["steps", "batch", "tokens"])
@@ -133,7 +150,8 @@ def backward_kernel(
     gates_pointer,  # [D, tokens, 4 H]
     cells_pointer,  # [D, tokens, H]
     c0_pointer,  # [D, B, H]: initial states
-    w_pointer,  # [D, 4 H, H]: U
+    w_pointer,  # [4 H, H]: U
+    w_reverse_pointer,  # that of the other direction, if there is one
     d_gates_pointer,  # [tokens, D, 4 H]
     firsts_pointer,  # [T] int64: first token of every step, if PACKED
     lengths_pointer,  # [B] int64: steps of every row, if PACKED
@@ -144,7 +162,8 @@ def backward_kernel(
         lengths_pointer, batch, steps, H, PACKED, BLOCK_B, BLOCK_H
     )
     forwards = direction == 1  # through time: the opposite of the direction's own order
-    wi, wf, wg, wo = load_weights(w_pointer + direction * 4 * H * H, H * H, H, H, BLOCK_H)
+    w_pointer = of_direction(direction, w_pointer, w_reverse_pointer)
+    wi, wf, wg, wo = load_weights(w_pointer, H * H, H, 1, H, BLOCK_H)
     states = (direction * batch + row) * H + unit
     exists = (row < batch) & inside
     d_h = tl.load(d_h_pointer + states, mask=exists, other=0.0)

@@ -6,7 +6,7 @@ import torch
 
 from bigmodel_kernels import _triton
 from bigmodel_kernels._gpu import product
-from bigmodel_kernels.ops.lstm.by_layer import bias_of, weight_gradients
+from bigmodel_kernels.ops.lstm.by_layer import weight_gradients
 from bigmodel_kernels.ops.lstm_cell.op import saved_shapes
 from bigmodel_kernels.ops.lstm_cell.triton_step import backward_kernel, forward_kernel, programs
 
@@ -15,20 +15,32 @@ def supports(x, *rest) -> str | None:
     return _triton.reason(x)
 
 
-def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
-    (batch, hidden), device = h.shape, x.device
-    from_input, from_state = torch.empty(2, batch, 4 * hidden, dtype=torch.float32, device=device)
-    product(x, w_ih.t(), from_input)
-    product(h, w_hh.t(), from_state)
-    h_new, c_new = torch.empty(2, batch, hidden, dtype=x.dtype, device=device)
-    gates, cells = (torch.empty(shape, dtype=torch.float32, device=device) for shape in saved_shapes(x, h, save))
+def _contiguous(*tensors):
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _step(x, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells) -> tuple[torch.Tensor, torch.Tensor]:
+    """The new h and c; gates and cells are written where they are not None."""
+    batch, hidden = h.shape
+    from_input, from_state = product(x, w_ih.t()), product(h, w_hh.t())
+    h_new, c_new = h.new_empty(batch, hidden), h.new_empty(batch, hidden)
     count, constants = programs(batch, hidden)
     _triton.launch(
         forward_kernel, count,
-        from_input, from_state, bias_of(w_hh, b_ih, b_hh), c.contiguous(), c_new, h_new, h_new, gates, cells,
-        batch, 0, hidden, hidden, OUTPUT=False, SAVE=save, **constants,
+        from_input, from_state, b_ih, b_hh, c.contiguous(), c_new, h_new, None, gates, cells, batch, 0, hidden, hidden,
+        **constants,
     )  # fmt: skip
-    return h_new, c_new, gates, cells
+    return h_new, c_new
+
+
+def infer(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    return _step(x, h, c, w_ih, w_hh, *_contiguous(b_ih, b_hh), None, None)
+
+
+def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
+    gates, cells = (x.new_empty(*shape, dtype=torch.float32) for shape in saved_shapes(x, h, save))
+    kept = (gates, cells) if save else (None, None)
+    return *_step(x, h, c, w_ih, w_hh, *_contiguous(b_ih, b_hh), *kept), gates, cells
 
 
 def bwd(d_h_new, d_c_new, h_new, gates, cells, need_d_x, need_d_weights, x, h, c, w_ih, w_hh, b_ih, b_hh, save):
@@ -43,8 +55,8 @@ def bwd(d_h_new, d_c_new, h_new, gates, cells, need_d_x, need_d_weights, x, h, c
     count, constants = programs(batch, hidden)
     _triton.launch(
         backward_kernel, count,
-        d_h, d_h, d_c, gates.contiguous(), cells.contiguous(), c.contiguous(), d_gates,
-        batch, 0, 0, 0, hidden, hidden, 4 * hidden, OUTPUT=False, **constants,
+        d_h, None, d_c, gates.contiguous(), cells.contiguous(), c.contiguous(), d_gates,
+        batch, 0, 0, 0, hidden, hidden, 4 * hidden, **constants,
     )  # fmt: skip
     d_x = d_gates @ w_ih if need_d_x else x.new_empty(0)
     d_weights = weight_gradients(d_gates, x, h, b_ih is not None) if need_d_weights else []

@@ -54,6 +54,19 @@ def load_four(pointer, distance, mask):
 
 
 @triton.jit
+def load_bias(b_ih_pointer, b_hh_pointer, unit, hidden, mask):
+    """The sums of both biases, float32; 0 where there are none."""
+    if b_ih_pointer is None:
+        i = tl.zeros(unit.shape, dtype=tl.float32)
+        f, g, o = i, i, i
+    else:
+        i, f, g, o = load_four(b_ih_pointer + unit, hidden, mask)
+        hi, hf, hg, ho = load_four(b_hh_pointer + unit, hidden, mask)
+        i, f, g, o = i + hi, f + hf, g + hg, o + ho
+    return i, f, g, o
+
+
+@triton.jit
 def store_four(pointer, distance, i, f, g, o, mask):
     dtype = pointer.dtype.element_ty
     tl.store(pointer, i.to(dtype), mask=mask)
@@ -76,28 +89,29 @@ def place(rows, hidden, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
 def forward_kernel(
     from_input_pointer,  # [tokens, 4 H] float32: W x; may be gates
     from_state_pointer,  # [B, 4 H] float32: U h'
-    bias_pointer,  # [4 H] float32
+    b_ih_pointer,  # [4 H], or None
+    b_hh_pointer,  # likewise
     c_before_pointer,  # [B, H]
     c_pointer,  # [B, H]; may be c_before
     h_pointer,  # [B, H]
-    output_pointer,  # [tokens, >= H]: h once more, if OUTPUT
-    gates_pointer,  # [tokens, 4 H] float32, if SAVE
-    cells_pointer,  # [tokens, H] float32, if SAVE
+    output_pointer,  # [tokens, >= H]: h once more; or None
+    gates_pointer,  # [tokens, 4 H] float32; None where nothing is saved
+    cells_pointer,  # [tokens, H] float32; likewise
     rows, first, hidden, output_stride,
-    OUTPUT: tl.constexpr, SAVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row, unit, inside = place(rows, hidden, BLOCK_B, BLOCK_H)
     token = row + first
     i, f, g, o = load_four(from_input_pointer + token * 4 * hidden + unit, hidden, inside)
     ui, uf, ug, uo = load_four(from_state_pointer + row * 4 * hidden + unit, hidden, inside)
-    bi, bf, bg, bo = load_four(bias_pointer + unit, hidden, unit < hidden)
+    bi, bf, bg, bo = load_bias(b_ih_pointer, b_hh_pointer, unit, hidden, unit < hidden)
     c_before = tl.load(c_before_pointer + row * hidden + unit, mask=inside, other=0.0).to(tl.float32)
     i, f, g, o, c, h = step(i + ui + bi, f + uf + bf, g + ug + bg, o + uo + bo, c_before)
     tl.store(c_pointer + row * hidden + unit, c.to(c_pointer.dtype.element_ty), mask=inside)
     tl.store(h_pointer + row * hidden + unit, h.to(h_pointer.dtype.element_ty), mask=inside)
-    if OUTPUT:
+    if output_pointer is not None:
         tl.store(output_pointer + token * output_stride + unit, h.to(output_pointer.dtype.element_ty), mask=inside)
-    if SAVE:
+    if gates_pointer is not None:
         store_four(gates_pointer + token * 4 * hidden + unit, hidden, i, f, g, o, inside)
         tl.store(cells_pointer + token * hidden + unit, c.to(cells_pointer.dtype.element_ty), mask=inside)
 
@@ -105,14 +119,14 @@ def forward_kernel(
 @triton.jit(do_not_specialize=["rows", "first", "before", "rows_before"])
 def backward_kernel(
     d_h_pointer,  # [B, H] float32: the gradient of h from the steps after
-    d_output_pointer,  # [tokens, >= H]: added to it, if OUTPUT
+    d_output_pointer,  # [tokens, >= H]: added to it; or None
     d_c_pointer,  # [B, H] float32: the gradient of c from the steps after; on return that of c'
     gates_pointer,  # [tokens, 4 H] float32
     cells_pointer,  # [tokens, H] float32
     c0_pointer,  # [B, H]: c' of the rows from rows_before on; those below have theirs in cells, from the token before on
     d_gates_pointer,  # [tokens, >= 4 H]
     rows, first, before, rows_before, hidden, d_output_stride, d_gates_stride,
-    OUTPUT: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     row, unit, inside = place(rows, hidden, BLOCK_B, BLOCK_H)
     token = row + first
@@ -122,7 +136,7 @@ def backward_kernel(
     c_earlier = tl.load(cells_pointer + (row + before) * hidden + unit, mask=inside & goes_on, other=0.0).to(tl.float32)
     c_initial = tl.load(c0_pointer + row * hidden + unit, mask=inside & (row >= rows_before), other=0.0).to(tl.float32)
     d_h = tl.load(d_h_pointer + row * hidden + unit, mask=inside, other=0.0)
-    if OUTPUT:
+    if d_output_pointer is not None:
         d_h += tl.load(d_output_pointer + token * d_output_stride + unit, mask=inside, other=0.0).to(tl.float32)
     d_c = tl.load(d_c_pointer + row * hidden + unit, mask=inside, other=0.0)
     c_before = tl.where(goes_on, c_earlier, c_initial)
