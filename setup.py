@@ -149,7 +149,7 @@ def extensions() -> list[Extension]:
     }
     bindings = Extension(
         "bigmodel_kernels._C",
-        ["csrc/bindings.cpp", "csrc/cpu/isa.cpp"],
+        ["csrc/bindings.cpp", "csrc/cpu/isa.cpp", "csrc/cpu/tile_unit.cpp"],
         depends=headers,
         include_dirs=[pybind11.get_include()],
         define_macros=[(name, f'"{value}"') for name, value in info.items()],

@@ -66,9 +66,10 @@ def build_info() -> dict[str, str]:
 
     Returns:
         Keys `native` ("ok" or why not), `bindings` likewise and, where `_C` is built, `compiler`, `cuda`, `cuda_archs`,
-        `torch`, `torch_target` and `isa` (avx512_bf16, avx512, avx2 or generic).
+        `torch`, `torch_target`, `isa` (amx, amx_emulated, avx512_bf16, avx512, avx2 or generic) and `amx`, "ok" or why the
+        processor's AMX is not used.
     """
     info = {"native": native_error or "ok", "bindings": bindings_error or "ok"}
     if bindings is not None:
-        info |= bindings.build_info() | {"isa": bindings.isa()}
+        info |= bindings.build_info() | {"isa": bindings.isa(), "amx": bindings.why_no_amx() or "ok"}
     return info

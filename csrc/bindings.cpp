@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/isa.h"
+#include "cpu/tile_unit.h"
 
 namespace py = pybind11;
 
@@ -23,6 +24,13 @@ std::map<std::string, std::string> build_info() {
 PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "Compiler, CUDA toolkit and torch this extension was built with.");
   m.def(
-      "isa", [] { return bmk::isa_name(bmk::selected_isa()); },
-      "Instruction set the CPU kernels run with: avx512_bf16, avx512, avx2 or generic (BIGMODEL_ISA chooses a lower one).");
+      "isa",
+      [] {
+        const bmk::Tiles tiles = bmk::selected_tiles();
+        return tiles == bmk::Tiles::hardware   ? "amx"
+               : tiles == bmk::Tiles::software ? "amx_emulated"
+                                               : bmk::isa_name(bmk::selected_isa());
+      },
+      "Instruction set the CPU kernels run with: amx, avx512_bf16, avx512, avx2 or generic; BIGMODEL_ISA chooses a lower one, or amx_emulated.");
+  m.def("why_no_amx", &bmk::why_no_tiles, "Why products of bfloat16 numbers do not use AMX; empty where they do.");
 }

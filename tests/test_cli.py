@@ -34,7 +34,7 @@ def test_info_names_every_op_and_backend():
 def test_info_as_json():
     info = json.loads(run("info", "--json").stdout)
     assert info["status"] == "ok"
-    assert info["build"]["isa"] in ("avx512_bf16", "avx512", "avx2", "generic")
+    assert info["build"]["isa"] in ("amx", "amx_emulated", "avx512_bf16", "avx512", "avx2", "generic")
     for op in names():
         assert info["ops"][op]["torch"] == "ok"
         assert info["ops"][op]["cuda"] != ""

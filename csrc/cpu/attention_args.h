@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "isa.h"
+#include "tile_unit.h"
 
 namespace bmk {
 

@@ -36,13 +36,15 @@ void row_deltas(const AttentionArgs& a, const AttentionGradArgs& g, T* deltas) {
   });
 }
 
-// A block of rows against a block of keys: operands, products and probabilities. Operands are of type A: T, or bfloat16 where
-// its dot products are used. Then q is not scaled, p and ds are rounded, and what is summed over rows lies in pairs of them.
+// A block of rows against a block of keys: operands, products and probabilities. Operands are of type A: T, or bfloat16 where it
+// is multiplied in pairs or in tiles. Then q is not scaled, p and ds are rounded, and what is summed over rows lies in pairs of
+// them. In tiles p and ds are the other operand, whose pairs need no transposition: dv^T = do^T p and dk^T = q^T ds, [d][keys].
 template <class T, class A = T>
 struct GradBlock {
   static constexpr int64_t kRows = kBlockRows<T>, kKeys = kBlockKeys, kLd = kBlockKeys, step = kStep<A>;
   static constexpr bool kPaired = step == 2;
-  static constexpr int64_t kStripTiles = 2, kStripRows = kStripTiles * kTileRows<T>;
+  const bool tiled = kPaired && in_tiles();
+  const int64_t strip_tiles = tiled ? 4 : 2, strip_rows = strip_tiles * kTileRows<T>;
   const AttentionArgs& a;
   const AttentionGradArgs& g;
   const T* deltas;                                 // [B, Hq, Sq]
@@ -51,6 +53,7 @@ struct GradBlock {
   Scratch<A> q, grad_out;                          // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
   Scratch<A> p, ds;                                // [kRows][kKeys]: first the products q k^T and do v^T
   Scratch<A> q_pairs, grad_pairs, ds_pairs;        // q, grad_out and ds once more as [pair of rows][..][2]; p is only that
+  Scratch<A> q_t, grad_t;                          // in tiles: their transposes [depth_ld][kRows] and [value_ld][kRows]
   Scratch<T> p_strip, ds_strip;                    // the products of a few tiles of rows, before they are rounded
   SetAside<T> q_aside, grad_out_aside;
   Scores<T> scores;
@@ -58,15 +61,16 @@ struct GradBlock {
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
   T lse[kRows], delta[kRows];  // of the block of rows, lse is +inf where there is none
   bool any_aside = false;      // whether q or grad_out, not in pairs, hold what is to be set aside
+  const TileTask tile_task{tiled};
 
   GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads, const T* all_deltas)
       : a(args),
         g(grads),
         deltas(all_deltas),
-        depth(round_up(a.head_dim, step)),
-        width(round_up(a.value_dim, step)),
-        depth_ld(round_up(a.head_dim, kLanes<T>)),
-        value_ld(round_up(a.value_dim, kLanes<T>)),
+        depth(round_up(a.head_dim, tiled ? kTileSteps : step)),
+        width(round_up(a.value_dim, tiled ? kTileSteps : step)),
+        depth_ld(row_elements<T>(a.head_dim, tiled)),
+        value_ld(row_elements<T>(a.value_dim, tiled)),
         keys_t(kKeys * depth),
         values_t(kKeys * width),
         keys(kKeys * depth_ld),
@@ -77,8 +81,10 @@ struct GradBlock {
         q_pairs(kPaired ? kRows * depth_ld : 0),
         grad_pairs(kPaired ? kRows * value_ld : 0),
         ds_pairs(kPaired ? kRows * kLd : 0),
-        p_strip(kPaired ? kStripRows * kLd : 0),
-        ds_strip(kPaired ? kStripRows * kLd : 0),
+        q_t(tiled ? kRows * depth_ld : 0),
+        grad_t(tiled ? kRows * value_ld : 0),
+        p_strip(kPaired ? strip_rows * kLd : 0),
+        ds_strip(kPaired ? strip_rows * kLd : 0),
         scores(args) {}
 
   // What is left of the scale of q in dk.
@@ -89,11 +95,12 @@ struct GradBlock {
     k0 = first_key, n = std::min(kKeys, a.k_len - k0);
     const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
     const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
-    pack_transposed(keys_t.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim);
-    pack_transposed(values_t.get(), v, a.v.stride[2], a.v.stride[3], n, a.value_dim);
+    pack_transposed(keys_t.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth);
+    pack_transposed(values_t.get(), v, a.v.stride[2], a.v.stride[3], n, a.value_dim, width);
     // A key that is attended and not finite has made ds NaN already, which it stays times 0: nothing is to be added afterwards.
     SetAside<T> aside;
     pack_rows(keys.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, 0, aside);
+    if constexpr (kPaired) pad_rows(keys, n, depth_ld);
   }
 
   // Which keys of the block the tiles of `rows` need; false where there are none.
@@ -110,7 +117,7 @@ struct GradBlock {
   template <class S>
   void load_rows(const RowBlock<T>& rows) {
     const T infinity = std::numeric_limits<T>::infinity();
-    const int64_t padded = rows.tiles * kTileRows<T>;
+    const int64_t padded = round_up(rows.tiles * kTileRows<T>, tiled ? kTileSide : 1);
     std::fill(q + rows.count * depth_ld, q + padded * depth_ld, A{});
     std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, A{});
     q_aside.clear(), grad_out_aside.clear();
@@ -132,6 +139,11 @@ struct GradBlock {
     if constexpr (kPaired) {
       pack_rows(q_pairs.get(), q.get(), depth_ld, 1, rows.count, depth_ld, depth_ld, 0, q_aside);
       pack_rows(grad_pairs.get(), grad_out.get(), value_ld, 1, rows.count, value_ld, value_ld, 0, grad_out_aside);
+      if (tiled) {
+        pad_rows(q_pairs, rows.count, depth_ld), pad_rows(grad_pairs, rows.count, value_ld);
+        transpose_pairs(q_t, kRows, q_pairs, depth_ld, rows.count);
+        transpose_pairs(grad_t, kRows, grad_pairs, value_ld, rows.count);
+      }
     } else {
       any_aside = reduce_add(poison) != 0;
     }
@@ -142,10 +154,11 @@ struct GradBlock {
   void probabilities(const RowBlock<T>& rows, bool cap_slope) {
     constexpr int64_t R = kTileRows<T>, P = kPanel<T>;
     if constexpr (kPaired) {
-      const int64_t end = round_up(n, kLanes<T>);
-      for (int64_t strip = 0; strip < rows.tiles; strip += kStripTiles) {
-        const int64_t tiles = std::min(rows.tiles, strip + kStripTiles), strip_row = strip * R;
-        for (int64_t j = 0; j < n; j += P)
+      const int64_t end = row_elements<T>(n, tiled);
+      for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
+        const int64_t tiles = tiled ? strip + strip_tiles : std::min(rows.tiles, strip + strip_tiles), strip_row = strip * R;
+        if (tiled) products_in_tiles(rows, strip);
+        for (int64_t j = 0; j < n && !tiled; j += P)
           for (int64_t t = strip; t < tiles; ++t) products(rows, t, j, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
         for (int64_t t = strip; t < tiles; ++t)
           tile_probabilities(rows, t, cap_slope, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
@@ -162,6 +175,29 @@ struct GradBlock {
     }
   }
 
+  // The keys, in whole panels, that tiles first .. last of rows need; none where lo >= hi.
+  KeyRange panels_of(const RowBlock<T>& rows, int64_t first, int64_t last) const {
+    KeyRange panels{n, 0};
+    for (int64_t t = first; t < std::min(rows.tiles, last); ++t)
+      if (lo[t] < hi[t]) panels = {std::min(panels.lo, lo[t] / kPanel<T> * kPanel<T>), std::max(panels.hi, round_up(hi[t], kPanel<T>))};
+    return panels;
+  }
+
+  // q k^T and do v^T of a strip, in tiles.
+  void products_in_tiles(const RowBlock<T>& rows, int64_t strip) {
+    constexpr int64_t P = kPanel<T>;
+    const KeyRange panels = panels_of(rows, strip, strip + strip_tiles);
+    if (panels.lo >= panels.hi) return;
+    const int64_t row = strip * kTileRows<T>;
+    TileProduct product{.rows = round_up(std::min(strip_rows, rows.count - row), kTileSide), .columns = panels.hi - panels.lo,
+                        .steps = depth_ld, .a = q + row * depth_ld, .a_row = depth_ld, .b = keys_t + panels.lo * depth, .b_pair = 2 * P,
+                        .b_block = P * depth, .c = p_strip + panels.lo, .c_row = kLd, .add = false};
+    tile_scores(tile_task, product, scores.factor);
+    product.steps = product.a_row = value_ld, product.a = grad_out + row * value_ld;
+    product.b = values_t + panels.lo * width, product.b_block = P * width, product.c = ds_strip + panels.lo;
+    tile_task.multiply(product);
+  }
+
   // q k^T and do v^T of a tile of rows and a panel of keys.
   INLINE void products(const RowBlock<T>& rows, int64_t t, int64_t j, T* p_rows, T* ds_rows) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
@@ -176,7 +212,7 @@ struct GradBlock {
   // Turns the products of a tile of rows into p and ds.
   INLINE void tile_probabilities(const RowBlock<T>& rows, int64_t t, bool cap_slope, T* p_rows, T* ds_rows) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>;
-    const int64_t end = std::min(kLd, std::max(round_up(n, R), round_up(n, W)));
+    const int64_t end = std::min(kLd, std::max(round_up(n, R), row_elements<T>(n, tiled)));
     for (int64_t r = t * R; r < (t + 1) * R; ++r) {
       T *p_row = p_rows + (r - t * R) * kLd, *ds_row = ds_rows + (r - t * R) * kLd;
       const bool used = r < rows.count && lo[t] < hi[t];
@@ -232,7 +268,10 @@ struct GradBlock {
 
   void add_dv(const RowBlock<T>& rows, T* dv) {
     if constexpr (kPaired) {
-      add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv);
+      if (tiled)
+        add_in_tiles(rows, p, grad_t, value_ld, grad_out_aside, dv);
+      else
+        add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv);
     } else {
       if (any_aside) grad_out_aside.take(grad_out, rows.count, value_ld, 0);
       add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv);
@@ -241,7 +280,10 @@ struct GradBlock {
 
   void add_dk(const RowBlock<T>& rows, T* dk) {
     if constexpr (kPaired) {
-      add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk);
+      if (tiled)
+        add_in_tiles(rows, ds_pairs, q_t, depth_ld, q_aside, dk);
+      else
+        add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk);
     } else {
       if (any_aside) q_aside.take(q, rows.count, depth_ld, 0);
       add_transposed(rows, ds, q, depth_ld, q_aside, dk);
@@ -261,14 +303,55 @@ struct GradBlock {
         product<Start::add>(std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
                             b + row * columns + d * step, step * columns, (count + step - 1) / step, c + key * columns + d, columns);
       }
-    aside.add(c, columns, n, columns, 0, rows.count,
-              [&](int64_t key, int64_t r) { return static_cast<T>(to_compute(w[r / step * step * kLd + key * step + r % step])); });
+    aside.add(c, columns, n, columns, 0, rows.count, weight_of(w));
+  }
+
+  // C[columns, keys] += b w, b being transposed rows [columns][kRows]; only strips of rows that attend to a key of a panel.
+  void add_in_tiles(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c) const {
+    constexpr int64_t P = kPanel<T>;
+    for (int64_t key = 0; key < n; key += P) {
+      int64_t first = kRows, last = 0;
+      for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
+        const KeyRange panels = panels_of(rows, strip, strip + strip_tiles);
+        if (panels.lo > key || panels.hi <= key) continue;
+        first = std::min(first, strip * kTileRows<T>), last = (strip + strip_tiles) * kTileRows<T>;
+      }
+      if (first >= last) continue;
+      tile_task.multiply({.rows = columns, .columns = P, .steps = last - first, .a = b + first, .a_row = kRows,
+                          .b = w + first * kLd + key * step, .b_pair = step * kLd, .b_block = step * P, .c = c + key, .c_row = kLd,
+                          .add = true});
+    }
+    aside.add(c, 1, n, columns, 0, rows.count, weight_of(w), kLd);
+  }
+
+  // What a row set aside is multiplied by for a key, w lying in steps of rows.
+  auto weight_of(const A* w) const {
+    return [w](int64_t key, int64_t r) { return static_cast<T>(to_compute(w[r / step * step * kLd + key * step + r % step])); };
+  }
+
+  // [keys, columns] of sums: as they are, or what was summed as [columns, keys], in `rows`.
+  const T* sum_rows(const T* sums, int64_t columns, T* rows) const {
+    constexpr int64_t W = kLanes<T>;
+    if (!tiled) return sums;
+    for (int64_t j = 0; j < n; j += W)
+      for (int64_t d = 0; d < columns; d += W) copy_transposed(rows + j * columns + d, columns, sums + d * kLd + j, kLd);
+    return rows;
   }
 
   // dq[rows, depth_ld] += ds k
   void add_dq(const RowBlock<T>& rows, T* dq) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
-    for (int64_t d = 0; d < depth_ld; d += P)
+    if constexpr (kPaired)
+      for (int64_t strip = 0; strip < rows.tiles && tiled; strip += strip_tiles) {
+        const KeyRange panels = panels_of(rows, strip, strip + strip_tiles);
+        const int64_t row = strip * R;
+        if (panels.lo < panels.hi)
+          tile_task.multiply({.rows = round_up(std::min(strip_rows, rows.count - row), kTileSide), .columns = depth_ld,
+                              .steps = panels.hi - panels.lo, .a = ds + row * kLd + panels.lo, .a_row = kLd,
+                              .b = keys + panels.lo * depth_ld, .b_pair = step * depth_ld, .b_block = step * P, .c = dq + row * depth_ld,
+                              .c_row = depth_ld, .add = true});
+      }
+    for (int64_t d = 0; d < depth_ld && !tiled; d += P)
       for (int64_t t = 0; t < rows.tiles; ++t) {
         const int64_t from = lo[t] / step * step;
         if (lo[t] < hi[t])
@@ -291,8 +374,9 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
   const int64_t key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
   if (groups == 0) return;
   const int64_t parts = std::clamp<int64_t>((kWantedTasks + groups - 1) / groups, 1, std::max<int64_t>(1, key_blocks));
-  const int64_t padded_rows = round_up(group_rows, kTileRows<T>), depth_ld = round_up(a.head_dim, kLanes<T>);
-  const int64_t value_ld = round_up(a.value_dim, kLanes<T>);
+  const bool tiled = std::is_same_v<A, bfloat16> && in_tiles();
+  const int64_t padded_rows = round_up(group_rows, tiled ? kTileSide : kTileRows<T>);
+  const int64_t depth_ld = row_elements<T>(a.head_dim, tiled), value_ld = row_elements<T>(a.value_dim, tiled);
   const int64_t work = group_rows * std::min(a.k_len, kBlockKeys) * (a.head_dim + a.value_dim);
   const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(work, 1));
   Scratch<T> deltas(a.batch * a.heads * a.q_len);
@@ -303,6 +387,7 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
     GradBlock<T, A> x(a, g, deltas);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
+    Scratch<T> dk_rows(tiled ? padded_keys * depth_ld : 0), dv_rows(tiled ? padded_keys * value_ld : 0);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
       T* part_dq = dq + task * padded_rows * depth_ld;
@@ -322,10 +407,11 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
         }
         const T dk_factor = x.dk_factor();
         const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
+        const T *dk_sums = x.sum_rows(dk, depth_ld, dk_rows), *dv_sums = x.sum_rows(dv, value_ld, dv_rows);
         for (int64_t j = 0; j < x.n; ++j) {
           const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;
-          write_scaled(static_cast<S*>(g.dk) + row * a.head_dim, dk + j * depth_ld, a.head_dim, dk_factor);
-          write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv + j * value_ld, a.value_dim, dv_factor);
+          write_scaled(static_cast<S*>(g.dk) + row * a.head_dim, dk_sums + j * depth_ld, a.head_dim, dk_factor);
+          write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
       }
     }

@@ -6,25 +6,29 @@
 // busy (decoding); how many depends on the shape alone, and parts are merged in order: results never depend on the
 // number of threads.
 
-// Operands of the products are of type A: T, or bfloat16 where its dot products are used. Then q is not scaled yet, s holds
-// the scores of a few tiles and p is s rounded; else p is s itself.
+// Operands of the products are of type A: T, or bfloat16 where it is multiplied in pairs or in tiles. Then q is not scaled yet,
+// s holds the scores of a few tiles and p is s rounded; else p is s itself.
 template <class T, class A>
 struct ForwardScratch {
   static constexpr bool kPaired = kStep<A> == 2;
-  static constexpr int64_t kRows = kBlockRows<T>, kStripTiles = kPaired ? 2 : 8;
-  static_assert(kStripTiles * kTileRows<T> % kLanes<T> == 0);  // rows are softmaxed a vector of them at a time
+  static constexpr int64_t kRows = kBlockRows<T>, kMostStripTiles = kPaired ? 4 : 8;
+  const bool tiled = kPaired && in_tiles();
+  const int64_t strip_tiles = kPaired && !tiled ? 2 : kMostStripTiles;
   const int64_t padded_depth, padded_value;
   Scratch<A> q, rounded;
   Scratch<T> s, o;
   T m[kRows], l[kRows], alpha[kRows];
+  const TileTask tile_task{tiled};
 
   explicit ForwardScratch(const AttentionArgs& a)
-      : padded_depth(round_up(a.head_dim, kLanes<T>)),
+      : padded_depth(row_elements<T>(a.head_dim, tiled)),
         padded_value(round_up(a.value_dim, kLanes<T>)),
         q(kRows * padded_depth),
         rounded(kPaired ? kRows * kBlockKeys : 0),
-        s(kStripTiles * kTileRows<T> * kBlockKeys),
-        o(kRows * padded_value) {}
+        s(strip_tiles * kTileRows<T> * kBlockKeys),
+        o(kRows * padded_value) {
+    static_assert((kPaired ? 2 : kMostStripTiles) * kTileRows<T> % kLanes<T> == 0);  // rows are softmaxed a vector of them at a time
+  }
 
   // The probabilities of row r of the block.
   A* p(int64_t r) {
@@ -44,14 +48,17 @@ struct ForwardScratch {
 // Keys and values of one group, packed once for all of its rows.
 template <class T, class A>
 struct PackedGroup {
-  Scratch<A> keys;    // panels of [D][kPanel], in pairs [D / 2][kPanel][2]
-  Scratch<A> values;  // [Sk][padded Dv], in pairs [Sk / 2][padded Dv][2]
+  static constexpr bool kPaired = kStep<A> == 2;
+  const int64_t depth;  // D in whole steps
+  Scratch<A> keys;      // panels of [depth][kPanel], in pairs [depth / 2][kPanel][2]
+  Scratch<A> values;    // [Sk][padded Dv], in pairs [Sk / 2][padded Dv][2]
   SetAside<T> aside;
   int64_t group = -1, begin = 0, end = 0;
 
   PackedGroup(const AttentionArgs& a, int64_t most_keys)
-      : keys(round_up(most_keys, kPanel<T>) * round_up(a.head_dim, kStep<A>)),
-        values(round_up(most_keys, kStep<A>) * round_up(a.value_dim, kLanes<T>)) {}
+      : depth(round_up(a.head_dim, kPaired && in_tiles() ? kTileSteps : kStep<A>)),
+        keys(round_up(most_keys, kPanel<T>) * depth),
+        values(round_up(most_keys, kPaired ? kTileSteps : 1) * round_up(a.value_dim, kLanes<T>)) {}
 
   template <class S>
   void pack(const AttentionArgs& a, int64_t new_group, int64_t k_begin, int64_t k_end) {
@@ -60,8 +67,9 @@ struct PackedGroup {
     const int64_t b = group / a.kv_heads, h = group % a.kv_heads, value_ld = round_up(a.value_dim, kLanes<T>);
     const S *k = a.k.at<S>(b, h, begin), *v = a.v.at<S>(b, h, begin);
     aside.clear();
-    pack_transposed(keys.get(), k, a.k.stride[2], a.k.stride[3], end - begin, a.head_dim);
+    pack_transposed(keys.get(), k, a.k.stride[2], a.k.stride[3], end - begin, a.head_dim, depth);
     pack_rows(values.get(), v, a.v.stride[2], a.v.stride[3], end - begin, a.value_dim, value_ld, begin, aside);
+    if constexpr (kPaired) pad_rows(values, end - begin, value_ld);
   }
 };
 
@@ -151,14 +159,26 @@ INLINE void softmax_rows(const RowBlock<T>& rows, int64_t first, int64_t count, 
   store(l + first, load(l + first) * factor + sum_each<T>(sums));
 }
 
+// o = alpha o + p v in tiles, for rows first .. first + count and the keys begin .. end of a block in whole panels, p
+// being 0 where a row attends to no key.
+template <class T, class A>
+INLINE void tile_output(ForwardScratch<T, A>& x, int64_t first, int64_t count, const A* values, int64_t begin, int64_t end) {
+  const int64_t ld = x.padded_value;
+  for (int64_t r = first; r < first + count; ++r)
+    for (int64_t d = r * ld; d < (r + 1) * ld; d += kLanes<T>) store(x.o + d, load(x.o + d) * x.alpha[r]);
+  x.tile_task.multiply({.rows = round_up(count, kTileSide), .columns = ld, .steps = end - begin, .a = x.p(first) + begin,
+                        .a_row = kBlockKeys, .b = values + begin * ld, .b_pair = 2 * ld, .b_block = 4 * kTileSide, .c = x.o + first * ld,
+                        .c_row = ld, .add = true});
+}
+
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.
 template <class S, class T, class A>
 inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T, A>& packed, int64_t k_begin, int64_t k_end,
                    Scores<T>& scores, ForwardScratch<T, A>& x) {
-  constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>, kStrip = ForwardScratch<T, A>::kStripTiles;
-  const int64_t D = round_up(a.head_dim, step), ld = x.padded_depth, value_ld = x.padded_value;
+  constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>;
+  const int64_t D = packed.depth, ld = x.padded_depth, value_ld = x.padded_value, strip_tiles = x.strip_tiles;
   x.start();
-  for (int64_t r = 0; r < rows.tiles * R; ++r) {
+  for (int64_t r = 0; r < round_up(rows.tiles * R, x.tiled ? kTileSide : R); ++r) {
     A* q = x.q + r * ld;
     if (r >= rows.count) {
       std::fill(q, q + ld, A{});
@@ -179,10 +199,24 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       lo[t] = std::clamp<int64_t>(rows.tile_lo[t] - k0, 0, n);
       hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
     }
-    for (int64_t strip = 0; strip < rows.tiles; strip += kStrip) {
-      const int64_t tiles = std::min(rows.tiles, strip + kStrip);
-      for (int64_t j = 0; j < n; j += P) {
-        const A* panel = packed.keys.get() + (k0 - k_begin + j) * D;
+    for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
+      const int64_t tiles = std::min(rows.tiles, strip + strip_tiles), last_row = std::min(rows.count, tiles * R);
+      const A* keys = packed.keys.get() + (k0 - k_begin) * D;
+      const A* values = packed.values.get() + (k0 - k_begin) * value_ld;
+      // The panels that any row of the strip needs.
+      int64_t strip_lo = n, strip_hi = 0;
+      for (int64_t t = strip; t < tiles; ++t)
+        if (lo[t] < hi[t]) strip_lo = std::min(strip_lo, lo[t] / P * P), strip_hi = std::max(strip_hi, round_up(hi[t], P));
+      if (strip_lo >= strip_hi) continue;
+      if constexpr (step == 2)
+        if (x.tiled)
+          tile_scores(x.tile_task,
+                      {.rows = round_up(last_row - strip * R, kTileSide), .columns = strip_hi - strip_lo, .steps = ld,
+                       .a = x.q + strip * R * ld, .a_row = ld, .b = keys + strip_lo * D, .b_pair = 2 * P, .b_block = P * D,
+                       .c = x.s + strip_lo, .c_row = kBlockKeys, .add = false},
+                      scores.factor);
+      for (int64_t j = 0; j < n && !x.tiled; j += P) {
+        const A* panel = keys + j * D;
         for (int64_t t = strip; t < tiles; ++t)
           if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
             product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, step, panel, P * step, D / step,
@@ -193,20 +227,25 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
         if (lo[t] >= hi[t]) return {};
         return {x.s + (r - strip * R) * kBlockKeys, lo[t] / W * W, round_up(hi[t], W), rows.lo[r] - k0, rows.hi[r] - k0};
       };
-      const int64_t last_row = std::min(rows.count, tiles * R);
       for (int64_t r = strip * R; r < last_row; r += W)
         softmax_rows<T>(rows, r, std::min(W, last_row - r), k0, place, scores, x.m, x.l, x.alpha);
       if constexpr (step == 2)
         for (int64_t r = strip * R; r < last_row; ++r) {
           const ScoreRow<T> row = place(r);
           round_row(x.p(r) + row.begin, row.s + row.begin, row.end - row.begin);
+          if (!x.tiled) continue;
+          const bool any = row.begin < row.end;
+          std::fill(x.p(r) + strip_lo, x.p(r) + (any ? row.begin : strip_hi), A{});
+          if (any) std::fill(x.p(r) + row.end, x.p(r) + strip_hi, A{});
         }
-      for (int64_t d = 0; d < value_ld; d += P)
+      if constexpr (step == 2)
+        if (x.tiled) tile_output(x, strip * R, last_row - strip * R, values, strip_lo, strip_hi);
+      for (int64_t d = 0; d < value_ld && !x.tiled; d += P)
         for (int64_t t = strip; t < tiles; ++t) {
           const int64_t from = lo[t] / step * step;
           if (lo[t] < hi[t])
             product<Start::scaled>(rows.tile_count(t), (value_ld - d) / W, x.p(t * R) + from, kBlockKeys, step,
-                                   packed.values.get() + (k0 - k_begin + from) * value_ld + d * step, value_ld * step,
+                                   values + from * value_ld + d * step, value_ld * step,
                                    (hi[t] - from + step - 1) / step, x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
         }
     }

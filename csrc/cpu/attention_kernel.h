@@ -11,6 +11,8 @@
 // packing, the start and end of tiles of depth 64 and, in pairs, the softmax, which does not get faster with the products.
 #include "tiles.h"
 
+#include "tile_product.h"
+
 #include "attention_tile_kernel.h"
 
 #include "attention_pairs_kernel.h"

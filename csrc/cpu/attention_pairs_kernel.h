@@ -1,5 +1,5 @@
-// Operands of products of bfloat16 numbers in pairs of steps, by the CPU's dot products: two operations in the time of one of
-// float32, with float32 sums.
+// Operands of products of bfloat16 numbers in pairs of steps, with float32 sums: by the CPU's dot products, two operations in the
+// time of one of float32, or in tiles (tile_product.h), which take the same operands, padded to whole tiles.
 //
 // What is broadcast (A) lies in rows whose steps come in pairs by themselves; the other operand (B) as [pair][columns][2].
 // A missing second half is 0 on both sides. Nothing is scaled before it is multiplied: that would round it once more.
@@ -54,16 +54,45 @@ inline void pack_rows(bfloat16* pairs, const bfloat16* rows, int64_t row_stride,
   if (not_finite) take_pairs(aside, pairs, count, padded, first);
 }
 
-// Keys 0 .. count of a [keys, depth] matrix, transposed to panels of [pair of depth][kPanel][2]; keys past the end are 0.
-inline void pack_transposed(bfloat16* packed, const bfloat16* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth) {
+// Packed rows of pairs from `count` up to whole steps of a tile become 0.
+inline void pad_rows(bfloat16* pairs, int64_t count, int64_t padded) {
+  const int64_t begin = round_up(count, 2), end = round_up(count, kTileSteps);
+  std::fill(pairs + begin * padded, pairs + end * padded, bfloat16{});
+}
+
+// Rows packed in pairs [pair][columns][2], padded by pad_rows, as out[column * out_row + row]; columns are whole vectors.
+inline void transpose_pairs(bfloat16* out, int64_t out_row, const bfloat16* pairs, int64_t columns, int64_t rows) {
+  constexpr int64_t W = kLanes<float>;
+  for (int64_t r = 0; r < rows; r += 2 * W)
+    for (int64_t d = 0; d < columns; d += W) {
+      vec<float> x[W];  // the bits of pairs, only moved
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) std::memcpy(&x[i], pairs + r * columns + 2 * (i * columns + d), sizeof x[i]);
+      transpose_square<float>(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) std::memcpy(out + (d + i) * out_row + r, &x[i], sizeof x[i]);
+    }
+}
+
+// A product of queries and keys in tiles, as scores: times `factor`.
+inline void tile_scores(const TileTask& task, const TileProduct& product, float factor) {
+  task.multiply(product);
+  for (int64_t r = 0; r < product.rows; ++r)
+    for (float *s = product.c + r * product.c_row, *end = s + product.columns; s < end; s += kLanes<float>) store(s, load(s) * factor);
+}
+
+// Keys 0 .. count of a [keys, depth] matrix, transposed to panels of [pair of depth][kPanel][2]; keys past the end are 0, and so is
+// the depth up to `padded`.
+inline void pack_transposed(bfloat16* packed, const bfloat16* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
+                            int64_t padded) {
   constexpr int64_t W = kLanes<float>, P = kPanel<float>;
-  const int64_t pairs = (depth + 1) / 2;
+  const int64_t pairs = padded / 2;
   for (int64_t j = 0; j < round_up(count, P); j += W) {
     bfloat16* out = packed + (j / P * P * pairs + j % P) * 2;
     const int64_t n = std::clamp<int64_t>(count - j, 0, W);
     for (int64_t d = 0; d < pairs; d += W) {
       vec<float> x[W];  // the bits of W pairs of one key
-      const int64_t left = depth - 2 * d;
+      const int64_t left = std::max<int64_t>(depth - 2 * d, 0);
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) {
         const bfloat16* key = rows + (j + i) * row_stride + 2 * d * stride;

@@ -18,7 +18,7 @@ inline constexpr int64_t kStep = std::is_same_v<A, bfloat16> ? 2 : 1;
 // A group with fewer rows is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys or rows
 // there, and their rounding would show beside that of the result.
 inline constexpr int64_t kFewestPairedRows = 32;
-// Whether bfloat16 tensors are multiplied by the CPU's dot products.
+// Whether bfloat16 tensors are multiplied by the CPU's dot products, or in tiles.
 inline bool multiplied_in_pairs(const AttentionArgs& a) {
   return selected_isa() == Isa::avx512_bf16 && a.group_rows() >= kFewestPairedRows;
 }
@@ -29,6 +29,12 @@ inline constexpr int64_t kBlockKeys = 192;               // keys of a block: who
 static_assert(kBlockKeys % 64 == 0);
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// Elements from a row of head_dim or value_dim numbers to the next: whole vectors, or whole tiles, which are read past the end.
+template <class T>
+int64_t row_elements(int64_t n, bool tiled) {
+  return round_up(n, tiled ? kTileSteps : int64_t{kLanes<T>});
+}
 
 // What a product does to C: replaces it, replaces it times factor[0], is added to it, or to C with row r times factor[r].
 enum class Start { zero, times, add, scaled };
@@ -233,8 +239,10 @@ INLINE vec<T> pack_row(T* out, const S* row, int64_t stride, int64_t n, int64_t 
 }
 
 // Keys first .. first + count of a [keys, depth] matrix, transposed to panels of [depth][kPanel]; keys past the end are 0.
+// The depth is padded for tiles of bfloat16 numbers only.
 template <class T, class S>
-inline void pack_transposed(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth) {
+inline void pack_transposed(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
+                            int64_t /*padded*/) {
   constexpr int64_t W = kLanes<T>, P = kPanel<T>;
   for (int64_t j = 0; j < round_up(count, P); j += W) {
     T* out = packed + j / P * P * depth + j % P;
@@ -279,13 +287,13 @@ struct SetAside {
 
   // C[m, :] += weight(m, row) * row, for every row set aside in [begin, end) and m < count.
   template <class Weight>
-  void add(T* c, int64_t c_row, int64_t count, int64_t width, int64_t begin, int64_t end, Weight weight) const {
+  void add(T* c, int64_t c_row, int64_t count, int64_t width, int64_t begin, int64_t end, Weight weight, int64_t c_column = 1) const {
     for (size_t i = 0; i < rows.size(); ++i) {
       if (rows[i] < begin || rows[i] >= end) continue;
       for (int64_t m = 0; m < count; ++m) {
         const T w = weight(m, rows[i]);
         if (w == 0) continue;
-        for (int64_t d = 0; d < width; ++d) c[m * c_row + d] += w * values[i * width + d];
+        for (int64_t d = 0; d < width; ++d) c[m * c_row + d * c_column] += w * values[i * width + d];
       }
     }
   }

@@ -262,14 +262,20 @@ def test_results_do_not_depend_on_the_number_of_threads(shape, flags, dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx_emulated", "amx"])
 def test_every_instruction_set_gives_the_same(isa):
     """The whole error rule on sizes around every tile, in a process of its own: the set is chosen once."""
+    sizes = [(1, 2, 1, 5, 17, 7, 9), (1, 1, 1, 50, 66, 16, 12), (2, 2, 1, 2, 200, 33, 8)]
+    if isa.startswith("amx"):
+        needed = ("avx512_bf16", "amx") if isa == "amx_emulated" else ("amx",)
+        if bmk.build_info()["isa"] not in (*needed, isa):
+            pytest.skip(f"this CPU has {bmk.build_info()['isa']}")
+        sizes += [(2, 4, 2, 100, 230, 64, 64), (1, 2, 1, 70, 33, 80, 40)]
     program = (
         "import torch\n"
         "from tests.ops.attention_problem import Problem\n"
         "torch.set_num_threads(1)\n"
-        "sizes = [(1, 2, 1, 5, 17, 7, 9), (1, 1, 1, 50, 66, 16, 12), (2, 2, 1, 2, 200, 33, 8)]\n"
+        f"sizes = {sizes}\n"
         "for size in sizes:\n"
         "    for flags in ('plain', 'causal', 'everything'):\n"
         "        for dtype in (torch.float32, torch.bfloat16, torch.float64):\n"
