@@ -175,8 +175,8 @@ class Op:
         return self._operators[direction](*args)
 
 
-class InPlaceOp:
-    """An operation that writes into some of its arguments, without a gradient: one operator, `bigmodel_kernels::foo`.
+class ForwardOp:
+    """An operation without a gradient, which may write into some of its arguments: one operator, `bigmodel_kernels::foo`.
 
     Args:
         name: the stem, `foo`; the backends are the modules of `bigmodel_kernels.ops.foo`, which have `supports` and `fwd`.

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import bigmodel_kernels as bmk
 from bigmodel_kernels import _gpu, _registry
 from bigmodel_kernels._gpu import A100, H100, L40S, Gpu
-from bigmodel_kernels.ops.attention.cuda_decode import splits_for
+from bigmodel_kernels.ops.attention_decode.cuda import splits_for
 from bigmodel_kernels.ops.lstm.cuda_plan import BACKWARD, FORWARD, LARGEST_CLUSTER, plan
 
 TURING = Gpu((7, 5), 72, 64 << 10)

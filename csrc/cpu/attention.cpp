@@ -159,7 +159,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   return {torch::stable::transpose(dq, 1, 2), torch::stable::transpose(dk, 1, 2), torch::stable::transpose(dv, 1, 2), dmask};
 }
 
-std::tuple<Tensor, Tensor> attention_decode_cpu(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
                                                 const std::optional<Tensor>& k_scale, const std::optional<Tensor>& v_scale,
                                                 const Tensor& cache_seqlens, const std::optional<Tensor>& block_table,
                                                 const std::optional<Tensor>& alibi_slopes, double scale, double softcap, int64_t window_left,
@@ -246,12 +246,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, float softcap, int window_left, "
       "int window_right, bool lower_right) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "attention_decode_cpu(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor cache_seqlens, "
+      "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, float scale, float softcap, int window_left, int window_right) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&bmk::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&bmk::attention_bwd));
-  m.impl("attention_decode_cpu", TORCH_BOX(&bmk::attention_decode_cpu));
+  m.impl("attention_decode_fwd", TORCH_BOX(&bmk::attention_decode_fwd));
 }

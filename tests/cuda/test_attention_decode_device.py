@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.ops.attention.cuda_decode import DTYPES
+from bigmodel_kernels.ops.attention_decode.cuda import DTYPES
 from bigmodel_kernels.testing import assert_matches, make
 from tests.emulator.test_attention_decode import paged, quantised, scales_like
 

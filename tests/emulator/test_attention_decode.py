@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.ops.attention import cuda_decode
+from bigmodel_kernels import _registry
+from bigmodel_kernels.ops.attention_decode import cuda
 from bigmodel_kernels.testing import assert_matches, make
 from tests.emulator.backend import SUFFIX, emulated
 from tests.emulator.emulator import EmulatorError, Program, needs_compiler
@@ -19,10 +20,10 @@ def kernel_name(dtype: torch.dtype, cache: torch.dtype, head_dim: int) -> str:
     return f"bmk::attention_decode<{SUFFIX[dtype]}, bmk::Cache::{CACHES[cache]}, {head_dim}>"
 
 
-DECODE = Program(KERNEL, *(kernel_name(dtype, dtype, head) for dtype in cuda_decode.DTYPES for head in (64, 128)))
+DECODE = Program(KERNEL, *(kernel_name(dtype, dtype, head) for dtype in cuda.DTYPES for head in (64, 128)))
 QUANTISED = Program(
     KERNEL,
-    *(kernel_name(d, c, head) for d in cuda_decode.DTYPES for c in list(CACHES)[2:] for head in (64, 128)),
+    *(kernel_name(d, c, head) for d in cuda.DTYPES for c in list(CACHES)[2:] for head in (64, 128)),
 )
 
 
@@ -39,7 +40,7 @@ class Native:
         batch, heads, q_len, head_dim = q.shape
         pages, kv_heads, page_size, _ = k.shape
         width = 1 if table is None else table.shape[1]
-        tiles = kv_heads * -(-(heads // kv_heads) * q_len // cuda_decode.ROWS)
+        tiles = kv_heads * -(-(heads // kv_heads) * q_len // cuda.ROWS)
         padded = 64 if head_dim <= 64 else 128
         partial.fill_(torch.nan)
         out.fill_(torch.nan)
@@ -87,10 +88,8 @@ def check_decode(
     if per_key:
         options |= dict(zip(("k_scale", "v_scale"), per_key))
     if splits:
-        monkeypatch.setattr(cuda_decode, "splits_for", lambda *sizes: splits)
-    monkeypatch.setattr(cuda_decode, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_decode, "native", Native(**native))
-    with emulated(monkeypatch):
+        monkeypatch.setattr(cuda, "splits_for", lambda *sizes: splits)
+    with emulated(monkeypatch, "attention_decode", attention_decode=Native(**native).attention_decode):
         found = bmk.attention_decode(q, k, v, lengths, block_table=table, **options, backend="cuda")
     for i, (actual, exact, baseline) in enumerate(zip(found, *runs)):
         baseline = None if i else baseline  # torch's own lse of 16-bit scores is no yardstick
@@ -150,7 +149,7 @@ CASES = {  # batch, heads, key heads, queries, head dim, capacity, lengths
 }
 
 
-@pytest.mark.parametrize("dtype", cuda_decode.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize("page_size", [None, 1, 8, 48])
 @pytest.mark.parametrize("case", CASES)
@@ -158,7 +157,7 @@ def test_matches_float64(case, page_size, splits, dtype, monkeypatch):
     check_decode(monkeypatch, *CASES[case], page_size=page_size, splits=splits, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", cuda_decode.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", cuda.DTYPES, ids=str)
 @pytest.mark.parametrize("cache", list(CACHES)[2:], ids=str)
 @pytest.mark.parametrize("kind", ["none", "number", "head", "key"])
 @pytest.mark.parametrize(("case", "page_size"), [("groups", None), ("several queries", 8), ("every warp twice", 48)])
@@ -174,13 +173,11 @@ def test_caches_of_8_bits(case, page_size, kind, cache, dtype, monkeypatch):
 
 def test_every_number_of_8_bits(monkeypatch):
     """All 256 bytes as values of one key: out is that key's value."""
-    monkeypatch.setattr(cuda_decode, "unavailable", lambda: None)
-    monkeypatch.setattr(cuda_decode, "native", Native())
     numbers = torch.arange(256).to(torch.uint8).view(1, 2, 1, 128)
     for cache in (torch.int8, torch.float8_e4m3fn):
         values, keys = numbers.view(cache), torch.zeros(1, 2, 1, 128).to(cache)
         q = torch.zeros(1, 2, 1, 128, dtype=torch.float16)
-        with emulated(monkeypatch):
+        with emulated(monkeypatch, "attention_decode", attention_decode=Native().attention_decode):
             out = bmk.attention_decode(q, keys, values, torch.tensor([1]), k_scale=1.0, v_scale=2.0, backend="cuda")
         assert torch.equal(out.nan_to_num(nan=7.0), (values.to(torch.float16) * 2).nan_to_num(nan=7.0))
 
@@ -250,13 +247,12 @@ def test_refuses(change, message, monkeypatch):
     dtype, shape = change.pop("dtype", torch.float16), (1, 2, change.pop("q_len", 1), change.pop("head_dim", 64))
     q = torch.zeros(shape, dtype=dtype, requires_grad=change.pop("requires_grad", False))
     cache = torch.zeros(1, 2, 8, shape[3]).to(change.pop("cache", dtype))
-    monkeypatch.setattr(cuda_decode, "unavailable", lambda: None)
-    with emulated(monkeypatch), pytest.raises(RuntimeError, match=message):
+    with emulated(monkeypatch, "attention_decode"), pytest.raises(RuntimeError, match=message):
         bmk.attention_decode(q, cache, cache, torch.tensor([3]), **change, backend="cuda")
 
 
 def test_without_the_kernel_the_remedy_is_named():
-    if cuda_decode.unavailable() is None:
+    if _registry.availability("attention_decode", "cuda") is None:
         pytest.skip("this machine has the kernel")
     q, cache = torch.zeros(1, 2, 1, 64, dtype=torch.float16), torch.zeros(1, 2, 8, 64, dtype=torch.float16)
     with pytest.raises(NotImplementedError, match=r"make cuda|no GPU was found"):

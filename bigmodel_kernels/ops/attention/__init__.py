@@ -1,3 +1,2 @@
-from bigmodel_kernels.ops.attention.decode import attention_decode as attention_decode
 from bigmodel_kernels.ops.attention.op import attention as attention
 from bigmodel_kernels.ops.attention.varlen import attention_varlen as attention_varlen

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import InPlaceOp, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels._library import ForwardOp, in_forward_mode, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.conv.op import ACTIVATIONS, check_positive, parse_activation
 from bigmodel_kernels.ops.conv_step import cpu, torch_op
 
@@ -181,7 +181,7 @@ def prefer(x_t, *rest) -> tuple[str, ...]:
     return ("cpu", "torch")
 
 
-OP = InPlaceOp(
+OP = ForwardOp(
     "conv_step",
     "(Tensor x_t, Tensor(a!) ring, Tensor(b!) position, Tensor weight, Tensor? bias, Tensor? out_weight, Tensor? out_bias, "
     "Tensor? skip_weight, Tensor? skip_bias, Tensor? skip, int dilation, int groups, str activation, float slope) -> "

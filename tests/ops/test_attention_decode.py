@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.ops.attention import cpu_decode
 from bigmodel_kernels.testing import assert_matches, make
 
 # batch, query heads, key heads, queries, capacity, head dimension, value dimension
@@ -89,7 +88,7 @@ def only_the_kernel(monkeypatch):
     def composed(*args, **kwargs):
         raise AssertionError("the kernel did not take this call")
 
-    monkeypatch.setattr(import_module("bigmodel_kernels.ops.attention.decode"), "attention", composed)
+    monkeypatch.setattr(import_module("bigmodel_kernels.ops.attention_decode.torch_op"), "attention", composed)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -206,11 +205,43 @@ def test_few_rows_of_attention_have_masks_and_dropout():
 
 def test_what_the_kernel_leaves_to_attention():
     q, k, v, lengths = drawn((2, 4, 2, 1, 20, 32, 32), torch.float32, 0)
-    rest = (None, None, torch.tensor(lengths), None, None)
-    assert cpu_decode.takes(q, k, v, *rest)
-    assert not cpu_decode.takes(q.requires_grad_(), k, v, *rest)
+
+    def op(q):
+        found = bmk.explain(bmk.attention_decode, q, k, v, torch.tensor(lengths))
+        return found.calls[0].op, found.backend
+
+    assert op(q) == ("attention_decode", "cpu")
+    assert op(q.clone().requires_grad_()) == ("attention", "cpu")
     with torch.no_grad():
-        assert cpu_decode.takes(q, k, v, *rest)
-    assert not cpu_decode.takes(make(2, 34, 1, 32), k, v, *rest)  # 17 rows of a key head
+        assert op(q.clone().requires_grad_()) == ("attention_decode", "cpu")
+    assert op(make(2, 34, 1, 32))[0] == "attention"  # 17 rows of a key head
     with torch.autocast("cpu", torch.bfloat16):
-        assert not cpu_decode.takes(q.detach(), k, v, *rest)
+        assert op(q)[0] == "attention"
+    with bmk.use_backend("torch"):
+        assert op(q) == ("attention", "torch")
+
+
+def test_compiled_it_is_one_operator():
+    q, k, v, lengths = drawn((2, 8, 2, 1, 70, 32, 32), torch.float32, 0)
+    graphs = []
+
+    def look(graph, inputs):
+        graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    def call(q, k, v, lengths):
+        return bmk.attention_decode(q, k, v, lengths, return_lse=True)
+
+    run = torch.compile(call, fullgraph=True, dynamic=True, backend=look)
+    with torch.no_grad():
+        found = run(q, k, v, torch.tensor(lengths))
+        expected = call(q, k, v, torch.tensor(lengths))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected))
+    assert torch.ops.bigmodel_kernels.attention_decode.default in graphs[0]
+
+
+def test_opcheck():
+    q, k, v, lengths = drawn((2, 4, 2, 1, 20, 32, 32), torch.float32, 0)
+    rest = (torch.tensor(lengths), None, None, 0.2, 0.0, -1, -1, True, "cpu")
+    for caches in ((k, v), (k.mT.contiguous().mT, v.mT.contiguous().mT)):
+        torch.library.opcheck(torch.ops.bigmodel_kernels.attention_decode.default, (q, *caches, None, None, *rest))

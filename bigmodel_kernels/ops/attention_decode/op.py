@@ -1,15 +1,19 @@
-"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. Backends "cuda" and "cpu" have kernels
-of their own; what those do not take, and all others, is composed from bmk.attention."""
+"""bmk.attention_decode: a few new queries against caches of keys and values, paged or not. What no kernel of its own takes, and
+what wants a gradient, is composed from bmk.attention."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels.ops.attention import cpu_decode, cuda_decode
-from bigmodel_kernels.ops.attention.op import attention, slopes_2d
-from bigmodel_kernels.ops.attention.varlen import position_mask
+from bigmodel_kernels._library import ForwardOp, in_forward_mode, needs_grad
+from bigmodel_kernels.ops.attention.op import heads_inside, lse_dtype, number, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention_decode import cpu, torch_op
+
+QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
 
 
 def attention_decode(
@@ -52,6 +56,54 @@ def attention_decode(
     Raises:
         RuntimeError, ValueError, TypeError: as bmk.attention, and for lengths or tables that do not fit.
     """
+    args = prepare(
+        q, k_cache, v_cache, cache_seqlens, block_table=block_table, k_scale=k_scale, v_scale=v_scale,
+        is_causal=is_causal, scale=scale, window=window, softcap=softcap, alibi_slopes=alibi_slopes,
+        return_lse=return_lse,
+    )  # fmt: skip
+    if _has_kernel(backend, args):
+        out, lse = OP(*args, backend=backend)
+    else:
+        out, lse = torch_op.call(*args, backend=backend)
+    return (out, lse) if return_lse else out
+
+
+def _has_kernel(backend: str, args: tuple) -> bool:
+    """Whether a kernel of its own runs this call; without one "cuda" raises."""
+    compiling = torch.compiler.is_compiling()
+    asked = backend if compiling else _registry.wanted(backend)  # a compiled graph follows the argument alone
+    if asked == "cuda" and needs_grad(*args[:3]):
+        raise RuntimeError("attention_decode: backend 'cuda' cannot run this call: it has no backward")
+    if asked == "cuda" or asked == "torch":
+        return asked == "cuda"
+    q = args[0]
+    if needs_grad(*args[:3]) or in_forward_mode() or torch.is_autocast_enabled(q.device.type):
+        return False
+    if compiling:
+        return asked in ("auto", "cpu") and q.is_cpu and cpu.AVAILABLE and cpu.supports(*args) is None
+    if torch._C._are_functorch_transforms_active():
+        return False
+    names = prefer(*args) if asked == "auto" else (asked,)
+    return any(name != "torch" and _registry.reason("attention_decode", name, args) is None for name in names)
+
+
+def prepare(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    block_table: Tensor | None = None,
+    k_scale: Tensor | float | None = None,
+    v_scale: Tensor | float | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+) -> tuple:
+    """Validates a call of `attention_decode`; returns the arguments of the op."""
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
@@ -71,58 +123,26 @@ def attention_decode(
     v_scale = _scale_of("v_scale", v_scale, "v_cache", v_cache)
     if k_cache.dtype != v_cache.dtype and (k_scale is not None or v_scale is not None):
         raise RuntimeError(f"v_cache must be {k_cache.dtype} as k_cache is, got {v_cache.dtype}")
-    # A compiled graph follows the argument alone: use_backend is no part of it.
-    if (backend if torch.compiler.is_compiling() else _registry.wanted(backend)) == "cuda":
-        why = cuda_decode.unavailable()
-        if why is not None:
-            raise NotImplementedError(f"attention_decode: backend 'cuda' has no kernel here: {why}")
-        why = cuda_decode.supports(q, k_cache, v_cache, is_causal, window, alibi_slopes)
-        if why is not None:
-            raise RuntimeError(f"attention_decode: backend 'cuda' cannot run this call: {why}")
-        return cuda_decode.run(
-            q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, scale, softcap, return_lse
-        )
-    if not torch.compiler.is_compiling() and _registry.wanted(backend) in ("auto", "cpu"):
-        call = (q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, alibi_slopes)
-        if cpu_decode.takes(*call):
-            return cpu_decode.run(*call, is_causal, scale, window, softcap, return_lse)
-    if block_table is not None:
-        if not torch.compiler.is_compiling():
-            _check_blocks(block_table, cache_seqlens, k_cache.shape[0], k_cache.shape[2])
-        used = block_table.clamp(0, max(k_cache.shape[0] - 1, 0))
-        k_cache, v_cache, k_scale, v_scale = (
-            t if t is None else t[used].transpose(1, 2).flatten(2, 3) for t in (k_cache, v_cache, k_scale, v_scale)
-        )
-    if k_scale is not None and v_scale is not None:
-        k_cache, v_cache = (_multiplied(*pair, q.dtype) for pair in ((k_cache, k_scale), (v_cache, v_scale)))
-    length = k_cache.shape[2]
-    slopes = None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, q.shape[1], q.device).expand(batch, -1)
-    options = {"scale": scale, "softcap": softcap, "enable_gqa": True, "return_lse": return_lse, "backend": backend}
-    if not torch.compiler.is_compiling():
-        lengths = cache_seqlens.tolist()
-        if any(not 0 <= n <= length for n in lengths):
-            raise RuntimeError(f"cache_seqlens must be within the {length} positions of k_cache, got {lengths}")
-        length = max(lengths, default=0)
-        k_cache, v_cache = k_cache[:, :, :length], v_cache[:, :, :length]
-        if all(n == length for n in lengths):  # nothing to mask out
-            return attention(
-                q, k_cache, v_cache, is_causal=is_causal, alignment="lower_right", window=window,
-                alibi_slopes=slopes, **options,
-            )  # fmt: skip
-    in_k = torch.arange(length, device=q.device) < cache_seqlens[:, None]
-    asked = backend if torch.compiler.is_compiling() else _registry.wanted(backend)
-    if asked == "torch" or (asked == "auto" and q.device.type != "cpu"):
-        # PyTorch multiplies what a mask leaves out by zero, and lets NaNs through; "auto" gives masks to "cpu" where that is.
-        k_cache, v_cache = (t.masked_fill(~in_k[:, None, :, None], 0) for t in (k_cache, v_cache))
-    in_q = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
-    offset = (cache_seqlens - q.shape[2])[:, None, None]
-    mask = position_mask(q, in_q, in_k, offset, is_causal, window, slopes)
-    return attention(q, k_cache, v_cache, attn_mask=mask, **options)
+    heads, kv_heads = q.shape[1], k_cache.shape[1]
+    if heads % kv_heads if kv_heads else heads:
+        raise RuntimeError(f"q must have a multiple of the {kv_heads} heads of k_cache, got {heads} heads")
+    if k_cache.shape[3] != q.shape[3]:
+        raise RuntimeError(f"k_cache must have the head dimension of q, {q.shape[3]}, got {k_cache.shape[3]}")
+    left, right = window_sides(window)
+    if not 0 <= number("softcap", softcap) < math.inf:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
+    slopes = None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, heads, q.device)
+    return (
+        q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, slopes, float(number("scale", scale)),
+        float(softcap), left, 0 if is_causal else right, bool(return_lse),
+    )  # fmt: skip
 
 
 def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -> Tensor | None:
     """The scales of a cache as float32, with the cache's first three dimensions; None where it has none."""
-    if cache.dtype not in cuda_decode.QUANTISED:
+    if cache.dtype not in QUANTISED:
         if scale is not None:
             raise RuntimeError(f"{name} is for caches of int8 or float8_e4m3fn, {of} is {cache.dtype}")
         return None
@@ -146,24 +166,31 @@ def _scale_of(name: str, scale: Tensor | float | None, of: str, cache: Tensor) -
     return scale.detach().float().expand(shape)
 
 
-def _multiplied(cache: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    exact = torch.promote_types(dtype, torch.float32)
-    return (cache.to(exact) * scale.to(exact)[..., None]).to(dtype)
-
-
-def _check_blocks(block_table: Tensor, cache_seqlens: Tensor, blocks: int, block_size: int) -> None:
-    """That each block with keys of a sequence is one of the cache's; entries past the sequence may be anything."""
-    first = torch.arange(block_table.shape[1], device=block_table.device) * block_size
-    wrong = (first < cache_seqlens[:, None]) & ((block_table < 0) | (block_table >= blocks))
-    if bool(wrong.any()):
-        b, i = wrong.nonzero()[0].tolist()
-        raise RuntimeError(
-            f"block_table must name blocks from 0 to {blocks - 1} of k_cache, got {int(block_table[b, i])} at [{b}, {i}]"
-        )
-
-
 def _check_indices(name: str, t: Tensor, dims: int, batch: int) -> None:
     if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.dim() != dims or t.shape[0] != batch:
         raise RuntimeError(f"{name} must have {dims} dimensions and {batch} rows, got shape {list(t.shape)}")
+
+
+def _fake(q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, alibi_slopes, *rest):
+    batch, heads, length, _ = q.shape
+    return (
+        heads_inside(q, batch, heads, length, v_cache.shape[3]),
+        q.new_empty(batch, heads, length, dtype=lse_dtype(q)),
+    )
+
+
+def prefer(q, *rest) -> tuple[str, ...]:
+    """By the table of docs/decisions.md: the C++ kernel is ahead of PyTorch for all it takes; those of GPUs are not measured."""
+    return ("cpu", "torch")
+
+
+OP = ForwardOp(
+    "attention_decode",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? alibi_slopes, float scale, float softcap, int window_left, int window_right, bool return_lse) -> "
+    "(Tensor out, Tensor lse)",
+    fake=_fake,
+    prefer=prefer,
+)

@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.attention_decode.op import attention_decode as attention_decode
