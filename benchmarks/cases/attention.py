@@ -57,7 +57,7 @@ def build(dtype, pass_, *, b, heads, sq, d, kv_heads=None, sk=None, causal=False
     inputs = [draw(heads, sq), draw(kv_heads, sk), draw(kv_heads, sk)]
     if mask is not None:
         values = mask(b, sq, sk)
-        inputs.append(values.to(dtype) if values.is_floating_point() else values)
+        inputs.append(values.to(dtype).requires_grad_(train) if values.is_floating_point() else values)
     stock = [Contestant("eager", partial(sdpa, causal=causal), tuple(inputs))]
     if sq == 1 and kv_heads != heads:
         stock.append(Contestant("grouped queries", grouped_queries, tuple(inputs)))
