@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from bigmodel_kernels import _extension
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -17,6 +19,13 @@ def reason(t: torch.Tensor, name: str = "x") -> str | None:
     if t.dtype not in DTYPES:
         return f"{name} is {t.dtype}; the kernels take float32, float64 and bfloat16"
     return None
+
+
+@functools.cache
+def dot_products() -> bool:
+    """Whether the kernels multiply bfloat16 by the CPU's dot products and PyTorch has nothing better, which AMX tiles are."""
+    bindings = _extension.bindings
+    return bindings is not None and bindings.isa() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
 
 
 @functools.cache

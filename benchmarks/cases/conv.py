@@ -124,8 +124,8 @@ def build_causal(dtype, pass_, *, channels, length, dilation) -> Problem:
     )
 
 
-def case(name: str, shape, layers, *, passes=PASSES, quick=False, last=False) -> Case:
-    return Case("conv", name, partial(build, layers=layers, shape=shape, last=last), passes, quick=quick)
+def case(name: str, shape, layers, *, passes=PASSES, dtypes=("fp32",), quick=False, last=False) -> Case:
+    return Case("conv", name, partial(build, layers=layers, shape=shape, last=last), passes, dtypes, quick=quick)
 
 
 CASES = [
@@ -151,6 +151,7 @@ CASES = [
             nn.MaxPool2d(3, stride=2, padding=1),
         ],
         passes=(FWD,),
+        dtypes=("fp32", "bf16"),
         last=True,
     ),
     case("1x1 256-64 56² B1", (1, 256, 56, 56), lambda: [nn.Conv2d(256, 64, 1)], last=True),

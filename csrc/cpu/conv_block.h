@@ -198,10 +198,4 @@ struct TensorSource {
             int64_t column, int64_t columns) const {
     load_block<T>(block, stride, block_columns, x, n, c0, channels, row, rows, column, columns);
   }
-  // The distance of pixels that can be read where they lie, channels adjacent and in the compute type; else 0.
-  int64_t pixel_step() const { return std::is_same_v<T, S> && x.c == 1 ? x.w : 0; }
-  int64_t row_step() const { return x.h; }
-  const T* in_place(int64_t n, int64_t c, int64_t row, int64_t column) const {
-    return reinterpret_cast<const T*>(x.data + n * x.n + c + row * x.h + column * x.w);
-  }
 };

@@ -11,7 +11,8 @@
 // Floor: bytes. The source read and the output written once; one multiply-add per tap and output at two vectors a cycle is
 // below that up to 5x5, and above it for 7x7. On one Zen 5 core 3x3 takes 12 cycles per vector of outputs (floor 4.5 of
 // multiply-adds), 7x7 takes 34 (floor 24.5). A ring of rows that fits the first-level cache, in chunks of two vectors, makes the
-// sums faster and the whole slower: 23 cycles for 3x3, most of them the copy in runs of two cache lines.
+// sums faster and the whole slower: 23 cycles for 3x3, most of them the copy in runs of two cache lines. What memory does not find in
+// the third-level cache took twice as long until tiles of 3x3 asked for the next one's sources.
 
 template <class T>
 inline constexpr int64_t kDepthwiseChannels = 16 * kLanes<T>;
@@ -61,6 +62,7 @@ struct DepthwiseTile {
   int64_t lead = 0, trail = 0;
   const T* const* second_weights = nullptr;
   int64_t y_row = 0;
+  int64_t ahead = 0;  // from a source to that of the next tile
   const T *alpha = nullptr, *beta = nullptr;  // where given, y becomes max(y * alpha + beta, floor), NaN staying NaN
   T floor = 0;
 
@@ -126,10 +128,12 @@ void depthwise_tile(const DepthwiseTile<T, E>& tile) {
 }
 
 // The same for two rows of outputs whose taps, all of one sum, are one row apart: a source serves both, which halves what is
-// read from the second-level cache and leaves the multiply-adds twice as many independent sums.
+// read from the second-level cache and leaves the multiply-adds twice as many independent sums. A tile asks for the sources that the
+// next one is the first to read, two rows of them: no hardware prefetcher follows so many runs at once.
 template <int kTaps, int kStride, int kPixels, class T, class E>
 void depthwise_pair_tile(const DepthwiseTile<T, E>& tile) {
-  constexpr int kColumns = (kPixels - 1) * kStride + kTaps;
+  constexpr int kColumns = (kPixels - 1) * kStride + kTaps, kSecondLevel = 2;
+  constexpr bool kFetches = kTaps <= 3;  // more taps leave the memory time enough
   each_channel_vector<T>(tile.channels, [&](int64_t c) __attribute__((always_inline)) {
     vec<T> first[kPixels] = {}, second[kPixels] = {};
 #pragma GCC unroll 16
@@ -145,6 +149,8 @@ void depthwise_pair_tile(const DepthwiseTile<T, E>& tile) {
 #pragma GCC unroll 32
       for (int j = 0; j < kColumns; ++j) {
         const vec<T> x = load(source[j] + c);
+        if constexpr (kFetches)
+          if (j >= kTaps - kStride && row >= tile.rows - 2) __builtin_prefetch(source[j] + c + tile.ahead, 0, kSecondLevel);
 #pragma GCC unroll 8
         for (int k = 0; k < kTaps; ++k)
           if ((j - k) % kStride == 0 && j >= k && (j - k) / kStride < kPixels) {
@@ -342,6 +348,7 @@ struct DepthwisePlan {
                   0,
                   weight_rows.get() + most,
                   out.row_step,
+                  kPixels * row.stride * x.pixel_step,
                   out.alpha,
                   out.beta,
                   out.floor};

@@ -104,6 +104,29 @@ inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weigh
   });
 }
 
+// [group][panel][taps * pairs of channels][columns of the panel][2], from the packed weights of pack_weights.
+template <class T>
+inline void pack_pairs(bfloat16* pairs, const Pass& pass, const T* packed) {
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
+  const int64_t C = pass.channels, E = round_up(C, 2), taps = pass.h.axis.taps * pass.w.axis.taps;
+  const int64_t padded = padded_channels<T>(pass.out_channels), panels = (padded + kColumns - 1) / kColumns;
+  const int64_t grain = std::max<int64_t>(1, 32768 / (C * kColumns));
+  torch::stable::parallel_for(0, pass.groups * panels * taps, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / (panels * taps), first = i / taps % panels * kColumns, tap = i % taps;
+      const int64_t columns = std::min(kColumns, padded - first);
+      const T* in = packed + (g * padded + first) * taps * C + tap * C * columns;
+      bfloat16* out = pairs + (g * padded + first) * taps * E + tap * E * columns;
+      for (int64_t c = 0; c < C; c += 2)
+        for (int64_t j = 0; j < columns; j += W) {
+          const T* row = in + c * columns + j;
+          const auto both = round_pairs(load(row), c + 1 < C ? load(row + columns) : vec<T>{});
+          std::memcpy(out + c * columns + 2 * j, &both, sizeof both);
+        }
+    }
+  });
+}
+
 // acc += rows of A (at a, one `row_stride` apart) times `depth` packed rows of kVectors vectors.
 // Rows in fours share a pointer: x86 addresses three multiples of one stride, so no row needs a register of its own.
 template <int kRows, int kVectors, class T>
@@ -162,6 +185,57 @@ inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t c
   flush<kRows, kVectors, T>(acc, y, y_stride, add);
 }
 
+#if ISA_VECTOR_BYTES == 64
+// As multiply_rows, of bfloat16 numbers whose steps come in pairs: row k of B is [kVectors vectors of columns][2].
+template <int kRows, int kVectors>
+__attribute__((target("avx512bf16"), always_inline)) inline void multiply_row_pairs(vec<float> (&acc)[kRows][kVectors], const bfloat16* a,
+                                                                                    int64_t row_stride, const bfloat16* b, int64_t pairs) {
+  constexpr int W = kLanes<float>, kGroups = (kRows + 3) / 4;
+  const int64_t row_stride3 = 3 * row_stride;
+  const bfloat16* p[kGroups];
+#pragma GCC unroll 4
+  for (int g = 0; g < kGroups; ++g) p[g] = a + 4 * g * row_stride;
+  for (int64_t k = 0; k < pairs; ++k) {
+    __m512bh bk[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) std::memcpy(&bk[v], b + v * 2 * W, sizeof bk[v]);
+    b += kVectors * 2 * W;
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+      const bfloat16* row = p[r / 4];
+      int32_t pair;
+      std::memcpy(&pair,
+                  r % 4 == 0   ? row
+                  : r % 4 == 1 ? row + row_stride
+                  : r % 4 == 2 ? row + 2 * row_stride
+                               : row + row_stride3,
+                  sizeof pair);
+      const __m512bh both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        acc[r][v] = reinterpret_cast<vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[r][v]), both, bk[v]));
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) p[g] += 2;
+  }
+}
+
+template <int kRows, int kVectors, class T>
+__attribute__((target("avx512bf16"))) inline void conv_tile(const bfloat16* a, int64_t row_stride, const Tap* taps, int64_t count,
+                                                            const bfloat16* panel, T* y, int64_t y_stride, bool add) {
+  vec<T> acc[kRows][kVectors] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    if (taps[i].begins && i > 0) {
+      flush<kRows, kVectors, T>(acc, y, y_stride, add);
+      add = true;
+    }
+    const bfloat16* weights = panel + taps[i].weight * kVectors * kLanes<T>;
+    multiply_row_pairs<kRows, kVectors>(acc, a + taps[i].source, row_stride, weights, taps[i].depth / 2);
+  }
+  flush<kRows, kVectors, T>(acc, y, y_stride, add);
+}
+#endif
+
 // f(first, rows as a constant) for tiles of as equal a size as can be that cover `pixels`.
 template <class T, class F>
 INLINE void each_tile(int64_t pixels, F f) {
@@ -174,8 +248,8 @@ INLINE void each_tile(int64_t pixels, F f) {
   }
 }
 
-template <int kVectors, class T>
-inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride,
+template <int kVectors, class T, class M>
+inline void conv_row(int64_t pixels, const M* a, int64_t row_stride, const Tap* taps, int64_t count, const M* panel, T* y, int64_t y_stride,
                      bool add) {
   each_tile<T>(pixels, [&](int64_t p, auto rows) {
     conv_tile<rows.value, kVectors, T>(a + p * row_stride, row_stride, taps, count, panel, y + p * y_stride, y_stride, add);
@@ -183,19 +257,20 @@ inline void conv_row(int64_t pixels, const T* a, int64_t row_stride, const Tap* 
 }
 
 // Terms summed up before the next row of pixels: their part of a panel of weights stays in the first-level cache.
-inline constexpr int64_t kDepthBlock = 192;
+template <class M>
+inline constexpr int64_t kDepthBlock = 192 * sizeof(float) / std::min(sizeof(M), sizeof(float));
 
 // The outputs of one band and group into y, from sources whose first row and column are the lowest that the band reads.
-template <class T>
-inline void direct_band(const Pass& pass, const Band& band, const std::vector<std::vector<Tap>>& taps, const T* packed, const T* source,
+template <class T, class M>
+inline void direct_band(const Pass& pass, const Band& band, const std::vector<std::vector<Tap>>& taps, const M* packed, const M* source,
                         int64_t row_step, int64_t pixel_step, T* y, int64_t y_columns) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns;
   const int64_t padded = padded_channels<T>(pass.out_channels), depth = pass.depth(), step = pass.w.phases();
   const int64_t row0 = pass.h.lowest(band.top), column0 = pass.w.lowest(band.left);
-  const int64_t blocks = std::max<int64_t>(1, depth / (pass.h.phases() * step * kDepthBlock));
+  const int64_t blocks = std::max<int64_t>(1, depth / (pass.h.phases() * step * kDepthBlock<M>));
   for (int64_t block = 0; block < blocks; ++block)
     for (int64_t first = 0; first < padded; first += kColumns) {
-      const T* panel = packed + first * depth;
+      const M* panel = packed + first * depth;
       for (int64_t r = band.top; r < band.bottom; ++r)
         for (int64_t phase = 0; phase < step; ++phase) {
           const int64_t column = pass.w.first_of_phase(band.left, phase);
@@ -204,7 +279,7 @@ inline void direct_band(const Pass& pass, const Band& band, const std::vector<st
           const auto& list = taps[pass.h.phase_of(r) * step + phase];
           const int64_t size = list.size(), begin = size * block / blocks, count = size * (block + 1) / blocks - begin;
           if (block > 0 && count == 0) continue;
-          const T* a = source + (pass.h.base(r) - row0) * row_step + (pass.w.base(column) - column0) * pixel_step;
+          const M* a = source + (pass.h.base(r) - row0) * row_step + (pass.w.base(column) - column0) * pixel_step;
           T* out = y + ((r - band.top) * y_columns + column - band.left) * padded + first;
           const int64_t row_stride = pass.w.source_step() * pixel_step, y_stride = step * padded;
           if (padded - first >= kColumns)
@@ -217,22 +292,24 @@ inline void direct_band(const Pass& pass, const Band& band, const std::vector<st
 
 // Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image. A pointwise pass
 // reads a source whose channels are adjacent where it lies. Rows that the windows of a band share with those of the band
-// above it are computed once, where the same thread has just done so.
-template <class T, class Source, class Sink>
-inline void direct_pass(const Pass& pass, const Bands& bands, const T* packed, const Source& source, const Sink& sink) {
-  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels;
+// above it are computed once, where the same thread has just done so. `packed` are weights in the compute type or in pairs.
+template <class T, class M, class Source, class Sink>
+inline void direct_pass(const Pass& given, const Bands& bands, const M* packed, const Source& source, const Sink& sink) {
+  const Pass pass = std::is_same_v<T, M> ? given : pass_of_pairs(given);
+  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, source_channels = given.channels;
   const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows(), y_row = y_columns * padded;
   const int64_t columns = pass.w.span(y_columns), rows = pass.h.span(y_rows);
   const auto taps = pass.taps(columns, C);
   const int64_t per_image = bands.count(), per_group = pass.batch * per_image, across = bands.across();
-  const bool in_place = pass.is_pointwise() && source.pixel_step() > 0;
+  const Image<const M> in_place = sources_in_place<T, M>(given, source);
   const int64_t shared_rows = across == 1 ? std::max<int64_t>(0, bands.window.h - bands.window.stride_h) : 0;
   torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(in_place ? 0 : rows * columns * C), y(y_rows * y_row + kLanes<T>), kept(shared_rows * y_row);
+    Scratch<M> block(in_place.data ? 0 : rows * columns * C);
+    Scratch<T> y(y_rows * y_row + kLanes<T>), kept(shared_rows * y_row);
     int64_t kept_bottom = -1;  // the row of the image below those that are kept
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
-      const T* weights = packed + g * padded * pass.depth();
+      const M* weights = packed + g * padded * pass.depth();
       const Band whole = bands.full(i);
       Band band = whole;
       T* out = y.get();
@@ -241,12 +318,12 @@ inline void direct_pass(const Pass& pass, const Bands& bands, const T* packed, c
         std::memcpy(out, kept.get() + (shared_rows - known) * y_row, known * y_row * sizeof(T));
         band.top += known, out += known * y_row;
       }
-      if (in_place) {
-        direct_band<T>(pass, band, taps, weights, source.in_place(n, g * C, band.top, band.left), source.row_step(), source.pixel_step(),
-                       out, y_columns);
+      if (in_place.data) {
+        const M* first = in_place.data + n * in_place.n + g * C + band.top * in_place.h + band.left * in_place.w;
+        direct_band<T>(pass, band, taps, weights, first, in_place.h, in_place.w, out, y_columns);
       } else {
-        source.load(block.get(), C, columns, n, g * C, C, pass.h.lowest(band.top), pass.h.span(band.rows()), pass.w.lowest(band.left),
-                    pass.w.span(band.columns()));
+        load_operands<T>(block.get(), C, columns, source, n, g * source_channels, source_channels, pass.h.lowest(band.top),
+                         pass.h.span(band.rows()), pass.w.lowest(band.left), pass.w.span(band.columns()));
         direct_band<T>(pass, band, taps, weights, block.get(), columns * C, C, out, y_columns);
       }
       if (shared_rows > 0 && whole.rows() >= shared_rows) {  // before the sink, which may change what it is given

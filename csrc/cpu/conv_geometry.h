@@ -92,7 +92,8 @@ struct Tap {
 
 // A single precision sum loses a digit over a few hundred terms, so that after this many a new one is begun. PyTorch's
 // transposed convolution sums every tap by itself first, and is that much more accurate: ours begins anew more often there.
-inline constexpr int64_t kSumLength = 48, kTransposedSumLength = 16;
+// A product over channels alone may run longer: blocks of 192 gave the results of PyTorch's products (gemm.h).
+inline constexpr int64_t kSumLength = 48, kTransposedSumLength = 16, kPointwiseSumLength = 128;
 
 // Appends a run, joined to the one before where source and weights both continue, in pieces of at most `length`.
 inline void append_run(std::vector<Tap>& taps, Tap tap, int64_t length) {
@@ -152,11 +153,17 @@ struct Pass {
   }
 };
 
+inline Pass with_sum_length(Pass pass) {
+  if (pass.is_pointwise()) pass.sum_length = kPointwiseSumLength;
+  return pass;
+}
 inline Pass gather_pass(const Conv& conv) {
-  return {conv.batch, conv.groups, conv.wide_channels / conv.groups, conv.narrow_channels / conv.groups, {conv.h, false}, {conv.w, false}};
+  const int64_t from = conv.wide_channels / conv.groups, to = conv.narrow_channels / conv.groups;
+  return with_sum_length({conv.batch, conv.groups, from, to, {conv.h, false}, {conv.w, false}});
 }
 inline Pass scatter_pass(const Conv& conv) {
-  return {conv.batch, conv.groups, conv.narrow_channels / conv.groups, conv.wide_channels / conv.groups, {conv.h, true}, {conv.w, true}};
+  const int64_t from = conv.narrow_channels / conv.groups, to = conv.wide_channels / conv.groups;
+  return with_sum_length({conv.batch, conv.groups, from, to, {conv.h, true}, {conv.w, true}});
 }
 
 // A rectangle of outputs that one task computes: rows [top, bottom), columns [left, right).

@@ -51,10 +51,6 @@ struct GradientSource {
       }
   }
 
-  int64_t row_step() const { return 0; }
-  int64_t pixel_step() const { return 0; }  // nothing that could be read in place
-  const T* in_place(int64_t, int64_t, int64_t, int64_t) const { return nullptr; }
-
   // For a max-pool: the gradient at the chosen element of each window, and which one that is. Blocks [rows][columns][stride].
   void load_pooled(T* g, T* chosen, int64_t stride, int64_t n, int64_t c0, int64_t count, int64_t top, int64_t rows, int64_t left,
                    int64_t columns) const {

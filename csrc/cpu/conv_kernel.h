@@ -3,6 +3,7 @@
 #include "tiles.h"
 #include "conv_block.h"
 #include "activation_kernel.h"
+#include "conv_pairs.h"
 #include "conv_direct.h"
 #include "conv_wgrad.h"
 #include "conv_depthwise.h"

@@ -14,6 +14,19 @@ inline int64_t channels_per_sink(const Pass& pass) {
   return is_depthwise(pass) ? kDepthwiseChannels<T> : pass.out_channels;
 }
 
+// The bands of a direct pass.
+template <class T>
+inline Bands direct_bands(const Pass& pass, const Window& window, int64_t per_pixel, int64_t budget) {
+  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, budget);
+  if (pass.is_pointwise() && pass.h.outputs() == 1 && pass.batch == 1) {
+    // A product: an even number of equal bands, of few enough pixels for their outputs to stay in the first-level cache.
+    constexpr int64_t kMost = 4 * ConvTile<T>::kRows;
+    const int64_t pieces = round_up((bands.width + kMost - 1) / kMost, 2);
+    bands.columns = std::max<int64_t>(1, (bands.width + pieces - 1) / pieces);
+  }
+  return bands;
+}
+
 // Runs a pass the faster way. make_sink(bands) is called once and gives the sink. `winograd` allows that kernel: its largest
 // error is 0.8 times that of PyTorch's own convolution, and at most 2.3 times that of its gradient, but twice that of its
 // transposed convolution, whose forward therefore goes without.
@@ -48,7 +61,7 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
   }
   Scratch<T> packed(packed_weights_size<T>(pass));
   pack_weights<T, S>(packed.get(), pass, weights);
-  if (winograd && winograd_applies<T>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
+  if (winograd && winograd_applies<T>(pass) && !pairs_apply<S>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
     Scratch<T> u(16 * pass.channels * padded);
     pack_winograd<T>(u.get(), pass, packed.get());
     const int64_t per_pixel = (5 * round_up(pass.channels, kLanes<T>) + 4 * ConvTile<T>::kColumns + padded) * sizeof(T);
@@ -56,13 +69,20 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     winograd_pass<T>(pass, bands, packed.get(), u.get(), source, make_sink(bands));
     return;
   }
-  const int64_t per_pixel = (pass.channels + padded) * sizeof(T);
-  Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch * pass.groups, per_pixel, kCacheBudget);
-  if (pass.is_pointwise() && pass.h.outputs() == 1 && pass.batch == 1) {
-    // A product: an even number of equal bands, of few enough pixels for their outputs to stay in the first-level cache.
-    constexpr int64_t kMost = 4 * ConvTile<T>::kRows;
-    const int64_t pieces = round_up((bands.width + kMost - 1) / kMost, 2);
-    bands.columns = std::max<int64_t>(1, (bands.width + pieces - 1) / pieces);
-  }
-  direct_pass<T>(pass, bands, packed.get(), source, make_sink(bands));
+  const auto run_direct = [&](const auto* weights_as_multiplied) {
+    using M = std::remove_const_t<std::remove_pointer_t<decltype(weights_as_multiplied)>>;
+    const int64_t per_pixel = block_channels<T, M>(pass.channels) * sizeof(M) + padded * sizeof(T);
+    const Bands bands = direct_bands<T>(pass, window, per_pixel, kCacheBudget);
+    direct_pass<T, M>(pass, bands, weights_as_multiplied, source, make_sink(bands));
+  };
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16>)
+    if (pairs_apply<S>(pass)) {
+      Scratch<bfloat16> pairs(packed_weights_size<T>(pass_of_pairs(pass)));
+      pack_pairs<T>(pairs.get(), pass, packed.get());
+      run_direct(static_cast<const bfloat16*>(pairs.get()));
+      return;
+    }
+#endif
+  run_direct(static_cast<const T*>(packed.get()));
 }

@@ -30,7 +30,7 @@ inline bool planar_applies(const ConvForward& call) {
   if (call.transposed || pass.groups > 1 || !(halves || window.kind == Pooling::none) || !is_monotone(call.activation)) return false;
   if (call.x.w != 1 || call.out.w != 1 || call.residual.data || call.pre.data || call.index.data) return false;
   const int64_t width = call.out.width, phases = pass.w.axis.stride * (halves ? 2 : 1);
-  return pass.depth() <= pass.sum_length && phases <= 2 && 4 * width >= 3 * round_up(width, kLanes<T>);
+  return pass.depth() <= kSumLength && phases <= 2 && 4 * width >= 3 * round_up(width, kLanes<T>);
 }
 
 template <class T, class S>

@@ -122,6 +122,51 @@ def test_depthwise_keeps_infinities_where_they_reach(column, value):
         assert torch.equal(ours, stock)
 
 
+PAIRS = {  # channels in pairs: even and odd ones, read where they lie, copied, transposed; one product and many taps; two panels
+    "pointwise": ((2, 34, 9, 11), (70, 34, 1, 1), {}),
+    "pointwise_odd": ((2, 33, 9, 11), (70, 33, 1, 1), {}),
+    "three": ((1, 3, 30, 33), (20, 3, 5, 5), {"stride": 2, "padding": 2}),
+    "many_taps": ((2, 37, 15, 16), (33, 37, 3, 3), {"padding": 1}),
+    "deep": ((1, 700, 6, 6), (40, 700, 1, 1), {}),
+    "groups": ((2, 30, 10, 12), (36, 5, 3, 3), {"padding": 1, "groups": 6}),
+    "transposed": ((2, 21, 9, 8), (21, 34, 4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "one_axis": ((2, 19, 77), (50, 19, 3), {"padding": "causal", "dilation": 5}),
+}
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "innermost", "sliced_innermost"])
+@pytest.mark.parametrize("name", PAIRS)
+def test_dot_products_of_bfloat16(name, layout):
+    """Forward and gradients by the error rule; an infinity or a NaN reaches the outputs that read it and no other, though
+    pairs put it beside numbers of its neighbours."""
+    x_shape, w_shape, options = PAIRS[name]
+    lay = _layouts().get(layout, lambda t: t)
+    leaves = [make(*x_shape, seed=1), make(*w_shape, seed=2) / w_shape[1], make(w_shape[0], seed=3)]
+    if options.get("transposed"):
+        leaves[2] = make(w_shape[1], seed=3)
+    leaves = [t.bfloat16() for t in leaves]
+    with torch.no_grad():
+        shape = bmk.conv(*leaves, **options, activation="silu", backend="torch").shape
+    grad = make(*shape, seed=4).bfloat16()
+
+    def run(dtype, backend):
+        own = [lay(t.to(dtype)).requires_grad_() for t in leaves]
+        out = bmk.conv(*own, **options, activation="silu", backend=backend)
+        return out, *torch.autograd.grad(out, own, lay(grad.to(dtype)))
+
+    calls = run(torch.bfloat16, "cpu"), run(torch.float64, "torch"), run(torch.bfloat16, "torch")
+    for i, (ours, exact, theirs) in enumerate(zip(*calls)):
+        assert_matches(ours, exact, theirs, dtype=torch.bfloat16, gradient=i > 0, name=("out", *NAMES)[i])
+    for value in (float("nan"), float("inf")):
+        x = leaves[0].clone()
+        x.view(*x_shape[:2], -1)[0, -1, 7] = value
+        found, exact = (
+            bmk.conv(lay(x.to(t)), leaves[1].to(t), **options, backend=backend).isfinite()
+            for t, backend in ((torch.bfloat16, "cpu"), (torch.float64, "torch"))
+        )
+        assert torch.equal(found, exact)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "expanded"])
 def test_expanded_input_and_gradient(layout):
     x = make(3, 4, 9, 9, layout=layout)

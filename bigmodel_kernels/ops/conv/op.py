@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigmodel_kernels import _registry
+from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._library import Op, autocast, in_forward_mode, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.conv import reference, torch_op
 
@@ -425,6 +425,19 @@ def prefer(
     return _order(x.dtype, is_channels_last(x), *layer, save)
 
 
+def _bfloat16_is_ours(last, axes, taps, second, outputs, weights, groups, transposed, few) -> bool:
+    """Inference in bfloat16: PyTorch multiplies by the CPU's bfloat16 instructions, the kernels only by some of them."""
+    if groups > 1:
+        return False
+    if not _cpu.dot_products():
+        return second <= 3 and not transposed
+    if weights > (32 * 64 if last else 128 * 128) or (few and taps * weights >= 1 << 16):
+        return False
+    if axes == 2 and taps == 1:
+        return second > 48 and not last
+    return outputs >= 16 or not last
+
+
 @functools.lru_cache(maxsize=4096)
 def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
     first, second, *kernel = weight_shape
@@ -435,8 +448,11 @@ def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpo
     beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
-    elif dtype == torch.bfloat16:  # PyTorch's products use the bfloat16 instructions
-        ours = second <= 3 and groups == 1 and not transposed and not save
+    elif dtype == torch.bfloat16:
+        outputs = second if transposed else first
+        ours = not save and _bfloat16_is_ours(
+            last, len(kernel), taps, second, outputs, weights, groups, transposed, few
+        )
     elif groups > 1:
         dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
         if save:
@@ -453,11 +469,11 @@ def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpo
     elif len(kernel) == 1:
         ours = taps > 1 and weights <= 128 * 128
     elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd
-        ours = weights <= (64 * 128 if save else 128 * 128 if last else 256 * 256)
+        ours = weights <= (128 * 128 if save else 256 * 256)
     elif save:
         ours = taps <= 9 and taps > 1 and second <= 16
     elif taps == 1:
-        ours = strided and weights <= 128 * 256
+        ours = weights <= 128 * 256 if strided else weights <= 128 * 128 and second > 48 and not last
     else:
         ours = second <= (8 if last else 64)
     return ("cpu", "torch") if ours else ("torch", "cpu")
