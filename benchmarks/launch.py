@@ -61,11 +61,15 @@ def cases() -> dict[str, Callable[[], object]]:
     column, one, taps, row_64 = tensor(2, 64), tensor(64, 64, 1), tensor(128, 64, 2), tensor(64)
     state = bmk.ConvState.start(2, 64, 2, 4, column)
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
+    cache, pages, lengths = tensor(64, 2, 16, 64), torch.zeros(2, 32, dtype=torch.int32), torch.ones(2).int()
     step, sequence, parameters = _lstm(16, 4)
     trained = [w.clone().requires_grad_() for w in parameters]
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
+        "attention_decode": lambda: bmk.attention_decode(
+            q[:, :, :1], cache, cache, lengths, block_table=pages, backend="triton"
+        ),
         "conv": lambda: bmk.conv(image, weight, padding=1, activation="relu", backend="triton"),
         "gated_conv": lambda: bmk.gated_conv(
             signal, innermost, None, one, row_64, one, row_64, skip=signal, dilation=4, backend="triton"

@@ -108,6 +108,7 @@ def check_problems(op, sizes):
     ("op", "sizes", "rows"),
     [
         ("attention", {"BATCH": 1, "HEADS": 1, "LENGTH": 20}, 2 * 3),
+        ("attention_decode", {"SEQUENCES": 1, "KEYS": 20}, 3),
         ("bias_act", {"ROWS": 3, "COLUMNS": (128, 300)}, 2),
         ("conv", {"IMAGES": 1, "CHANNELS": 16, "SIZE": 5}, 3 + 3 + 3 + 1 + 1 + 1),
         ("conv_step", {"SEQUENCES": 1}, 3 + 3),
@@ -123,7 +124,7 @@ def test_problems_come_to_their_rows(op, sizes, rows):
 
 def test_every_op_with_a_table_can_be_tuned():
     assert set(tune.tunable_ops()) == {
-        "attention", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm"
+        "attention", "attention_decode", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm"
     }  # fmt: skip
 
 

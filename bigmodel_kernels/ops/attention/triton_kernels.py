@@ -67,8 +67,8 @@ class _Call:
         self.constants = {
             "D": head_dim,
             "DV": value_dim,
-            "BLOCK_D": _block(head_dim),
-            "BLOCK_DV": _block(value_dim),
+            "BLOCK_D": block_of(head_dim),
+            "BLOCK_DV": block_of(value_dim),
             "MASK": (NO_MASK if mask is None else BOOL_MASK if mask[0] == torch.bool else ADDED_MASK).value,
             "ALIBI": slopes is not None,
             "SOFTCAP": softcap > 0,
@@ -107,7 +107,7 @@ def _sign(scale: float) -> float:
     return -1.0 if scale < 0 else 0.0
 
 
-def _block(size: int) -> int:
+def block_of(size: int) -> int:
     return max(SMALLEST_BLOCK, 1 << (size - 1).bit_length())
 
 
