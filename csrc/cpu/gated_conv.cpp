@@ -9,7 +9,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
-#include "new_tensor.h"
 
 namespace bmk {
 
@@ -70,8 +69,8 @@ S* data(const Optional& t) {
 
 // [N, C, T]; innermost: stored as [N, T, C].
 Tensor new_signal(const Tensor& like, int64_t batch, int64_t channels, int64_t length, bool innermost) {
-  const auto make = innermost ? new_channels_last : new_contiguous;
-  return make({batch, channels, length}, like.scalar_type());
+  if (!innermost) return torch::stable::new_empty(like, {batch, channels, length});
+  return torch::stable::transpose(torch::stable::new_empty(like, {batch, length, channels}), 1, 2);
 }
 
 }  // namespace

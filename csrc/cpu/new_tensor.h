@@ -1,5 +1,5 @@
 // New CPU tensors, uninitialised. torch::stable::new_empty looks its operator up by name and boxes its arguments on every call, which
-// takes 2 us; a small convolution takes as long. Large ones come from a pool, see pooled_tensor.h.
+// takes 2 us; a small convolution takes as long.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -7,21 +7,15 @@
 
 #include <cstdint>
 
-#include "pooled_tensor.h"
-
 namespace bmk {
 
-// Whose elements fill its memory without gaps.
 inline torch::stable::Tensor new_strided(int64_t dims, const int64_t* sizes, const int64_t* strides,
                                          torch::headeronly::ScalarType dtype) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  const int32_t type = to<int32_t>(from(dtype));
-  size_t bytes = aoti_torch_dtype_element_size(type);
-  for (int64_t i = 0; i < dims; ++i) bytes *= static_cast<size_t>(sizes[i]);
-  if (is_pooled(bytes)) return pooled_strided(bytes, dims, sizes, strides, dtype);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, type, aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
 

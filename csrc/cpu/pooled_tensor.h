@@ -1,6 +1,6 @@
-// Large tensors, results and what a forward keeps for its backward, in memory that outlives them: the allocator of the process gives
-// large blocks back to the system and faults every page in again at the next call, or not, as its heap happens to stand. These come
-// from the pool of scratch.h and return to it. Their storages cannot be resized.
+// Tensors of what a forward keeps for its backward, in memory that outlives them: the allocator of the process gives large blocks
+// back to the system and faults every page in again at the next step, or not, as its heap happens to stand. These come from the
+// pool of scratch.h and return to it.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -42,32 +42,22 @@ inline void give_back(void*, void* context) {
 
 }  // namespace pooled
 
-// Whether a tensor of so many bytes is to come from the pool.
-inline bool is_pooled(size_t bytes) {
-  constexpr size_t kWorthwhile = 64 << 10;
-  return torch_from_blob && bytes >= kWorthwhile;
-}
-
-// An uninitialised CPU tensor of `bytes` bytes.
-inline torch::stable::Tensor pooled_strided(size_t bytes, int64_t dims, const int64_t* sizes, const int64_t* strides,
-                                            torch::headeronly::ScalarType dtype) {
-  using torch::stable::detail::from;
-  using torch::stable::detail::to;
-  auto block = std::make_unique<ScratchPool::Block>(ScratchPool::of_this_thread().take(bytes));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory, dims, sizes, strides, 0, to<int32_t>(from(dtype)), aoti_torch_device_type_cpu(),
-                                         -1, &handle, aoti_torch_layout_strided(), nullptr, 0, pooled::give_back, block.get()));
-  block.release();  // the tensor's now
-  return torch::stable::Tensor(handle);
-}
-
 // A contiguous, uninitialised CPU tensor of three dimensions.
 inline torch::stable::Tensor pooled_empty(const torch::stable::Tensor& like, std::array<int64_t, 3> sizes,
                                           torch::headeronly::ScalarType dtype, size_t element_size) {
+  constexpr size_t kWorthwhile = 64 << 10;
   const size_t bytes = static_cast<size_t>(sizes[0] * sizes[1] * sizes[2]) * element_size;
-  if (!is_pooled(bytes)) return torch::stable::new_empty(like, {sizes[0], sizes[1], sizes[2]}, dtype);
+  if (!torch_from_blob || bytes < kWorthwhile) return torch::stable::new_empty(like, {sizes[0], sizes[1], sizes[2]}, dtype);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
   const std::array<int64_t, 3> strides{sizes[1] * sizes[2], sizes[2], 1};
-  return pooled_strided(bytes, 3, sizes.data(), strides.data(), dtype);
+  auto block = std::make_unique<ScratchPool::Block>(ScratchPool::of_this_thread().take(bytes));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(torch_from_blob(block->memory, 3, sizes.data(), strides.data(), 0, to<int32_t>(from(dtype)),
+                                         aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(), nullptr, 0,
+                                         pooled::give_back, block.get()));
+  block.release();  // the tensor's now
+  return torch::stable::Tensor(handle);
 }
 
 }  // namespace bmk
