@@ -213,7 +213,7 @@ class LayerNormLSTM(nn.Module):
 
     def _layer(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, norm_hh, norm_c = _normed(self.norm_ih[layer], self.ih[layer](x)), self.norm_hh[layer], self.norm_c[layer]
-        if not torch.compiler.is_compiling() and _registry.wanted(self.backend) in ("cuda", "triton"):
+        if not torch.compiler.is_compiling() and _registry.wanted(self.backend) == "cuda":
             return self._composed(a, h, c, self.hh[layer], norm_hh, norm_c)
         output, (h, c) = norm_lstm(
             a,

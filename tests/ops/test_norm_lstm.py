@@ -43,13 +43,13 @@ def run(drawn, backend, dtype):
     return {k: v.detach() for k, v in results.items()}, dict(zip(NAMES, grads))
 
 
-def check(draws, dtype):
+def check(draws, dtype, backend="cpu"):
     """All draws together: the largest error of torch's own in a few numbers is a matter of luck, in many it is a yardstick."""
     exact, baseline, actual = ([], [], [])
     for drawn in draws:
         exact.append(run(drawn, "torch", torch.float64))
         baseline.append(run(drawn, "torch", dtype))
-        actual.append(run(drawn, "cpu", dtype))
+        actual.append(run(drawn, backend, dtype))
     for part in (0, 1):
         for name in exact[0][part]:
             ours, theirs, truth = (

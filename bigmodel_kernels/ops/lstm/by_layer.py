@@ -150,7 +150,7 @@ def float_state(given: Tensor) -> Tensor:
     return given.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
-def _gradient_of_state(given: Tensor | None, like: Tensor) -> Tensor:
+def gradient_of_state(given: Tensor | None, like: Tensor) -> Tensor:
     if given is None:
         return torch.zeros(like.shape, dtype=torch.float32, device=like.device)
     return float_state(given)
@@ -186,7 +186,7 @@ def backward(
     parameters = split_weights(weights, num_layers * directions)
     projected = parameters[0][4] is not None
     gates, cells, c0 = gates.contiguous(), cells.contiguous(), c0.contiguous()
-    d_h, d_c = _gradient_of_state(d_h_n, h0), _gradient_of_state(d_c_n, c0)
+    d_h, d_c = gradient_of_state(d_h_n, h0), gradient_of_state(d_c_n, c0)
     d_y = output.new_zeros(tokens.count, width) if d_output is None else d_output.reshape(tokens.count, width)
     d_y = d_y.contiguous()
     d_gates = torch.empty(tokens.count, directions, 4 * units, dtype=x.dtype, device=x.device)

@@ -30,7 +30,7 @@ def norm_lstm(
         a: the input's part of the gates, with all biases.
         hx: hidden and cell state before the first step.
         eps, eps_c: added to the variances of the recurrent product and of the cell state.
-        backend: "auto", "cpu" or "torch".
+        backend: "auto", "cpu", "torch" or "triton".
 
     Returns:
         output [T, B, H], and the states (h, c) [B, H] after the last step.
