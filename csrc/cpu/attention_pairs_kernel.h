@@ -60,20 +60,6 @@ inline void pad_rows(bfloat16* pairs, int64_t count, int64_t padded) {
   std::fill(pairs + begin * padded, pairs + end * padded, bfloat16{});
 }
 
-// Rows packed in pairs [pair][columns][2], padded by pad_rows, as out[column * out_row + row]; columns are whole vectors.
-inline void transpose_pairs(bfloat16* out, int64_t out_row, const bfloat16* pairs, int64_t columns, int64_t rows) {
-  constexpr int64_t W = kLanes<float>;
-  for (int64_t r = 0; r < rows; r += 2 * W)
-    for (int64_t d = 0; d < columns; d += W) {
-      vec<float> x[W];  // the bits of pairs, only moved
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) std::memcpy(&x[i], pairs + r * columns + 2 * (i * columns + d), sizeof x[i]);
-      transpose_square<float>(x);
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < W; ++i) std::memcpy(out + (d + i) * out_row + r, &x[i], sizeof x[i]);
-    }
-}
-
 // A product of queries and keys in tiles, as scores: times `factor`.
 inline void tile_scores(const TileTask& task, const TileProduct& product, float factor) {
   task.multiply(product);

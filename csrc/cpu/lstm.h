@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "team.h"
+#include "tile_unit.h"
 
 namespace bmk {
 

@@ -117,12 +117,12 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   }
   const T* gates = layer.gates + d * shape.tokens * G;
   const T* cells = layer.cells + d * shape.tokens * H;
-  const auto product = [&](int64_t t, int64_t first, int64_t last) {
+  const auto product = [&](const TileTask& task, int64_t t, int64_t first, int64_t last) {
     const int64_t active = rows.count(shape.batch_sizes[t]);
     const GateRows<M> dgates = buffers.rows(shape.offsets[t] + rows.first, rows.stride);
     if constexpr (std::is_same_v<S, T>)
       if (direct) return gate_product_direct(active, dgates, layer.weights[d].w_hh, H, dh.get(), dh_row, P, first, last);
-    gate_product(active, dgates, buffers.w_hh.get(), dh.get(), dh_row, dh_row, first, last, false);
+    gate_product(task, active, dgates, buffers.w_hh.get(), dh.get(), dh_row, dh_row, first, last, false);
   };
   const auto pointwise = [&](int64_t t, int64_t first_unit, int64_t last_unit) {
     const int64_t active = rows.count(shape.batch_sizes[t]);
@@ -158,9 +158,10 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   // Every round: dh through W_hh from the step before, then this step's gates for the same units, so that threads sharing
   // the panels meet once a step. The rows of the step before have all ended or go on: dh keeps what others start from.
   for_team(share_panels, panels, [&](int64_t first, int64_t last, auto meet) {
+    const TileTask task(cell_in_tiles<M>(shape));
     for (int64_t s = 0; s <= shape.steps; ++s) {
       const auto step_at = [&](int64_t i) { return d == 0 ? shape.steps - 1 - i : i; };
-      if (s > 0) product(step_at(s - 1), first, last);
+      if (s > 0) product(task, step_at(s - 1), first, last);
       if (s < shape.steps && shape.projected) unproject(step_at(s));
       if (s < shape.steps) pointwise(step_at(s), shape.projected ? 0 : first * N, shape.projected ? H : std::min(last * N, H));
       meet();
@@ -194,12 +195,13 @@ void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute
     const int64_t share = std::clamp<int64_t>(units * inputs / (4 * threads), 1, kUnitPanels), parts = (units + share - 1) / share;
     const bool small = shape.tokens * G * (I + P) < 65536;
     torch::stable::parallel_for(0, inputs * parts, small ? inputs * parts : 1, [&](int64_t begin, int64_t end) {
+      const TileTask tiles(cell_in_tiles<M>(shape));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t input = task / parts, first = task % parts * share, last = std::min(first + share, units);
         const bool biases = input == 0 && out.b_ih;
         const auto gradient = [&](int64_t columns, int64_t column, auto row, S* d_w) {
-          weight_gradient<T>(static_cast<const M*>(buffers.dgates.get()), buffers.panel(), shape.tokens, first, last, H, columns, column,
-                             row, d_w, biases ? out.b_ih : nullptr, biases ? out.b_hh : nullptr);
+          weight_gradient<T>(tiles, static_cast<const M*>(buffers.dgates.get()), buffers.panel(), shape.tokens, first, last, H, columns,
+                             column, row, d_w, biases ? out.b_ih : nullptr, biases ? out.b_hh : nullptr);
         };
         if (input < h_panels)
           gradient(P, input * N, [&](int64_t token) { return before.get()[token]; }, out.w_hh);
@@ -244,8 +246,9 @@ void lstm_input_gradient(const LstmShape& shape, const LstmBackward<S, compute_t
   pack_gate_rows<T>(w_ih.get(), layer.weights[d].w_ih, shape.hidden, I);
   const int64_t blocks = (shape.tokens + kBlock - 1) / kBlock;
   torch::stable::parallel_for(0, blocks, small ? blocks : 1, [&](int64_t begin, int64_t end) {
+    const TileTask task(cell_in_tiles<M>(shape));
     for (int64_t token = begin * kBlock; token < std::min(end * kBlock, shape.tokens); token += kBlock)
-      gate_product(std::min(kBlock, shape.tokens - token), buffers.rows(token, 1), w_ih.get(), layer.d_x + token * I, I, I, 0, panels,
+      gate_product(task, std::min(kBlock, shape.tokens - token), buffers.rows(token, 1), w_ih.get(), layer.d_x + token * I, I, I, 0, panels,
                    d > 0);
   });
 }

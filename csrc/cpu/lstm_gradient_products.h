@@ -85,10 +85,20 @@ INLINE void fetch_panel(const GateRows<M>& a, int64_t panel, int64_t row, int64_
 // out[rows, columns of the panels first..last] (+)= dgates W, in chains of kSumDepth terms, W packed by pack_gate_rows. A run
 // of W as long as a chain stays in the first-level cache over all rows.
 template <class T, class M>
-void gate_product(int64_t rows, const GateRows<M>& a, const M* packed, T* out, int64_t out_row, int64_t columns, int64_t first,
-                  int64_t last, bool accumulate) {
+void gate_product(const TileTask& task, int64_t rows, const GateRows<M>& a, const M* packed, T* out, int64_t out_row, int64_t columns,
+                  int64_t first, int64_t last, bool accumulate) {
   constexpr int W = kLanes<T>;
   constexpr int64_t N = GradientTile<T>::kColumns, chain = kSumDepth / (4 * W);
+  if constexpr (std::is_same_v<M, bfloat16>)
+    if (task.tiled() && columns % kTileSide == 0) {
+      for (int64_t column = first * N; column < std::min(last * N, columns); column += N) {
+        const int64_t n = std::min(N, columns - column);
+        task.multiply({.rows = rows, .columns = n, .steps = a.depth(), .a = a.first, .a_row = a.row, .run = 4 * W, .a_run = a.panel,
+                       .b = packed + column * a.depth(), .b_pair = 2 * n, .b_block = 4 * kTileSide, .c = out + column, .c_row = out_row,
+                       .add = accumulate});
+      }
+      return;
+    }
   for (int64_t column = first * N; column < std::min(last * N, columns); column += N)
     with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value, R = GradientTile<T>::rows(NV);
@@ -188,8 +198,8 @@ inline constexpr int64_t kTokenBlock = 4 * kTokenChain, kUnitPanels = 16;
 // Rows of the weight gradients that belong to the panels [first, last) of units, for one panel of inputs: d_w[4 H, columns]
 // from `column` on, and the biases' too if d_bias is not null. dgates: of panel 0, the next one `panel_size` elements on.
 template <class T, class M, class S, class Row>
-void weight_gradient(const M* dgates, int64_t panel_size, int64_t tokens, int64_t first, int64_t last, int64_t hidden, int64_t columns,
-                     int64_t column, Row row, S* d_w, S* d_b_ih, S* d_b_hh) {
+void weight_gradient(const TileTask& task, const M* dgates, int64_t panel_size, int64_t tokens, int64_t first, int64_t last,
+                     int64_t hidden, int64_t columns, int64_t column, Row row, S* d_w, S* d_b_ih, S* d_b_hh) {
   constexpr int W = kLanes<T>, G = 4 * W;
   const int64_t n = std::min<int64_t>(GradientTile<T>::kColumns, columns - column);
   with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
@@ -201,10 +211,19 @@ void weight_gradient(const M* dgates, int64_t panel_size, int64_t tokens, int64_
     for (int64_t token = 0; token < tokens; token += kTokenBlock) {
       const int64_t count = std::min(kTokenBlock, tokens - token);
       pack_tokens<T>(block.get(), count, NV, n, [&](int64_t t) { return row(token + t) + column; });
+      if (task.tiled()) std::fill(block + (count + 1) / 2 * 2 * N, block + (count + kTileSteps - 1) / kTileSteps * kTileSteps * N, M{});
       for (int64_t p = first; p < last; ++p) {
         const M* these = dgates + p * panel_size + token * G;
         const M* next = p + 1 < last ? these + panel_size : dgates + first * panel_size + (token + count) * G;
-        weight_gradient_panel<NV>(these, block.get(), count, next, sums + (p - first) * G * N);
+        T* panel_sums = sums + (p - first) * G * N;
+        if constexpr (std::is_same_v<M, bfloat16>) {
+          if (task.tiled())
+            weight_gradient_in_tiles(task, these, block.get(), count, N, panel_sums);
+          else
+            weight_gradient_panel<NV>(these, block.get(), count, next, panel_sums);
+        } else {
+          weight_gradient_panel<NV>(these, block.get(), count, next, panel_sums);
+        }
         if (d_b_ih) bias_gradient_panel(these, count, bias + (p - first) * G);
       }
     }

@@ -52,6 +52,7 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
   for_team(share_panels, padded<T>(H) / kLanes<T>, [&](int64_t first, int64_t last, auto meet) {
     M *h = h_memory, *h_next = h + count * h_row;
     T* own_x = x_memory + converted * members++;
+    const TileTask task(cell && cell_in_tiles<M>(shape));
     for (int64_t s = 0; s < shape.steps; ++s) {
       const int64_t t = d == 0 ? s : shape.steps - 1 - s;
       const int64_t active = rows.count(shape.batch_sizes[t]);
@@ -93,7 +94,7 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
         step.cells = layer.cells + (d * shape.tokens + token) * H;
       }
       if (cell)
-        lstm_step(shape, *cell, step, first, last);
+        lstm_step(task, shape, *cell, step, first, last);
       else
         lstm_step_direct(shape, layer.weights[d], step, layer.x + token * shape.input, first, last);
       if constexpr (std::is_same_v<T, M>)
@@ -124,12 +125,13 @@ void lstm_input_product(const LstmShape& shape, const S* x, const PackedCell<com
   const bool small = shape.tokens * shape.gates() * I < 65536;
   torch::stable::parallel_for(0, cell.panels, small ? cell.panels : 1, [&](int64_t begin, int64_t end) {
     alignas(64) T gates[kRowBlock * 4 * W];
+    const TileTask task(cell_in_tiles<M>(shape));
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t units = std::min<int64_t>(W, H - panel * W);
       for (int64_t token = 0; token < shape.tokens; token += kRowBlock) {
         const int64_t count = std::min(kRowBlock, shape.tokens - token);
         std::fill_n(gates, count * 4 * W, T(0));
-        add_product(count, gates, rows + token * I, I, cell.w_ih.get() + panel * I * 4 * W, I);
+        add_product(task, count, gates, rows + token * I, I, cell.w_ih.get() + panel * I * 4 * W, I);
         for (int64_t r = 0; r < count; ++r)
           for (int gate = 0; gate < 4; ++gate)
             store_partial(product + (token + r) * 4 * H + gate * H + panel * W, load(gates + (r * 4 + gate) * W), units);

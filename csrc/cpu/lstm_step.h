@@ -2,6 +2,8 @@
 // layer. Included by lstm_kernel.h.
 #include "tiles.h"
 
+#include "tile_product.h"
+
 template <class T, class S>
 INLINE void load_row(T* out, const S* source, int64_t n, int64_t row) {
   for (int64_t j = 0; j < n; ++j) out[j] = from_compute<T>(to_compute(source[j]));
@@ -244,11 +246,23 @@ INLINE void add_products_rows(int64_t rows, T* gates, const M* a, int64_t a_row,
   }
 }
 
+// Whether the bfloat16 numbers of a layer are multiplied in tiles where the steps come in whole ones. A matter of the shape alone;
+// a tile of a few rows takes about the time of their dot products.
+template <class M>
+bool cell_in_tiles(const LstmShape& shape) {
+  constexpr int64_t kFewestSequences = 4;
+  return std::is_same_v<M, bfloat16> && in_tiles() && shape.batch >= kFewestSequences;
+}
+
 // The same for any number of rows. They are dealt out evenly to the tiles: a tile of one or two rows would wait for its few
 // accumulators.
 template <class T, class M>
-INLINE void add_product(int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
+INLINE void add_product(const TileTask& task, int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
   constexpr int R = CellTile<T>::kRows, W = kLanes<T>;
+  if constexpr (std::is_same_v<M, bfloat16>)
+    if (task.tiled() && depth % kTileSteps == 0)
+      return task.multiply({.rows = rows, .columns = 4 * W, .steps = depth, .a = a, .a_row = a_row, .b = panel, .b_pair = 8 * W,
+                            .b_block = 4 * kTileSide, .c = gates, .c_row = 4 * W, .add = true});
   const int64_t tiles = (rows + R - 1) / R;
   for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth)
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -302,7 +316,8 @@ INLINE void fetch_next_input(const CellStep<S, M>& step, int64_t input, int64_t 
 
 // All active sequences x the panels [first, last).
 template <class S, class M>
-void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, const CellStep<S, M>& step, int64_t first, int64_t last) {
+void lstm_step(const TileTask& task, const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, const CellStep<S, M>& step,
+               int64_t first, int64_t last) {
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
   alignas(64) T gates[kRowBlock * 4 * W];
@@ -323,8 +338,8 @@ void lstm_step(const LstmShape& shape, const PackedCell<compute_t<S>, M>& cell, 
           store(gates + (r * 4 + g) * W, start);
         }
       if (step.x)
-        add_product(rows, gates, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
-      add_product(rows, gates, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
+        add_product(task, rows, gates, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
+      add_product(task, rows, gates, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
       cell_pointwise(shape, step, row, rows, panel, gates);
     }
   }

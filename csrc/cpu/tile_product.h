@@ -4,7 +4,7 @@
 // A block of 2 x 2 tiles of C takes 2 tiles of A and 2 of B for 4 multiplications: a load for each. A multiplication of
 // 16 x 16 x 32 takes 16 cycles of the unit and a load of 16 lines 8 of the two load ports, so that loads take half of the time.
 // Floor: 1024 operations a cycle and core, eight times the dot products' peak where those are one a cycle.
-// Everything is padded to whole tiles with zeros by those who pack: one configuration serves all products.
+// Columns and steps are padded to whole tiles with zeros by those who pack. The last rows have a configuration of their own.
 
 inline constexpr int64_t kTileSide = 16, kTileSteps = 32;  // rows and columns of a tile of C, steps of A and B
 
@@ -12,9 +12,10 @@ inline constexpr int64_t kTileSide = 16, kTileSteps = 32;  // rows and columns o
 inline bool in_tiles() { return selected_tiles() != Tiles::none; }
 
 struct TileProduct {
-  int64_t rows, columns, steps;  // of 16, 16 and 32
+  int64_t rows, columns, steps;  // any, of 16 and of 32
   const bfloat16* a;
   int64_t a_row;
+  int64_t run = int64_t{1} << 40, a_run = 0;  // so many steps lie side by side, the next ones a_run further on; of 32
   const bfloat16* b;
   int64_t b_pair, b_block;  // from a pair of steps to the next, and from 32 columns to the next
   float* c;
@@ -39,7 +40,10 @@ INLINE void multiply_block(const TileProduct& p, int64_t row, int64_t column) {
     if constexpr (MT == 2) Unit::template zero<2>();
     if constexpr (MT == 2 && NT == 2) Unit::template zero<3>();
   }
+  int64_t left = p.run;
   for (int64_t k = 0; k < p.steps; k += kTileSteps, a += kTileSteps, b += kTileSteps / 2 * p.b_pair) {
+    if (left == 0) a += p.a_run - p.run, left = p.run;
+    left -= kTileSteps;
     Unit::template load<4>(a, a_row);
     Unit::template load<6>(b, b_pair);
     Unit::template multiply<0, 4, 6>();
@@ -59,41 +63,70 @@ INLINE void multiply_block(const TileProduct& p, int64_t row, int64_t column) {
   if constexpr (MT == 2 && NT == 2) Unit::template store<3>(below + kTileSide, c_row);
 }
 
+template <class Unit, int MT>
+INLINE void multiply_rows(const TileProduct& p, int64_t row, int64_t column) {
+  if (p.columns - column > kTileSide)
+    multiply_block<Unit, MT, 2>(p, row, column);
+  else
+    multiply_block<Unit, MT, 1>(p, row, column);
+}
+
+// `configured`: the rows of the tiles that the unit is configured for.
 template <class Unit>
-void multiply_in_tiles(const TileProduct& p) {
-  for (int64_t column = 0; column < p.columns; column += 2 * kTileSide)
-    for (int64_t row = 0; row < p.rows; row += 2 * kTileSide) {
-      const bool two_rows = p.rows - row > kTileSide, two_columns = p.columns - column > kTileSide;
-      if (two_rows && two_columns)
-        multiply_block<Unit, 2, 2>(p, row, column);
-      else if (two_rows)
-        multiply_block<Unit, 2, 1>(p, row, column);
-      else if (two_columns)
-        multiply_block<Unit, 1, 2>(p, row, column);
+void multiply_in_tiles(const TileProduct& p, int64_t& configured) {
+  const auto configure = [&](int64_t rows) {
+    if (configured != rows) Unit::configure(TileConfig::of_rows(static_cast<int>(rows)));
+    configured = rows;
+  };
+  const int64_t whole = p.rows / kTileSide * kTileSide, left = p.rows - whole;
+  if (whole) configure(kTileSide);
+  for (int64_t column = 0; column < p.columns && whole; column += 2 * kTileSide)
+    for (int64_t row = 0; row < whole; row += 2 * kTileSide) {
+      if (whole - row > kTileSide)
+        multiply_rows<Unit, 2>(p, row, column);
       else
-        multiply_block<Unit, 1, 1>(p, row, column);
+        multiply_rows<Unit, 1>(p, row, column);
+    }
+  if (left) configure(left);
+  for (int64_t column = 0; column < p.columns && left; column += 2 * kTileSide) multiply_rows<Unit, 1>(p, whole, column);
+}
+
+// Rows packed in pairs [pair][columns][2] as out[column * out_row + row]; columns are whole vectors, rows are of 32.
+inline void transpose_pairs(bfloat16* out, int64_t out_row, const bfloat16* pairs, int64_t columns, int64_t rows) {
+  constexpr int64_t W = kLanes<float>;
+  for (int64_t r = 0; r < rows; r += 2 * W)
+    for (int64_t d = 0; d < columns; d += W) {
+      vec<float> x[W];  // the bits of pairs, only moved
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) std::memcpy(&x[i], pairs + r * columns + 2 * (i * columns + d), sizeof x[i]);
+      transpose(x);
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < W; ++i) std::memcpy(out + (d + i) * out_row + r, &x[i], sizeof x[i]);
     }
 }
 
-// Holds the unit configured for the products of a thread's task, where they are formed in tiles.
+// The unit during a task of one thread, which keeps its configuration from product to product and releases it at the end.
+// Nothing else may use the unit of that thread meanwhile.
 class TileTask {
  public:
-  explicit TileTask(bool tiled) {
-    if (!tiled) return;
-    if (selected_tiles() == Tiles::hardware)
-      hardware_.emplace(TileConfig::whole());
-    else
-      software_.emplace(TileConfig::whole());
+  explicit TileTask(bool tiled) : unit_(tiled ? selected_tiles() : Tiles::none) {}
+  ~TileTask() {
+    if (unit_ == Tiles::hardware) HardwareTiles::release();
+    if (unit_ == Tiles::software) SoftwareTiles::release();
   }
+  TileTask(const TileTask&) = delete;
+  TileTask& operator=(const TileTask&) = delete;
+
+  bool tiled() const { return unit_ != Tiles::none; }
 
   void multiply(const TileProduct& product) const {
-    if (hardware_)
-      multiply_in_tiles<HardwareTiles>(product);
+    if (unit_ == Tiles::hardware)
+      multiply_in_tiles<HardwareTiles>(product, configured_);
     else
-      multiply_in_tiles<SoftwareTiles>(product);
+      multiply_in_tiles<SoftwareTiles>(product, configured_);
   }
 
  private:
-  std::optional<ConfiguredTiles<HardwareTiles>> hardware_;
-  std::optional<ConfiguredTiles<SoftwareTiles>> software_;
+  const Tiles unit_;
+  mutable int64_t configured_ = 0;  // rows
 };

@@ -135,7 +135,8 @@ void SoftwareTiles::multiply_tiles(int c, int a, int b) {
 
 // ---- whether the unit of the processor may be used ---------------------------------------------------------------
 
-// Small integers, whose sums are exact in any order; each entry of a tile differs from its neighbours.
+// Small integers, whose sums are exact in any order; each entry of a tile differs from its neighbours. Every tile takes part, in
+// the shapes of TileConfig::of_rows.
 template <class Unit>
 std::string check_tiles() {
   constexpr int kSteps = 32, kColumns = 16;
@@ -152,10 +153,9 @@ std::string check_tiles() {
       c[m][n] = expected[m][n] = number(m + n);
       for (int k = 0; k < kSteps; ++k) expected[m][n] += 2 * number(5 * m + 3 * k) * number(7 * k + 4 * n + 1);
     }
-  // Every tile takes part: C in tiles 0 to 3, A in 4 and 5, B in 6 and 7, as in the kernels' blocks.
-  float results[4][kTileLines][kColumns];
-  {
-    const ConfiguredTiles<Unit> configured(TileConfig::whole());
+  for (int rows = 1; rows <= kTileLines; ++rows) {
+    float results[4][kTileLines][kColumns] = {};
+    Unit::configure(TileConfig::of_rows(rows));
     Unit::template load<0>(c, sizeof c[0]);
     Unit::template load<1>(c, sizeof c[0]);
     Unit::template load<2>(c, sizeof c[0]);
@@ -174,11 +174,14 @@ std::string check_tiles() {
     Unit::template store<1>(results[1], sizeof c[0]);
     Unit::template store<2>(results[2], sizeof c[0]);
     Unit::template store<3>(results[3], sizeof c[0]);
+    Unit::release();
+    for (int tile = 0; tile < 4; ++tile)
+      for (int m = 0; m < kTileLines; ++m)
+        for (int n = 0; n < kColumns; ++n) {
+          const float right = m < rows ? expected[m][n] - (tile == 3 ? c[m][n] : 0) : 0;
+          if (results[tile][m][n] != right) return "its products are wrong";
+        }
   }
-  for (int tile = 0; tile < 4; ++tile)
-    for (int m = 0; m < kTileLines; ++m)
-      for (int n = 0; n < kColumns; ++n)
-        if (results[tile][m][n] + (tile == 3 ? c[m][n] : 0) != expected[m][n]) return "its products are wrong";
   return "";
 }
 template std::string check_tiles<SoftwareTiles>();

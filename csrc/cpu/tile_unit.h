@@ -4,7 +4,7 @@
 //
 // Two units have one interface: HardwareTiles is the instructions, SoftwareTiles does the same in plain C++, with what would
 // raise an exception of the processor thrown as std::runtime_error, so that kernels are tested where there is no such unit.
-// A thread configures the unit before it uses it and releases it afterwards: see TileScope.
+// A thread configures the unit before it uses it and releases it afterwards: see TileTask in tile_product.h.
 #pragma once
 
 #include <cstdint>
@@ -20,10 +20,13 @@ struct alignas(64) TileConfig {
   uint16_t row_bytes[16] = {};
   uint8_t rows[16] = {};
 
-  // Every tile of the full size.
-  static TileConfig whole() {
+  // Tiles 0 to 3 for C, 4 and 5 for A, 6 and 7 for B, of the full size but for the rows of C and A.
+  static TileConfig of_rows(int rows) {
     TileConfig config;
-    for (int t = 0; t < kTiles; ++t) config.row_bytes[t] = kTileBytes, config.rows[t] = kTileLines;
+    for (int t = 0; t < kTiles; ++t) {
+      config.row_bytes[t] = kTileBytes;
+      config.rows[t] = static_cast<uint8_t>(t < 6 ? rows : kTileLines);
+    }
     return config;
   }
 };
@@ -97,15 +100,5 @@ const std::string& why_no_tiles();
 // Multiplies numbers with `Unit` and by scalar arithmetic; what is wrong with the unit, or an empty string.
 template <class Unit>
 std::string check_tiles();
-
-// Holds this thread's unit configured. Nothing else in the scope may use the unit.
-template <class Unit>
-class ConfiguredTiles {
- public:
-  explicit ConfiguredTiles(const TileConfig& config) { Unit::configure(config); }
-  ~ConfiguredTiles() { Unit::release(); }
-  ConfiguredTiles(const ConfiguredTiles&) = delete;
-  ConfiguredTiles& operator=(const ConfiguredTiles&) = delete;
-};
 
 }  // namespace bmk

@@ -80,7 +80,7 @@ void check_faults() {
   faults("a load without a configuration", [&] { SoftwareTiles::load<0>(memory, 64); });
   faults("a product without a configuration", [] { SoftwareTiles::multiply<0, 4, 6>(); });
   const auto with = [](auto change) {
-    TileConfig config = TileConfig::whole();
+    TileConfig config = TileConfig::of_rows(16);
     change(config);
     SoftwareTiles::configure(config);
   };
@@ -119,12 +119,13 @@ std::vector<float> multiply_once(int rows, int columns, int pairs, const std::ve
   TileConfig config;
   config.rows[1] = config.rows[5] = static_cast<uint8_t>(rows), config.rows[7] = static_cast<uint8_t>(pairs);
   config.row_bytes[1] = config.row_bytes[7] = static_cast<uint16_t>(4 * columns), config.row_bytes[5] = static_cast<uint16_t>(4 * pairs);
-  const bmk::ConfiguredTiles<Unit> configured(config);
+  Unit::configure(config);
   Unit::template load<1>(c.data(), 80);
   Unit::template load<5>(a.data(), 68);
   Unit::template load<7>(b.data(), 72);
   Unit::template multiply<1, 5, 7>();
   Unit::template store<1>(c.data(), 80);
+  Unit::release();
   return c;
 }
 
@@ -164,18 +165,22 @@ void check_shapes(bool hardware) {
 
 template <class Unit>
 std::vector<float> product(TileProduct p, std::vector<float> c) {
-  const bmk::ConfiguredTiles<Unit> configured(TileConfig::whole());
   p.c = c.data();
-  bmk::avx512::multiply_in_tiles<Unit>(p);
+  int64_t configured = 0;
+  bmk::avx512::multiply_in_tiles<Unit>(p, configured);
+  Unit::release();
   return c;
 }
 
 void check_products(bool hardware) {
   for (int trial = 0; trial < 24; ++trial) {
-    const int64_t rows = 16 * (1 + draw() % 3), columns = 16 * (1 + draw() % 5), steps = 32 * (1 + draw() % 3), blocks = (columns + 31) / 32;
-    const std::vector<bfloat16> a = matrix(rows * (steps + 8), Numbers::normal), b = matrix(blocks * steps * 32, Numbers::normal);
+    const int64_t rows = 1 + draw() % 50, columns = 16 * (1 + draw() % 5), steps = 32 * (1 + draw() % 3), blocks = (columns + 31) / 32;
+    // Runs of 32 steps or one row of all of them; a run of all rows lies before the next.
+    const bool runs = trial % 3 == 0;
+    const int64_t run = runs ? 32 : steps, a_row = run + 8, a_run = rows * a_row;
+    const std::vector<bfloat16> a = matrix(steps / run * a_run, Numbers::normal), b = matrix(blocks * steps * 32, Numbers::normal);
     std::vector<float> c(rows * (columns + 4), 0.5f);
-    const TileProduct p{.rows = rows, .columns = columns, .steps = steps, .a = a.data(), .a_row = steps + 8, .b = b.data(), .b_pair = 64,
+    const TileProduct p{.rows = rows, .columns = columns, .steps = steps, .a = a.data(), .a_row = a_row, .run = run, .a_run = a_run, .b = b.data(), .b_pair = 64,
                         .b_block = steps * 32, .c = nullptr, .c_row = columns + 4, .add = trial % 2 == 1};
     const std::vector<float> software = product<SoftwareTiles>(p, c);
     for (int64_t i = 0; i < rows; ++i)
@@ -185,7 +190,7 @@ void check_products(bool hardware) {
           sum = p.add ? 0.5 : 0;
           for (int64_t k = 0; k < steps; ++k) {
             const double term =
-                double{to_float(a[i * p.a_row + k])} * to_float(b[j / 32 * p.b_block + k / 2 * p.b_pair + 2 * (j % 32) + k % 2]);
+                double{to_float(a[k / run * a_run + i * a_row + k % run])} * to_float(b[j / 32 * p.b_block + k / 2 * p.b_pair + 2 * (j % 32) + k % 2]);
             sum += term, size += std::fabs(term);
           }
         }
@@ -203,10 +208,11 @@ void check_threads() {
       float c[256], out[256];
       for (int i = 0; i < 256; ++i) c[i] = static_cast<float>(1000 * t + i);
       for (int round = 0; round < 200; ++round) {
-        const bmk::ConfiguredTiles<HardwareTiles> configured(TileConfig::whole());
+        HardwareTiles::configure(TileConfig::of_rows(16));
         HardwareTiles::load<3>(c, 64);
         sched_yield();
         HardwareTiles::store<3>(out, 64);
+        HardwareTiles::release();
         if (std::memcmp(c, out, sizeof c)) std::printf("WRONG: thread %d lost its tiles\n", t), std::_Exit(1);
       }
     });
