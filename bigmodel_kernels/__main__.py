@@ -69,6 +69,10 @@ def show(info: dict) -> None:
 
 
 def _tune(arguments: argparse.Namespace) -> int:
+    if arguments.cpu:
+        from bigmodel_kernels.cpu_tune import run as run_on_cpu
+
+        return run_on_cpu(arguments.quick)
     if importlib.util.find_spec("triton") is None:
         print("tune needs triton: pip install triton", file=sys.stderr)
         return 2
@@ -91,6 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", action="append", choices=("bfloat16", "float16", "float32"), help="only this; may be repeated"
     )
     tune.add_argument("--quick", action="store_true", help="fewer sizes and candidates")
+    tune.add_argument(
+        "--cpu", action="store_true", help="instead: on a CPU with AMX, whether bfloat16 is faster here or in PyTorch"
+    )
     arguments = parser.parse_args(argv)
     if arguments.command == "tune":
         return _tune(arguments)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from bigmodel_kernels import _extension
+from bigmodel_kernels import _tuned
+from bigmodel_kernels._extension import build_info
 
+TILED = ("amx", "amx_emulated")  # `isa` where products of bfloat16 numbers are formed in tiles
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -24,18 +28,43 @@ def reason(t: torch.Tensor, name: str = "x") -> str | None:
 @functools.cache
 def dot_products() -> bool:
     """Whether the kernels multiply bfloat16 by the CPU's dot products and PyTorch has nothing better, which AMX tiles are."""
-    bindings = _extension.bindings
-    return bindings is not None and bindings.isa() == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+    return build_info().get("isa") == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
 
 
 @functools.cache
 def vendor() -> str:
     """The processor's maker as Linux names it, such as GenuineIntel or AuthenticAMD; empty where it does not tell."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return ""
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("vendor_id")), "")
+    return _cpuinfo("vendor_id")
+
+
+def tiles_key() -> dict[str, Any]:
+    """What a choice between the kernels' products in tiles and PyTorch's was measured with; see cpu_tune.py."""
+    here = Path(__file__).parent
+    return {
+        "format": _tuned.FORMAT,
+        "kernels": hashlib.sha256((here / "_native.so").read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "cpu": _cpuinfo("model name"),
+        "isa": build_info()["isa"],
+        "threads": torch.get_num_threads(),
+    }
+
+
+@functools.cache
+def tiles_preferred(family: str) -> bool:
+    """Whether `python -m bigmodel_kernels tune --cpu` found this family faster in tiles than PyTorch's own on this CPU."""
+    if build_info().get("isa") not in TILED:
+        return False
+    entry = _tuned.load(tiles_key()).get(family)
+    return entry is not None and entry["constants"].get("ours") == 1
 
 
 @functools.cache

@@ -2,7 +2,8 @@
 
 One JSON file per GPU, in `$XDG_CACHE_HOME/bigmodel_kernels` (mode 0700). It is read once, at the first launch on that GPU, which
 costs a millisecond and touches no CUDA stream; nothing is ever tuned by itself. It counts only as long as the kernels' sources,
-Triton, the driver and the GPU are those it was measured with, and only if nobody else can write it.
+Triton, the driver and the GPU are those it was measured with, and only if nobody else can write it. What `tune --cpu` measured
+(cpu_tune.py) is kept in the same way, in a file of the processor.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import triton
 
 FORMAT = 1
 LARGEST_FILE = 1 << 20  # bytes
@@ -130,6 +130,8 @@ def driver_version() -> str:
 
 def key(device: int) -> dict[str, Any]:
     """What a file of tuned constants was measured with."""
+    import triton
+
     properties = torch.cuda.get_device_properties(device)
     return {
         "format": FORMAT,
@@ -143,8 +145,9 @@ def key(device: int) -> dict[str, Any]:
 
 
 def path_of(key: dict[str, Any]) -> Path:
-    name = re.sub(r"[^A-Za-z0-9]+", "-", key["gpu"]).strip("-")
-    return folder() / f"triton-{name}-{key['capability']}.json"
+    of_gpu = "gpu" in key
+    name = re.sub(r"[^A-Za-z0-9]+", "-", key["gpu" if of_gpu else "cpu"]).strip("-")
+    return folder() / (f"triton-{name}-{key['capability']}.json" if of_gpu else f"cpu-{name}.json")
 
 
 @cached
@@ -163,7 +166,7 @@ def load(expected: dict[str, Any]) -> dict[str, dict]:
     except (OSError, ValueError) as error:
         warnings.warn(
             f"{path} is ignored, and the checked-in configurations are used: {error}. "
-            "To measure anew: python -m bigmodel_kernels tune",
+            f"To measure anew: python -m bigmodel_kernels tune{'' if 'gpu' in expected else ' --cpu'}",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -15,6 +15,7 @@ from bigmodel_kernels.testing import assert_matches, make
 
 # T, B, I, H: single elements, odd sizes, and sizes just below, at and above what a tile or a vector holds.
 SIZES = [
+    (6, 21, 32, 64),
     (1, 1, 1, 1),
     (1, 5, 3, 4),
     (2, 1, 7, 16),
@@ -391,16 +392,24 @@ def test_dropout_of_everything():
     torch.testing.assert_close(output, expected)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "avx512_bf16", "amx_emulated"])
 def test_other_instruction_sets(isa):
     best = bmk.build_info()["isa"]
-    if isa == best or (isa == "avx512" and best != "avx512_bf16"):
+    above = {
+        "avx2": ("avx512", "avx512_bf16", "amx"),
+        "avx512": ("avx512_bf16", "amx"),
+        "avx512_bf16": ("amx",),
+        "amx_emulated": ("avx512_bf16", "amx"),
+    }
+    if isa == best or best not in above.get(isa, (best,)):
         pytest.skip(f"this CPU has {best}: {'the other tests run it' if isa == best else 'not ' + isa}")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"BIGMODEL_ISA": isa}
     show = "import bigmodel_kernels as b; print(b.build_info()['isa'])"
     found = subprocess.run([sys.executable, "-c", show], env=environment, capture_output=True, text=True, check=True)
     assert found.stdout.strip() == isa
     chosen = "test_matches_float64 and (plain or packed_all) or threads and stacked or saturated"
+    if isa.startswith("amx"):  # which multiply bfloat16 only
+        chosen = "test_matches_float64 and bfloat16 or shared_steps"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-4000:]

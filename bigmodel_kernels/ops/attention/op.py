@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from bigmodel_kernels import _registry
+from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._library import Op, autocast
 from bigmodel_kernels.ops.attention import reference
 
@@ -286,14 +286,16 @@ def prefer(
 ) -> tuple[str, ...]:  # fmt: skip
     """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag but in small plain calls, all overhead.
 
-    PyTorch multiplies bfloat16 on AMX tiles where the machine has any; there its kernel is kept for all but decoding.
+    PyTorch multiplies bfloat16 on AMX tiles where the machine has any; there its kernel is kept for all but decoding, until
+    `python -m bigmodel_kernels tune --cpu` has found ours faster.
     What masks anything out is never given to PyTorch's kernels: NaNs behind the mask would come through.
     """
     masked = attn_mask is not None or window_left >= 0 or window_right >= 0
     if masked or dropout_p > 0 or softcap > 0 or alibi_slopes is not None or return_lse:
         return ("cpu", "torch")
     if q.dtype == torch.bfloat16:
-        return ("torch",) if q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported() else ("cpu", "torch")
+        theirs = q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported() and not _cpu.tiles_preferred("attention")
+        return ("torch",) if theirs else ("cpu", "torch")
     operations = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
     return ("torch",) if operations < _SMALL else ("cpu", "torch")
 

@@ -7,13 +7,12 @@ import functools
 import torch
 
 from bigmodel_kernels import _cpu
-from bigmodel_kernels._extension import build_info
 
 
 @functools.cache
 def dots() -> bool:
-    """Whether the kernels' products of bfloat16 numbers keep up with oneDNN's: by dot products, where it has no AMX."""
-    return build_info().get("isa") == "avx512_bf16" and not torch.cpu._is_amx_tile_supported()
+    """Whether the kernels' products of bfloat16 numbers keep up with oneDNN's: dot products do, where it has no AMX."""
+    return _cpu.tiles_preferred("lstm") if torch.cpu._is_amx_tile_supported() else _cpu.dot_products()
 
 
 def supports(x, h0, c0, weights, batch_sizes, *rest) -> str | None:
