@@ -96,3 +96,27 @@ INLINE void with_activation(Activation a, F f) {
 #undef CASE
   }
 }
+
+template <class T>
+NOINLINE void activate_vectors(vec<T>* z, int count, Activation a, T slope) {
+  with_activation(a, [&](auto kind) {
+    for (int i = 0; i < count; ++i) z[i] = activate<kind.value>(z[i], slope);
+  });
+}
+
+// An activation chosen at run time, for large code that is not worth a copy for each: none and relu are one comparison.
+template <class T>
+struct AnyActivation {
+  Activation kind;
+  T slope, floor;
+  AnyActivation(Activation kind, T slope)
+      : kind(kind), slope(slope), floor(kind == Activation::relu ? T(0) : -std::numeric_limits<T>::infinity()) {}
+  bool is_floor() const { return kind == Activation::none || kind == Activation::relu; }
+  INLINE vec<T> at_floor(vec<T> z) const { return z < floor ? broadcast(floor) : z; }
+  INLINE vec<T> operator()(vec<T> z) const {
+    if (__builtin_expect(is_floor(), 1)) return at_floor(z);
+    vec<T> copy[1] = {z};
+    activate_vectors<T>(copy, 1, kind, slope);
+    return copy[0];
+  }
+};

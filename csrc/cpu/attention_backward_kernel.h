@@ -91,7 +91,7 @@ struct GradBlock {
   T dk_factor() const { return kPaired ? static_cast<T>(a.scale) : scores.capped ? static_cast<T>(a.softcap) : T(1); }
 
   template <class S>
-  void load_keys(int64_t group, int64_t first_key) {
+  NOINLINE void load_keys(int64_t group, int64_t first_key) {
     k0 = first_key, n = std::min(kKeys, a.k_len - k0);
     const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
     const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
@@ -115,7 +115,7 @@ struct GradBlock {
   }
 
   template <class S>
-  void load_rows(const RowBlock<T>& rows) {
+  NOINLINE void load_rows(const RowBlock<T>& rows) {
     const T infinity = std::numeric_limits<T>::infinity();
     const int64_t padded = round_up(rows.tiles * kTileRows<T>, tiled ? kTileSide : 1);
     std::fill(q + rows.count * depth_ld, q + padded * depth_ld, A{});
@@ -151,7 +151,7 @@ struct GradBlock {
 
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
   // cap_slope: ds is the gradient of the product (with softcap), not of the score that the mask is added to.
-  void probabilities(const RowBlock<T>& rows, bool cap_slope) {
+  NOINLINE void probabilities(const RowBlock<T>& rows, bool cap_slope) {
     constexpr int64_t R = kTileRows<T>, P = kPanel<T>;
     if constexpr (kPaired) {
       const int64_t end = row_elements<T>(n, tiled);
@@ -291,7 +291,7 @@ struct GradBlock {
   }
 
   // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
-  void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c) const {
+  NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c) const {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {
@@ -339,7 +339,7 @@ struct GradBlock {
   }
 
   // dq[rows, depth_ld] += ds k
-  void add_dq(const RowBlock<T>& rows, T* dq) {
+  NOINLINE void add_dq(const RowBlock<T>& rows, T* dq) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     if constexpr (kPaired)
       for (int64_t strip = 0; strip < rows.tiles && tiled; strip += strip_tiles) {

@@ -73,7 +73,7 @@ INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n) {
 
 // What is added to the scores of row r for keys k0 .. k0 + n; -inf excludes a key.
 template <class T>
-inline void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
+NOINLINE void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
   const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r], stride = a.mask.stride[3];
   switch (a.mask_type) {
     case MaskType::none: std::fill(out, out + n, T(0)); break;
@@ -94,7 +94,7 @@ inline void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, i
 // when it is at least p * 2^32. So one round of 16 lanes serves 64 keys, whatever the tiling.
 // keep[0 .. n) = 1 or 0 for keys k0 .. k0 + n; k0 a multiple of 64, room for a multiple of 64.
 template <class T>
-inline void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
+NOINLINE void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
   const uint32_t threshold = static_cast<uint32_t>(std::min(a.dropout_p * 4294967296.0, 4294967295.0));
   const uint32_t row = static_cast<uint32_t>(rows.query[r]);
   const uint32_t head = static_cast<uint32_t>(rows.batch * a.heads + rows.head[r]);

@@ -241,8 +241,8 @@ INLINE vec<T> pack_row(T* out, const S* row, int64_t stride, int64_t n, int64_t 
 // Keys first .. first + count of a [keys, depth] matrix, transposed to panels of [depth][kPanel]; keys past the end are 0.
 // The depth is padded for tiles of bfloat16 numbers only.
 template <class T, class S>
-inline void pack_transposed(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
-                            int64_t /*padded*/) {
+NOINLINE void pack_transposed(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t depth,
+                              int64_t /*padded*/) {
   constexpr int64_t W = kLanes<T>, P = kPanel<T>;
   for (int64_t j = 0; j < round_up(count, P); j += W) {
     T* out = packed + j / P * P * depth + j % P;
@@ -273,7 +273,7 @@ struct SetAside {
   void clear() { rows.clear(), values.clear(); }
 
   // Takes the rows with such values out of packed[count][width], whose first row has the number `first`; false where there are none.
-  bool take(T* packed, int64_t count, int64_t width, int64_t first) {
+  NOINLINE bool take(T* packed, int64_t count, int64_t width, int64_t first) {
     const size_t before = rows.size();
     for (int64_t r = 0; r < count; ++r) {
       T* row = packed + r * width;
@@ -301,8 +301,8 @@ struct SetAside {
 
 // Packs rows first .. first + count of a matrix to packed[count][padded], what is not finite set aside.
 template <class S, class T>
-inline void pack_rows(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t columns, int64_t padded,
-                      int64_t first, SetAside<T>& aside) {
+NOINLINE void pack_rows(T* packed, const S* rows, int64_t row_stride, int64_t stride, int64_t count, int64_t columns, int64_t padded,
+                        int64_t first, SetAside<T>& aside) {
   vec<T> poison = {};
   for (int64_t r = 0; r < count; ++r) poison += pack_row(packed + r * padded, rows + r * row_stride, stride, columns, padded, T(1));
   if (reduce_add(poison) != 0) aside.take(packed, count, padded, first);

@@ -1,5 +1,6 @@
 // Convolution and transposed convolution of one or two axes, with bias, folded norm, residual, activation and pool in one
 // pass over each band of the output. The formula and the floor of each kernel are in conv_direct.h and conv_winograd.h.
+#define COMPILE_CONV_PRODUCTS
 #define KERNEL_SOURCE "conv_kernel.h"
 #include "conv_arguments.h"
 

@@ -66,7 +66,7 @@ INLINE S narrow_one(T x) {
 
 // `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride].
 template <class T, class S>
-inline void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count) {
+NOINLINE void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kScalar = W / 4;  // fewer channels than this are not worth a transposition
   int64_t c = 0;
@@ -96,8 +96,8 @@ inline void load_planar(T* out, int64_t stride, const S* row, int64_t channel_st
 // Rows [row, row + rows) x columns [column, column + columns) of channels [c0, c0 + channels) of image n.
 // `stride` >= channels; elements past the channels, and pixels outside the image, are 0.
 template <class T, class S>
-inline void load_block(T* block, int64_t stride, int64_t block_columns, const Image<const S>& x, int64_t n, int64_t c0, int64_t channels,
-                       int64_t row, int64_t rows, int64_t column, int64_t columns) {
+NOINLINE void load_block(T* block, int64_t stride, int64_t block_columns, const Image<const S>& x, int64_t n, int64_t c0, int64_t channels,
+                         int64_t row, int64_t rows, int64_t column, int64_t columns) {
   constexpr int W = kLanes<T>;
   const int64_t left = std::max<int64_t>(column, 0), right = std::min(column + columns, x.width);
   const int64_t count = std::max<int64_t>(right - left, 0);
@@ -139,8 +139,8 @@ inline void load_block(T* block, int64_t stride, int64_t block_columns, const Im
 
 // The inverse, for pixels inside the image: block rows are `block_columns` pixels of `stride` elements.
 template <class T, class S>
-inline void store_block(const T* block, int64_t stride, int64_t block_columns, const Image<S>& x, int64_t n, int64_t c0, int64_t channels,
-                        int64_t row, int64_t rows, int64_t column, int64_t columns) {
+NOINLINE void store_block(const T* block, int64_t stride, int64_t block_columns, const Image<S>& x, int64_t n, int64_t c0, int64_t channels,
+                          int64_t row, int64_t rows, int64_t column, int64_t columns) {
   constexpr int W = kLanes<T>;
   // Rows that follow each other without a gap, in the block and in the image, are one row.
   if (rows > 1 && columns == block_columns && x.h == columns * x.w) columns *= rows, rows = 1;
@@ -170,6 +170,21 @@ inline void store_block(const T* block, int64_t stride, int64_t block_columns, c
     }
   }
 }
+
+// What both directions need is compiled in conv.cpp alone.
+#ifdef COMPILE_CONV_PRODUCTS
+#define CONV_PRODUCT template
+#else
+#define CONV_PRODUCT extern template
+#endif
+#define CONV_BLOCK(T, S)                                                                                                          \
+  CONV_PRODUCT void load_block(T*, int64_t, int64_t, const Image<const S>&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, \
+                               int64_t);                                                                                          \
+  CONV_PRODUCT void store_block(const T*, int64_t, int64_t, const Image<S>&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+CONV_BLOCK(float, float)
+CONV_BLOCK(float, bfloat16)
+CONV_BLOCK(double, double)
+#undef CONV_BLOCK
 
 // Where a pass may store its sums as soon as they are complete: pixels whose channels are adjacent, at those of a band and group.
 // Where alpha is given, y becomes max(y * alpha + beta, floor), NaN staying NaN. No data: they go to a block and its sink.

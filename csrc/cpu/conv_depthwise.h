@@ -290,12 +290,7 @@ struct DepthwisePlan {
   struct Phase {
     DepthwiseRow row;
     Kernel kernel, last_kernel, pair_kernel, last_pair_kernel;
-    Phase(const PassAxis& axis, int64_t phase)
-        : row(axis, phase),
-          kernel(row.choose<DepthwiseKernels<T, E>, kPixels>()),
-          last_kernel(row.choose<DepthwiseKernels<T, E>, kFewPixels>()),
-          pair_kernel(row.find<DepthwisePairKernels<T, E>, kPixels>()),
-          last_pair_kernel(row.find<DepthwisePairKernels<T, E>, kFewPixels>()) {}
+    Phase(const PassAxis& axis, int64_t phase);
   };
   const Pass& pass;
   std::vector<TapLine> rows;
@@ -321,65 +316,7 @@ struct DepthwisePlan {
   int64_t y_columns(int64_t columns) const { return pairs ? std::max<int64_t>(columns, kFewPixels) : columns; }
 
   // The outputs of a band into out, whose rows may be written past their ends unless they fit. `weights` begin at the chunk.
-  void run(const Band& band, const Pixels<E>& x, const T* weights, int64_t channels, const DirectOutput<T>& out) const {
-    const int64_t weight_step = padded_channels<T>(pass.groups), taps_w = pass.w.axis.taps, phases = pass.w.phases(),
-                  most = pass.h.axis.taps + 1;
-    Scratch<const E*> sources(most * most_columns);
-    Scratch<const T*> weight_rows(2 * most);
-    Scratch<int64_t> source_rows(most);
-    for (int64_t r = band.top; r < band.bottom; ++r) {
-      const TapLine& line = rows[pass.h.phase_of(r)];
-      const int64_t row0 = pass.h.base(r) + line.offset;
-      const bool pair = pairs && r + 1 < band.bottom;
-      for (int64_t phase = 0; phase < phases; ++phase) {
-        const int64_t first = pass.w.first_of_phase(band.left, phase);
-        if (first >= band.right) continue;
-        const DepthwiseRow& row = columns[phase].row;
-        Tile tile{0,
-                  row.taps.count,
-                  sources.get(),
-                  weight_rows.get(),
-                  row.taps.tap_step * weight_step,
-                  pass.sum_length,
-                  channels,
-                  nullptr,
-                  row.comb * phases * out.pixel_step,
-                  0,
-                  0,
-                  weight_rows.get() + most,
-                  out.row_step,
-                  kPixels * row.stride * x.pixel_step,
-                  out.alpha,
-                  out.beta,
-                  out.floor};
-        for (int64_t i = 0; i < line.count + pair && row.taps.count > 0; ++i) {
-          if (!x.has_row(row0 + i * line.step)) continue;
-          const T* taps = weights + ((line.first + i * line.tap_step) * taps_w + row.taps.first) * weight_step;
-          if (pair && i == 0) tile.lead = 1;
-          if (pair && i == line.count) tile.trail = 1;
-          source_rows[tile.rows] = row0 + i * line.step;
-          weight_rows[tile.rows] = taps;
-          weight_rows[most + tile.rows++] = taps - line.tap_step * taps_w * weight_step;
-        }
-        const int64_t pixels = (band.right - first + phases - 1) / phases, base = pass.w.base(first);
-        T* y = out.data + (r - band.top) * out.row_step + (first - band.left) * out.pixel_step;
-        for (int64_t tooth = 0; tooth < std::min(row.comb, pixels); ++tooth) {
-          const int64_t count = (pixels - tooth + row.comb - 1) / row.comb;
-          for (int64_t done = 0; done < count;) {
-            // The last tile moves back over outputs that are there already, rather than past the end of the row.
-            const int64_t size = count - done > kFewPixels && count >= kPixels ? kPixels : kFewPixels;
-            const int64_t p = tooth + std::max<int64_t>(0, std::min(done, count - size)) * row.comb;
-            find_sources(row, x, source_rows.get(), tile.rows, base, p, size, sources.get());
-            tile.y = y + p * phases * out.pixel_step;
-            const Phase& kernels = columns[phase];
-            (size == kPixels ? pair ? kernels.pair_kernel : kernels.kernel : pair ? kernels.last_pair_kernel : kernels.last_kernel)(tile);
-            done += size;
-          }
-        }
-      }
-      r += pair;
-    }
-  }
+  void run(const Band& band, const Pixels<E>& x, const T* weights, int64_t channels, const DirectOutput<T>& out) const;
 
  private:
   // The table of a tile of `size` outputs from the p-th of its row on.
@@ -397,6 +334,79 @@ struct DepthwisePlan {
       for (int64_t i = 0; i < rows; ++i) sources[i * count + j] = x.at(source_rows[i], base + row.source(p, j));
   }
 };
+
+template <class T, class E>
+DepthwisePlan<T, E>::Phase::Phase(const PassAxis& axis, int64_t phase)
+    : row(axis, phase),
+      kernel(row.choose<DepthwiseKernels<T, E>, kPixels>()),
+      last_kernel(row.choose<DepthwiseKernels<T, E>, kFewPixels>()),
+      pair_kernel(row.find<DepthwisePairKernels<T, E>, kPixels>()),
+      last_pair_kernel(row.find<DepthwisePairKernels<T, E>, kFewPixels>()) {}
+
+template <class T, class E>
+void DepthwisePlan<T, E>::run(const Band& band, const Pixels<E>& x, const T* weights, int64_t channels, const DirectOutput<T>& out) const {
+  const int64_t weight_step = padded_channels<T>(pass.groups), taps_w = pass.w.axis.taps, phases = pass.w.phases(),
+                most = pass.h.axis.taps + 1;
+  Scratch<const E*> sources(most * most_columns);
+  Scratch<const T*> weight_rows(2 * most);
+  Scratch<int64_t> source_rows(most);
+  for (int64_t r = band.top; r < band.bottom; ++r) {
+    const TapLine& line = rows[pass.h.phase_of(r)];
+    const int64_t row0 = pass.h.base(r) + line.offset;
+    const bool pair = pairs && r + 1 < band.bottom;
+    for (int64_t phase = 0; phase < phases; ++phase) {
+      const int64_t first = pass.w.first_of_phase(band.left, phase);
+      if (first >= band.right) continue;
+      const DepthwiseRow& row = columns[phase].row;
+      Tile tile{0,
+                row.taps.count,
+                sources.get(),
+                weight_rows.get(),
+                row.taps.tap_step * weight_step,
+                pass.sum_length,
+                channels,
+                nullptr,
+                row.comb * phases * out.pixel_step,
+                0,
+                0,
+                weight_rows.get() + most,
+                out.row_step,
+                kPixels * row.stride * x.pixel_step,
+                out.alpha,
+                out.beta,
+                out.floor};
+      for (int64_t i = 0; i < line.count + pair && row.taps.count > 0; ++i) {
+        if (!x.has_row(row0 + i * line.step)) continue;
+        const T* taps = weights + ((line.first + i * line.tap_step) * taps_w + row.taps.first) * weight_step;
+        if (pair && i == 0) tile.lead = 1;
+        if (pair && i == line.count) tile.trail = 1;
+        source_rows[tile.rows] = row0 + i * line.step;
+        weight_rows[tile.rows] = taps;
+        weight_rows[most + tile.rows++] = taps - line.tap_step * taps_w * weight_step;
+      }
+      const int64_t pixels = (band.right - first + phases - 1) / phases, base = pass.w.base(first);
+      T* y = out.data + (r - band.top) * out.row_step + (first - band.left) * out.pixel_step;
+      for (int64_t tooth = 0; tooth < std::min(row.comb, pixels); ++tooth) {
+        const int64_t count = (pixels - tooth + row.comb - 1) / row.comb;
+        for (int64_t done = 0; done < count;) {
+          // The last tile moves back over outputs that are there already, rather than past the end of the row.
+          const int64_t size = count - done > kFewPixels && count >= kPixels ? kPixels : kFewPixels;
+          const int64_t p = tooth + std::max<int64_t>(0, std::min(done, count - size)) * row.comb;
+          find_sources(row, x, source_rows.get(), tile.rows, base, p, size, sources.get());
+          tile.y = y + p * phases * out.pixel_step;
+          const Phase& kernels = columns[phase];
+          (size == kPixels ? pair ? kernels.pair_kernel : kernels.kernel : pair ? kernels.last_pair_kernel : kernels.last_kernel)(tile);
+          done += size;
+        }
+      }
+    }
+    r += pair;
+  }
+}
+
+CONV_PRODUCT struct DepthwisePlan<float, float>;
+CONV_PRODUCT struct DepthwisePlan<float, bfloat16>;
+CONV_PRODUCT struct DepthwisePlan<double, double>;
 
 // Whether the chunks of a tensor's channels can be read where they lie: adjacent, and each with one whole vector at least.
 template <class T, class S>

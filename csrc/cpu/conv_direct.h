@@ -63,7 +63,7 @@ INLINE vec<T> weight_vector(const S* source, int64_t step, int64_t lanes) {
 
 // [group][panel][taps * channels][columns of the panel]; a panel begins at (its first column) * depth.
 template <class T, class S>
-inline void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weights) {
+NOINLINE void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& weights) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
   const int64_t depth = pass.depth(), padded = padded_channels<T>(pass.out_channels), C = pass.channels;
   const int64_t vectors = padded / W, taps_h = pass.h.axis.taps, taps_w = pass.w.axis.taps;
@@ -172,7 +172,7 @@ INLINE void flush(vec<T> (&acc)[kRows][kVectors], T* y, int64_t y_stride, bool a
 
 // kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y. add: to what y holds.
 template <int kRows, int kVectors, class T>
-inline void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride, bool add) {
+NOINLINE void conv_tile(const T* a, int64_t row_stride, const Tap* taps, int64_t count, const T* panel, T* y, int64_t y_stride, bool add) {
   constexpr int W = kLanes<T>;
   vec<T> acc[kRows][kVectors] = {};
   for (int64_t i = 0; i < count; ++i) {
@@ -249,12 +249,27 @@ INLINE void each_tile(int64_t pixels, F f) {
 }
 
 template <int kVectors, class T, class M>
-inline void conv_row(int64_t pixels, const M* a, int64_t row_stride, const Tap* taps, int64_t count, const M* panel, T* y, int64_t y_stride,
-                     bool add) {
+NOINLINE void conv_row(int64_t pixels, const M* a, int64_t row_stride, const Tap* taps, int64_t count, const M* panel, T* y,
+                        int64_t y_stride, bool add) {
   each_tile<T>(pixels, [&](int64_t p, auto rows) {
     conv_tile<rows.value, kVectors, T>(a + p * row_stride, row_stride, taps, count, panel, y + p * y_stride, y_stride, add);
   });
 }
+
+#define CONV_ROW(vectors, T) \
+  CONV_PRODUCT void conv_row<vectors, T>(int64_t, const T*, int64_t, const Tap*, int64_t, const T*, T*, int64_t, bool);
+CONV_ROW(1, float)
+CONV_ROW(2, float)
+CONV_ROW(1, double)
+CONV_ROW(2, double)
+#undef CONV_ROW
+#if ISA_VECTOR_BYTES == 64
+CONV_PRODUCT void conv_row<1, float>(int64_t, const bfloat16*, int64_t, const Tap*, int64_t, const bfloat16*, float*, int64_t, bool);
+CONV_PRODUCT void conv_row<2, float>(int64_t, const bfloat16*, int64_t, const Tap*, int64_t, const bfloat16*, float*, int64_t, bool);
+#endif
+CONV_PRODUCT void pack_weights(float*, const Pass&, const Weights<float, float>&);
+CONV_PRODUCT void pack_weights(float*, const Pass&, const Weights<float, bfloat16>&);
+CONV_PRODUCT void pack_weights(double*, const Pass&, const Weights<double, double>&);
 
 // Terms summed up before the next row of pixels: their part of a panel of weights stays in the first-level cache.
 template <class M>

@@ -35,8 +35,7 @@ struct Epilogue {
     const bool max = window.kind == Pooling::max;
     if (!residual.data && !pre.data && is_monotone(activation) && window.kind != Pooling::avg) {
       if (max) {
-        with_activation(activation,
-                        [&](auto a) { pool_max<a.value>(n, g, i, y, y_columns, y_stride, alpha + g * channels, beta + g * channels); });
+        pool_max({activation, slope}, n, g, i, y, y_columns, y_stride, alpha + g * channels, beta + g * channels);
       } else {
         with_activation(activation, [&](auto a) { write_activated<a.value>(n, g, i, y, y_columns, y_stride); });
       }
@@ -81,17 +80,17 @@ struct Epilogue {
   }
 
   // The largest of each window, as torch chooses it: the first of equals; a NaN beats every number.
-  template <Activation kActivation>
-  void pool_max(int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset) const {
+  NOINLINE void pool_max(const AnyActivation<T>& finish, int64_t n, int64_t g, int64_t i, const T* y, int64_t y_columns, int64_t y_stride,
+                         const T* scale, const T* offset) const {
     const Band band = bands->pooled(i);
     const int64_t pixels = band.rows() * band.columns();
     Scratch<T> largest(pixels * y_stride + W), chosen(index.data ? pixels * y_stride + W : 0);
     if (index.data)
-      pick_max<kActivation, true>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max<true>(finish, i, y, y_columns, y_stride, scale, offset, largest, chosen);
     else if (bands->window.stride_h < bands->window.h)
-      max_by_axes<kActivation>(i, y, y_columns, y_stride, scale, offset, largest);
+      max_by_axes(finish, i, y, y_columns, y_stride, scale, offset, largest);
     else
-      pick_max<kActivation, false>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max<false>(finish, i, y, y_columns, y_stride, scale, offset, largest, chosen);
     const int64_t count = kept(g);
     write(out, n, gated() ? 0 : g * channels, count, i, largest.get(), band.columns(), y_stride);
     if (index.data) write(index, n, gated() ? 0 : g * channels, count, i, chosen.get(), band.columns(), y_stride);
@@ -107,21 +106,23 @@ struct Epilogue {
     return {start, std::max<int64_t>(0, -start), std::min(size, end - begin - start)};
   }
 
-  template <Activation kActivation, bool kIndex>
-  INLINE void pick_max(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
-                       T* chosen) const {
+  template <bool kIndex>
+  NOINLINE void pick_max(const AnyActivation<T>& finish, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale,
+                         const T* offset, T* largest, T* chosen) const {
     const Window& window = bands->window;
     if (window.h == 2 && window.w == 2 && window.pad_h == 0 && window.pad_w == 0)
-      pick_max_of<kActivation, kIndex, 2>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max_of<kIndex, 2>(finish, i, y, y_columns, y_stride, scale, offset, largest, chosen);
     else
-      pick_max_of<kActivation, kIndex, 0>(i, y, y_columns, y_stride, scale, offset, largest, chosen);
+      pick_max_of<kIndex, 0>(finish, i, y, y_columns, y_stride, scale, offset, largest, chosen);
   }
 
   // kSide x kSide windows, or those of any size for kSide = 0.
-  template <Activation kActivation, bool kIndex, int kSide>
-  INLINE void pick_max_of(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest,
-                          T* chosen) const {
+  template <bool kIndex, int kSide>
+  INLINE void pick_max_of(const AnyActivation<T>& finish, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale,
+                          const T* offset, T* largest, T* chosen) const {
     const Window& window = bands->window;
+    // Up to this a ReLU passes no gradient on; without one no number compares.
+    const T off = finish.kind == Activation::relu ? T(0) : std::numeric_limits<T>::quiet_NaN();
     const Band band = bands->pooled(i), full = bands->full(i);
     for (int64_t c = 0; c < y_stride; c += W) {
       const vec<T> alpha = load(scale + c), beta = load(offset + c);
@@ -145,18 +146,17 @@ struct Epilogue {
               best = better ? z : best;
               if constexpr (kIndex) position = better ? broadcast(static_cast<T>(kh * window.w + kw)) : position;
             }
-          const vec<T> a = activate<kActivation>(best, slope);
+          const vec<T> a = finish(best);
           const int64_t at = (r * band.columns() + p) * y_stride + c;
           store(largest + at, a);
-          if constexpr (kIndex)
-            store(chosen + at, kActivation == Activation::relu ? (a <= 0 ? broadcast(static_cast<T>(kNoGradient)) : position) : position);
+          if constexpr (kIndex) store(chosen + at, a <= off ? broadcast(static_cast<T>(kNoGradient)) : position);
         }
     }
   }
 
   // Windows that overlap, no index: the largest of each column first, which two windows may share.
-  template <Activation kActivation>
-  INLINE void max_by_axes(int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale, const T* offset, T* largest) const {
+  NOINLINE void max_by_axes(const AnyActivation<T>& finish, int64_t i, const T* y, int64_t y_columns, int64_t y_stride, const T* scale,
+                            const T* offset, T* largest) const {
     const Window& window = bands->window;
     const Band band = bands->pooled(i), full = bands->full(i);
     Scratch<T> line(full.columns() * W);
@@ -175,7 +175,7 @@ struct Epilogue {
           const T* at = line + (w.start + w.first) * W;
           vec<T> best = load(at);
           for (int64_t k = w.first + 1; k < w.last; ++k) best = larger(best, load(at += W));
-          store(largest + (r * band.columns() + p) * y_stride + c, activate<kActivation>(best, slope));
+          store(largest + (r * band.columns() + p) * y_stride + c, finish(best));
         }
       }
     }
@@ -232,7 +232,7 @@ struct Epilogue {
       Scratch<T> units(y_stride), zeros(y_stride);
       for (int64_t c = 0; c < y_stride; ++c) units[c] = 1, zeros[c] = 0;
       if (is_monotone(activation))
-        with_activation(activation, [&](auto kind) { pool_max<kind.value>(n, g, i, y, y_columns, y_stride, units, zeros); });
+        pool_max({activation, slope}, n, g, i, y, y_columns, y_stride, units, zeros);
       else
         pool_activated(n, g, i, y, a, y_columns, y_stride, units, zeros);
     }
@@ -243,13 +243,13 @@ struct Epilogue {
   void pool_activated(int64_t n, int64_t g, int64_t i, const T* y, const T* a, int64_t y_columns, int64_t y_stride, const T* units,
                       const T* zeros) const {
     if (!pre.data) {
-      pool_max<Activation::none>(n, g, i, a, y_columns, y_stride, units, zeros);
+      pool_max({Activation::none, slope}, n, g, i, a, y_columns, y_stride, units, zeros);
       return;
     }
     const Band band = bands->pooled(i);
     const int64_t count = kept(g), size = band.rows() * band.columns() * y_stride + W;
     Scratch<T> largest(size), chosen(size);
-    pick_max<Activation::none, true>(i, a, y_columns, y_stride, units, zeros, largest, chosen);
+    pick_max<true>({Activation::none, slope}, i, a, y_columns, y_stride, units, zeros, largest, chosen);
     write(out, n, gated() ? 0 : g * channels, count, i, largest.get(), band.columns(), y_stride);
     write(index, n, gated() ? 0 : g * channels, count, i, chosen.get(), band.columns(), y_stride);
     write_chosen(n, g, i, y, y_columns, y_stride, chosen.get());

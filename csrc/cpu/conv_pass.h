@@ -54,10 +54,12 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     scatter_pass_to_few<T>(pass, bands, packed.get(), source, make_sink(bands));
     return;
   }
-  if (few_pixels_apply(pass, weights)) {
-    const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, padded * sizeof(T), kCacheBudget);
-    few_pixels_pass<T>(pass, bands, weights, source, make_sink(bands));
-    return;
+  if constexpr (std::is_same_v<T, float>) {
+    if (few_pixels_apply(pass, weights)) {
+      const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, padded * sizeof(T), kCacheBudget);
+      few_pixels_pass<T>(pass, bands, weights, source, make_sink(bands));
+      return;
+    }
   }
   Scratch<T> packed(packed_weights_size<T>(pass));
   pack_weights<T, S>(packed.get(), pass, weights);

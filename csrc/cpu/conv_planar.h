@@ -41,7 +41,7 @@ struct Planar {
   int64_t phases, length;  // a row of the block has `phases` runs of `length` columns of every channel
   Image<const S> x;
   Image<S> out;
-  T slope;
+  AnyActivation<T> activation;
   const T *weights, *shift;  // [group of kOut channels][taps][kOut], [channel]
   const int64_t* offsets;    // [taps][2]: where the sources of even and odd columns lie in the block
 
@@ -80,7 +80,7 @@ struct Planar {
   }
 
   // One tile: channels [c, c + kOut) of the outputs whose sources begin at `source`; the first is element (row, column).
-  template <Activation kActivation, bool kPooled>
+  template <bool kFloor, bool kPooled>
   INLINE void tile(const T* source, int64_t n, int64_t c, int64_t row, int64_t last_row, int64_t column) const {
     vec<T> acc[kVectors][kOut];
 #pragma GCC unroll 4
@@ -101,26 +101,35 @@ struct Planar {
         for (int q = 0; q < kVectors; ++q) acc[q][o] += in[q] * weight;
       }
     }
+    if constexpr (!kPooled && !kFloor) {
+      vec<T> copy[kVectors * kOut];
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors * kOut; ++i) copy[i] = acc[i % kVectors][i / kVectors];
+      activate_vectors<T>(copy, kVectors * kOut, activation.kind, activation.slope);
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors * kOut; ++i) acc[i % kVectors][i / kVectors] = copy[i];
+    }
     for (int o = 0; o < std::min<int64_t>(kOut, out.channels - c); ++o) {
       if constexpr (kPooled) {
-        write_largest<kActivation>(acc[0][o], acc[1][o], acc[2][o], acc[3][o], n, c + o, row, column);
+        write_largest<kFloor>(acc[0][o], acc[1][o], acc[2][o], acc[3][o], n, c + o, row, column);
       } else {
         S* to = out.data + n * out.n + (c + o) * out.c + row * out.h + column;
 #pragma GCC unroll 4
         for (int q = 0; q < kVectors; ++q)
-          if (row + q < last_row) write_lanes<T>(to + q * out.h, activate<kActivation>(acc[q][o], slope), out.width - column);
+          if (row + q < last_row) write_lanes<T>(to + q * out.h, kFloor ? activation.at_floor(acc[q][o]) : acc[q][o], out.width - column);
       }
     }
   }
 
-  template <Activation kActivation>
+  template <bool kFloor>
   INLINE void write_largest(vec<T> a, vec<T> b, vec<T> c, vec<T> d, int64_t n, int64_t channel, int64_t row, int64_t column) const {
     S* to = out.data + n * out.n + channel * out.c + row * out.h + column;
-    write_lanes<T>(to, activate<kActivation>(larger(larger(a, b), larger(c, d)), slope), out.width - column);
+    const vec<T> largest = larger(larger(a, b), larger(c, d));
+    write_lanes<T>(to, kFloor ? activation.at_floor(largest) : activation(largest), out.width - column);
   }
 
   // All channels of the pooled tile of a 3x3 convolution of one channel: its 16 vectors of input stay in registers.
-  template <Activation kActivation>
+  template <bool kFloor>
   INLINE void tile_of_3x3(const T* source, int64_t n, int64_t row, int64_t column) const {
     vec<T> in[4][4];
 #pragma GCC unroll 4
@@ -138,11 +147,11 @@ struct Planar {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) acc[q] += in[q / 2 + t / 3][q % 2 + t % 3] * weight;
       }
-      write_largest<kActivation>(acc[0], acc[1], acc[2], acc[3], n, c, row, column);
+      write_largest<kFloor>(acc[0], acc[1], acc[2], acc[3], n, c, row, column);
     }
   }
 
-  template <Activation kActivation, bool kPooled>
+  template <bool kFloor, bool kPooled>
   void run() const {
     constexpr int64_t kRows = kPooled ? 1 : kVectors;
     const Axis &h = pass.h.axis, &w = pass.w.axis;
@@ -161,10 +170,10 @@ struct Planar {
           for (int64_t p = 0; p < band.right; p += W) {
             const T* source = block + (r - band.top) * (kPooled ? 2 : 1) * pass.h.axis.stride * row_step() + p;
             if (kPooled && in_registers) {
-              tile_of_3x3<kActivation>(source, n, r, p);
+              tile_of_3x3<kFloor>(source, n, r, p);
               continue;
             }
-            for (int64_t c = 0; c < out.channels; c += kOut) tile<kActivation, kPooled>(source, n, c, r, band.bottom, p);
+            for (int64_t c = 0; c < out.channels; c += kOut) tile<kFloor, kPooled>(source, n, c, r, band.bottom, p);
           }
       }
     });
@@ -202,12 +211,11 @@ void planar_forward(const ConvForward& call, const T* alpha, const T* beta) {
               real ? to_compute(weight.data[o * weight.n + c * weight.c + kh * weight.h + kw * weight.w]) * alpha[o] : T(0);
         }
       }
-  const Planar<T, S> planar{pass,          bands, phases,        length, call.x.as<const S>(), call.out.as<S>(), static_cast<T>(call.slope),
-                            weights.get(), beta,  offsets.data()};
-  with_activation(call.activation, [&](auto a) {
-    if (pooled)
-      planar.template run<a.value, true>();
-    else
-      planar.template run<a.value, false>();
-  });
+  const Planar<T, S> planar{
+      pass,          bands, phases,        length, call.x.as<const S>(), call.out.as<S>(), {call.activation, static_cast<T>(call.slope)},
+      weights.get(), beta,  offsets.data()};
+  const auto run = [&](auto at_floor) {
+    pooled ? planar.template run<at_floor.value, true>() : planar.template run<at_floor.value, false>();
+  };
+  planar.activation.is_floor() ? run(std::true_type()) : run(std::false_type());
 }

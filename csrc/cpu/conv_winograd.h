@@ -119,8 +119,8 @@ inline bool all_finite(const T* x, int64_t size) {
 // m[k][tile][kColumns] = v[k][tile][channels] u[k][channels][kVectors vectors] for the 16 elements k of up to kRows tiles; sums of
 // at most `chain` terms one after another.
 template <int kVectors, class T>
-inline void winograd_products(int64_t tiles, const T* v, int64_t v_step, int64_t stride, int64_t channels, int64_t chain, const T* u, T* m,
-                              int64_t m_step) {
+NOINLINE void winograd_products(int64_t tiles, const T* v, int64_t v_step, int64_t stride, int64_t channels, int64_t chain, const T* u,
+                                T* m, int64_t m_step) {
   with_constant<ConvTile<T>::kRows>(tiles, [&](auto rows) {
     vec<T> acc[rows.value][kVectors] = {};
     for (int64_t k = 0; k < 16; ++k)
@@ -131,6 +131,9 @@ inline void winograd_products(int64_t tiles, const T* v, int64_t v_step, int64_t
       }
   });
 }
+
+CONV_PRODUCT void winograd_products<1, float>(int64_t, const float*, int64_t, int64_t, int64_t, int64_t, const float*, float*, int64_t);
+CONV_PRODUCT void winograd_products<2, float>(int64_t, const float*, int64_t, int64_t, int64_t, int64_t, const float*, float*, int64_t);
 
 // As direct_pass, for bands of even rows and columns; `packed` are the weights of direct_pass, u those of pack_winograd.
 // A band is computed in chunks of up to kTiles tiles: what is between the source block and y stays in the caches.

@@ -12,11 +12,26 @@ inline constexpr int64_t kFewRows = 96;
 
 // Up to kRows rows and NV vectors of columns of y (+)= the sums over `steps` of the depth.
 template <int kRows, int NV, class T>
-inline void few_rows_tile(const T* x, int64_t x_row, const T* packed, int64_t steps, T* y, int64_t y_row, int64_t columns, bool add) {
+NOINLINE void few_rows_tile(const T* x, int64_t x_row, const T* packed, int64_t steps, T* y, int64_t y_row, int64_t columns, bool add) {
   vec<T> acc[kRows][NV] = {};
   multiply_chain<kRows, NV, T>(acc, x, x_row, 1, packed, NV * kLanes<T>, steps);
   store_tile<kRows, NV, T>(acc, y, y_row, columns, add);
 }
+
+// The rows of a tile, and the whole depth of a block in chains.
+template <int NV, class T>
+void few_rows_block(int64_t rows, const T* x, int64_t x_row, const T* packed, int64_t steps, int64_t chain, T* y, int64_t y_row,
+                    int64_t columns, bool add) {
+  with_constant<PanelTile<T>::rows(NV)>(rows, [&](auto constant) {
+    for (int64_t k = 0; k == 0 || k < steps; k += chain)
+      few_rows_tile<constant.value, NV, T>(x + k, x_row, packed + k * NV * kLanes<T>, std::min(chain, steps - k), y, y_row, columns,
+                                           add || k > 0);
+  });
+}
+PRODUCT void few_rows_block<PanelTile<float>::kVectors, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*,
+                                                               int64_t, int64_t, bool);
+PRODUCT void few_rows_block<PanelTile<float>::kVectors / 2, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*,
+                                                                   int64_t, int64_t, bool);
 
 // The share i of n of the next block of weights is asked for: its rows lie so far apart that no hardware prefetcher follows.
 template <class T, class S>
@@ -48,11 +63,7 @@ inline void multiply_few_rows(int64_t rows, int64_t columns, int64_t depth, cons
           const int64_t count = (rows - m + tiles - i - 1) / (tiles - i);  // of as equal a size as can be
           T* tile = y + m * y_row + first;
           prefetch_weights<T>(following, weight_row, following_rows, following_steps, i, tiles);
-          with_constant<R>(count, [&](auto constant) {
-            for (int64_t k = 0; k == 0 || k < steps; k += chain)
-              few_rows_tile<constant.value, NV, T>(x + m * x_row + k0 + k, x_row, packed.get() + k * kWidth, std::min(chain, steps - k),
-                                                   tile, y_row, width, k0 + k > 0);
-          });
+          few_rows_block<NV, T>(count, x + m * x_row + k0, x_row, packed.get(), steps, chain, tile, y_row, width, k0 > 0);
           if (k0 + steps >= depth) finish(tile, m, first, count, width);
           m += count;
         }

@@ -1,6 +1,7 @@
 // Native ops for what the CPU kernels share: the product of gemm.h and the functions of simd.h. Tests check them by
 // themselves; benchmarks take the product as the machine's measured ceiling.
 #define KERNEL_SOURCE "gemm_kernel.h"
+#define COMPILE_PRODUCTS
 #include "for_each_isa.h"
 
 #include <torch/csrc/stable/library.h>

@@ -47,8 +47,8 @@ INLINE void multiply_tile(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, in
 // Packs B[k, n] = b[k * row_stride + n * column_stride] (storage type S) into panels of `panel` columns.
 // The result has ceil(columns / panel) panels of [depth][panel]; columns past the end are 0.
 template <class T, class S>
-inline void pack_panels(T* packed, const S* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t panel,
-                        int64_t first_panel, int64_t last_panel) {
+NOINLINE void pack_panels(T* packed, const S* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns, int64_t panel,
+                          int64_t first_panel, int64_t last_panel) {
   constexpr int W = kLanes<T>;
   for (int64_t p = first_panel; p < last_panel; ++p) {
     T* out = packed + p * depth * panel;
@@ -106,39 +106,65 @@ inline void pack_b(T* packed, const S* b, int64_t row_stride, int64_t column_str
   });
 }
 
-// R rows x one panel of C, with the tail of columns stored partially. accumulate: C += instead of C =.
-template <int R, class T, class A, class C>
-INLINE void gemm_tile(const A* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
-                      bool accumulate) {
-  constexpr int NV = Tile<T>::kVectors, W = kLanes<T>;
-  vec<T> acc[R][NV] = {};
-  multiply_tile<R, NV, T>(acc, a, a_row, a_step, panel, Tile<T>::kColumns, depth);
+// c[r][v] (+)= acc[r][v], of which `columns` columns exist. Tiles at the right edge and bfloat16 take a loop through memory: written
+// out for every vector, partial stores were most of a product's code.
+template <int R, int NV, class T, class C>
+INLINE void store_tile(const vec<T> (&acc)[R][NV], C* c, int64_t c_row, int64_t columns, bool add) {
+  constexpr int W = kLanes<T>;
+  if (std::is_same_v<C, T> && columns >= NV * W) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    C* row = c + r * c_row;
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < NV; ++v) {
-      const int64_t n = columns - v * W;
-      if (n >= W) {
-        store(row + v * W, accumulate ? acc[r][v] + load(row + v * W) : acc[r][v]);
-      } else if (n > 0) {
-        store_partial(row + v * W, accumulate ? acc[r][v] + load_partial(row + v * W, n) : acc[r][v], n);
-      }
-    }
+      for (int v = 0; v < NV; ++v) store(c + r * c_row + v * W, add ? load(c + r * c_row + v * W) + acc[r][v] : acc[r][v]);
+    return;
   }
+  T sums[R * NV * W];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) store(sums + (r * NV + v) * W, acc[r][v]);
+#pragma GCC unroll 1
+  for (int r = 0; r < R; ++r)
+    for (int64_t j = 0; j < std::min<int64_t>(columns, NV * W); j += W) {
+      C* at = c + r * c_row + j;
+      const int64_t n = std::min<int64_t>(columns - j, W);
+      const vec<T> sum = load(sums + r * NV * W + j);
+      store_partial(at, add ? load_partial(at, n) + sum : sum, n);
+    }
 }
 
-// The rows that a whole tile does not cover, by a tile of exactly that many rows.
-template <int R, class T, class A, class C>
-inline void gemm_rows(int64_t rows, const A* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row,
-                      int64_t columns, bool accumulate) {
-  if constexpr (R > 0) {
-    if (rows == R)
-      gemm_tile<R>(a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
-    else
-      gemm_rows<R - 1>(rows, a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
-  }
+// R rows x one panel of C. accumulate: C += instead of C =.
+template <int R, class T, class C>
+NOINLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
+                        bool accumulate) {
+  constexpr int NV = Tile<T>::kVectors;
+  vec<T> acc[R][NV] = {};
+  multiply_tile<R, NV, T>(acc, a, a_row, a_step, panel, Tile<T>::kColumns, depth);
+  store_tile<R, NV, T>(acc, c, c_row, columns, accumulate);
 }
+
+// Up to R rows, by a tile of exactly that many.
+template <class T, class C, int R = Tile<T>::kRows>
+void gemm_rows(int64_t rows, const T* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
+               bool accumulate) {
+  if (rows == R)
+    gemm_tile<R>(a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
+  else if constexpr (R > 1)
+    gemm_rows<T, C, R - 1>(rows, a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
+}
+
+// Compiled in gemm.cpp alone: the same products in every file that needs one were a third of the build.
+#ifdef COMPILE_PRODUCTS
+#define PRODUCT template
+#else
+#define PRODUCT extern template
+#endif
+PRODUCT void pack_panels<float, float>(float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+PRODUCT void pack_panels<float, bfloat16>(float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+PRODUCT void pack_panels<double, double>(double*, const double*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
+PRODUCT void gemm_rows<float, float>(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool);
+PRODUCT void gemm_rows<float, bfloat16>(int64_t, const float*, int64_t, int64_t, const float*, int64_t, bfloat16*, int64_t, int64_t, bool);
+PRODUCT void gemm_rows<double, double>(int64_t, const double*, int64_t, int64_t, const double*, int64_t, double*, int64_t, int64_t, bool);
 
 // Steps summed up before C is updated. A block of a panel fits the first-level cache; and sums of sums round less: one run
 // of 384 steps had three times the largest error of MKL's product, blocks of 192 have the same error as MKL's.
@@ -150,8 +176,8 @@ inline int64_t depth_block(int64_t depth) {
 
 // C[rows, columns] (+)= A B on the calling thread, B packed whole by pack_b (or panels `first_panel..` of it).
 // The depth is walked in blocks so that one block of a panel stays in the first-level cache over all rows.
-template <class T, class A, class C>
-inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed,
+template <class T, class C>
+inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* packed,
                                C* c, int64_t c_row, bool accumulate) {
   constexpr int R = Tile<T>::kRows;
   constexpr int64_t panel_columns = Tile<T>::kColumns;
@@ -166,10 +192,9 @@ inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, con
     const bool add = accumulate || k0 > 0;
     for (int64_t n = 0; n < columns; n += panel_columns) {
       const T* panel = packed + n * depth + k0 * panel_columns;
-      int64_t m = 0;
-      for (; m + R <= rows; m += R)
-        gemm_tile<R>(a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row, columns - n, add);
-      gemm_rows<R - 1>(rows - m, a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row, columns - n, add);
+      for (int64_t m = 0; m < rows; m += R)
+        gemm_rows(std::min<int64_t>(R, rows - m), a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row,
+                  columns - n, add);
     }
   }
 }
@@ -246,16 +271,11 @@ inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a
           const T* panel = packed + n * depth + k0 * panel_columns;
           for (int64_t m = m0; m < m1; m += R) {
             C* tile = c + m * c_row + n;
-            const auto multiply = [&](const auto* ap, int64_t row_stride, int64_t step_stride) {
-              if (m + R <= m1)
-                gemm_tile<R>(ap, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
-              else
-                gemm_rows<R - 1>(m1 - m, ap, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
-            };
-            if (in_place)
-              multiply(a + m * a_row + k0, a_row, int64_t{1});
-            else
-              multiply(block.get() + (m - m0) * depth + k0 * R, int64_t{1}, int64_t{R});
+            const T* rows_of_a = block.get() + (m - m0) * depth + k0 * R;
+            int64_t row_stride = 1, step_stride = R;
+            if constexpr (std::is_same_v<A, T>)
+              if (in_place) rows_of_a = a + m * a_row + k0, row_stride = a_row, step_stride = 1;
+            gemm_rows(std::min<int64_t>(R, m1 - m), rows_of_a, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
             if (complete) finish(tile, m, n, std::min<int64_t>(R, m1 - m), std::min(panel_columns, columns - n));
           }
         }

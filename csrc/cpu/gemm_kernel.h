@@ -1,4 +1,9 @@
-// The product and the vector functions by themselves, for tests and for the machine's measured ceiling.
+// The product and the vector functions by themselves, for tests and for the machine's measured ceiling; and the products that other
+// files call.
+// clang-format off: each builds on those before it
+#include "tiles.h"
+#include "few_rows.h"
+// clang-format on
 
 template <class T>
 void gemm_kernel(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t b_column,

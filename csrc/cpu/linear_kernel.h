@@ -53,7 +53,7 @@ void linear_forward(const LinearCall& call) {
   const auto finish = [&](const T* tile, int64_t row, int64_t column, int64_t rows, int64_t columns) __attribute__((noinline)) {
     with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, row, column, rows, columns); });
   };
-  if constexpr (std::is_same_v<S, T>) {
+  if constexpr (std::is_same_v<S, float>) {
     constexpr int kVectors = PanelTile<T>::kVectors;
     const bool few = call.rows <= kFewRows && call.x_step == 1 && call.weight_step == 1;
     const int vectors = few ? strip_vectors<T>(call.out) : 0;

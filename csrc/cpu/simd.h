@@ -6,6 +6,8 @@
 // Cody & Waite and Moshier's Cephes (exp); errors are below 3 ulp, tested in tests/test_simd.py.
 
 #define INLINE inline __attribute__((always_inline))
+// What is large and called seldom: a copy at every call costs minutes of compilation and gains nothing.
+#define NOINLINE __attribute__((noinline, noclone))
 
 template <class T>
 struct vec_of {

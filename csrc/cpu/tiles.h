@@ -1,4 +1,4 @@
-// What register tiles of several ops share: padded sizes, the choice of a tile by a constant, stores of a tile, and products of
+// What register tiles of several ops share: padded sizes, the choice of a tile by a constant, and products of
 // bfloat16 numbers in pairs. Included by the kernel headers that use it, inside the namespace of each instruction set.
 
 // n rounded up to whole vectors.
@@ -41,23 +41,6 @@ INLINE void multiply_chain(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, i
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) multiply_step<R, NV, T>(c, a + (k + i) * step_stride, row_stride, b + (k + i) * b_stride);
   for (; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
-}
-
-// c[r][v] (+)= acc[r][v], of which `columns` columns exist.
-template <int R, int NV, class T>
-INLINE void store_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, int64_t columns, bool add) {
-  constexpr int W = kLanes<T>;
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int v = 0; v < NV; ++v) {
-      T* at = c + r * c_row + v * W;
-      const int64_t n = columns - v * W;
-      if (n >= W)
-        store(at, add ? load(at) + acc[r][v] : acc[r][v]);
-      else if (n > 0)
-        store_partial(at, add ? load_partial(at, n) + acc[r][v] : acc[r][v], n);
-    }
 }
 
 // Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
