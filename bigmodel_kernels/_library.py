@@ -43,13 +43,18 @@ _AUTOCAST = frozenset(
 )
 
 
+def autocast_enabled(kind: str) -> bool:
+    """Whether autocast is on for this type of device; False for one that has none, such as meta."""
+    return kind in _AUTOCAST and torch.is_autocast_enabled(kind)
+
+
 def autocast(*tensors: Any) -> tuple:
     """Casts floating tensors to the autocast dtype of their device where autocast is on, as torch's own ops do."""
     if not torch._C._is_any_autocast_enabled():
         return tensors
     first = next(t for t in tensors if isinstance(t, torch.Tensor))
     kind = first.device.type
-    if kind not in _AUTOCAST or not torch.is_autocast_enabled(kind):
+    if not autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
 
@@ -77,8 +82,9 @@ class Op:
         differentiable: `differentiable(*args)` gives the same outputs in plain torch ops; gradients of gradients go through it.
         results: how many of the outputs are the op's results; those after them are saved for the backward only and carry
             no gradient.
-        reads_results: `reads_results(*args)` says whether the backward reads the results themselves. Where it does not, they are
-            not saved, so that the caller may overwrite them, as an in-place ReLU after a layer does; the backward gets None.
+        reads_results: `reads_results(*args)` says whether the backward reads the results themselves, for all of them or, as a
+            tuple, for each. Those that it does not read are not saved, so that the caller may overwrite them, as an in-place ReLU
+            after a layer does; the backward gets None.
     """
 
     def __init__(
@@ -93,7 +99,7 @@ class Op:
         backward: Callable,
         differentiable: Callable,
         results: int,
-        reads_results: Callable[..., bool] = lambda *args: True,
+        reads_results: Callable[..., bool | tuple[bool, ...]] = lambda *args: True,
     ):
         self.name = name
         self.prefer = prefer
@@ -123,9 +129,10 @@ class Op:
     def __call__(self, *args: Any, backend: str):
         """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
         plain = is_plain_eager(self._tensors["fwd"], args)
+        by_choice = not torch.compiler.is_compiling() and _registry.wanted(backend) == "auto"
         if torch.compiler.is_compiling():
             _registry.check_name(backend)
-        elif _registry.wanted(backend) == "auto" and self._is_torch_only(args, plain):
+        elif by_choice and self._is_torch_only(args, plain):
             backend = "torch"
         else:
             backend = _registry.select(self.name, backend, self.prefer, args)
@@ -141,6 +148,10 @@ class Op:
             direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
             return _run(self.name, backend, direction, args)
         flat, lengths = _flatten(args, self._tensors["fwd"])
+        if by_choice and any(
+            isinstance(t, torch.Tensor) and t.is_inference() for t in flat
+        ):  # autograd saves no such tensor
+            return _registry.module(self.name, "torch").call(*args)
         pair = _EagerPair if plain else _Pair
         return pair.apply(self.name, backend, lengths, *flat)
 
@@ -288,9 +299,14 @@ class _Pair(torch.autograd.Function):
         flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
         args = _unflatten(flat, ctx.lengths)
         needs = ctx.needs_input_grad[3:]
-        # torch.func asks for a graph even where no gradient of the gradient can be wanted.
-        if not torch.compiler.is_compiling() and needs_grad(*flat, *grads):
-            return None, None, None, *_gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads)
+        if not torch.compiler.is_compiling():
+            # torch.func asks for a graph even where no gradient of the gradient can be wanted.
+            if needs_grad(*flat, *grads):
+                return None, None, None, *_gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads)
+            if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched
+                with torch.enable_grad():
+                    found = _gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads, create_graph=False)
+                return None, None, None, *found
         gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
         if not ctx.lengths:
             return None, None, None, *gradients
@@ -307,7 +323,8 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, backend, lengths, *flat):
         args = _unflatten(flat, lengths)
-        outputs = _run(name, backend, "fwd", args)
+        # PyTorch refuses to write into a result that is a view made in here, though nobody else sees its base.
+        outputs = tuple(o.data if o._is_view() else o for o in _run(name, backend, "fwd", args))
         _keep(ctx, name, backend, lengths, flat, args, outputs)
         return outputs
 
@@ -321,7 +338,9 @@ def _keep(ctx, name: str, backend: str, lengths: tuple[int, ...], flat: Sequence
     ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
     op = _ops[name]
     outputs = output if isinstance(output, tuple) else (output,)
-    kept = outputs if op.reads_results(*args) else (*[None] * op.results, *outputs[op.results :])
+    read = op.reads_results(*args)
+    read = read if isinstance(read, tuple) else (read,) * op.results
+    kept = (*[o if r else None for o, r in zip(outputs, read)], *outputs[op.results :])
     ctx.save_for_backward(*itertools.compress(flat, ctx.tensor_at), *kept)
     ctx.set_materialize_grads(False)
     if len(outputs) > op.results:
@@ -329,7 +348,12 @@ def _keep(ctx, name: str, backend: str, lengths: tuple[int, ...], flat: Sequence
 
 
 def _gradient_with_graph(
-    differentiable: Callable, flat: Sequence, lengths: tuple[int, ...], needs: Sequence[bool], grads: Sequence
+    differentiable: Callable,
+    flat: Sequence,
+    lengths: tuple[int, ...],
+    needs: Sequence[bool],
+    grads: Sequence,
+    create_graph: bool = True,
 ) -> list:
     """The gradient as a differentiable function of inputs and upstream gradients: autograd through the plain formula."""
     # Views of their own: of a tensor that is given as two arguments, each is to get its own part of the gradient.
@@ -340,6 +364,8 @@ def _gradient_with_graph(
     used = [(o, g) for o, g in zip(outputs, grads) if g is not None]
     wanted = [a for a, need in zip(flat, needs) if need]
     found = iter(
-        torch.autograd.grad([o for o, _ in used], wanted, [g for _, g in used], create_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            [o for o, _ in used], wanted, [g for _, g in used], create_graph=create_graph, allow_unused=True
+        )
     )
     return [next(found) if need else None for need in needs]

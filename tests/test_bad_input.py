@@ -12,13 +12,23 @@ CALLS = {
         "q": make(1, 4, 5, 8), "k": make(1, 4, 5, 8), "v": make(1, 4, 5, 8), "attn_mask": make(5, 5), "scale": 0.5,
         "dropout_p": 0.0, "window": (2, 0), "softcap": 2.0, "alibi_slopes": make(4),
     }),
+    "lstm": (bmk.lstm, {
+        "x": make(3, 2, 5), "hx": (make(1, 2, 4), make(1, 2, 4)), "weights": [make(16, 5), make(16, 4), make(16), make(16)],
+        "num_layers": 1, "dropout": 0.0, "batch_sizes": None,
+    }),
+    "lstm_cell": (bmk.lstm_cell, {
+        "x": make(2, 5), "hx": (make(2, 4), make(2, 4)), "w_ih": make(16, 5), "w_hh": make(16, 4), "b_ih": make(16),
+        "b_hh": make(16),
+    }),
     "attention_varlen": (bmk.attention_varlen, {
         "q": make(7, 4, 8), "k": make(7, 4, 8), "v": make(7, 4, 8), "cu_seqlens_q": torch.tensor([0, 3, 7]),
         "cu_seqlens_k": torch.tensor([0, 3, 7]), "max_seqlen_q": 4, "max_seqlen_k": 4, "alignment": "upper_left",
+        "scale": 0.5, "dropout_p": 0.0, "window": (2, 0), "softcap": 2.0,
     }),
     "attention_decode": (bmk.attention_decode, {
         "q": make(2, 4, 1, 8), "k_cache": make(3, 2, 4, 8), "v_cache": make(3, 2, 4, 8), "cache_seqlens": torch.tensor([4, 7]),
-        "block_table": torch.tensor([[0, 0], [1, 2]]),
+        "block_table": torch.tensor([[0, 0], [1, 2]]), "scale": 0.5, "window": (2, 0), "softcap": 2.0, "k_scale": None,
+        "v_scale": None,
     }),
     "conv": (bmk.conv, {
         "x": make(2, 3, 9), "weight": make(4, 3, 2), "bias": make(4), "stride": 1, "padding": 0, "dilation": 1, "groups": 1,
@@ -53,9 +63,21 @@ CALLS = {
         "reduction": "mean",
     }),
 }  # fmt: skip
+FLAGS = {
+    "attention": ("is_causal", "enable_gqa", "return_lse", "deterministic"),
+    "attention_varlen": ("is_causal", "enable_gqa", "return_lse", "deterministic"),
+    "attention_decode": ("is_causal", "return_lse"),
+    "conv": ("transposed",),
+    "lstm": ("bidirectional", "batch_first", "training"),
+}
 JUNK = (None, "abc", -3, 0, 10**6, 2.5, float("nan"), [1, 2], {}, object(), ("max",), (), float("inf"))
+JUNK += (2**70, 1j, (None, None))
 ACCIDENTS = (
     "unpack",
+    "too large to convert",
+    "not iterable",
+    "float() argument",
+    "could not convert string",
     "has no attribute",
     "not supported between",
     "unsupported operand",
@@ -95,6 +117,38 @@ def test_wrong_arguments_are_refused_not_stumbled_over(name, backend):
             refused += error is not None
             assert not any(words in str(error) for words in ACCIDENTS), f"{argument}={junk!r}: {error}"
     assert refused >= 20
+
+
+@pytest.mark.parametrize(("name", "argument"), [(name, flag) for name, flags in FLAGS.items() for flag in flags])
+def test_a_flag_is_a_bool(name, argument):
+    """It was taken by what Python takes for true, so that is_causal="False" was causal."""
+    function, right = CALLS[name]
+    for junk in ("abc", "False", 1, 0.0, [], (), {}, object(), *(() if argument == "deterministic" else (None,))):
+        with pytest.raises(TypeError, match=f"{argument} must be a bool, got {type(junk).__name__}"):
+            function(**right, **{argument: junk})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("attention", "scale", 10**400),
+        ("attention", "window", 2**70),
+        ("attention", "window", (None, 2**70)),
+        ("attention_varlen", "softcap", 10**400),
+        ("attention_decode", "window", 2**63),
+        ("conv", "stride", 2**70),
+        ("conv", "activation", ("leaky_relu", 10**400)),
+        ("gated_conv", "dilation", 2**70),
+        ("layer_norm", "eps", 10**400),
+        ("norm_lstm", "eps_c", 10**400),
+        ("cross_entropy", "ignore_index", -(2**70)),
+        ("lstm", "num_layers", 2**70),
+    ],
+)
+def test_numbers_past_what_a_kernel_takes(name, argument, value):
+    function, right = CALLS[name]
+    with pytest.raises(ValueError, match=f"{argument} must (fit 64 bits|be a number that a float holds)"):
+        function(**right | {argument: value})
 
 
 @pytest.mark.parametrize("junk", [["cpu"], {}, 1, b"cpu"])

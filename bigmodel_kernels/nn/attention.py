@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigmodel_kernels.nn.traced import traced_whole
 from bigmodel_kernels.ops.attention import attention, reference
 from bigmodel_kernels.ops.linear import linear
 
@@ -31,6 +32,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         layer.__dict__.update(module.__dict__)
         return layer
 
+    @traced_whole
     def forward(
         self,
         query: Tensor,
@@ -129,9 +131,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             q, k, v = packed.unbind(-3)
             return _order(q, length_first), _order(k, length_first), _order(v, length_first)
         elif key is value:
-            e = self.embed_dim
-            q = self._linear(query, self.in_proj_weight[:e], None if bias is None else bias[:e])
-            packed = self._linear(key, self.in_proj_weight[e:], None if bias is None else bias[e:])
+            e, weight = self.embed_dim, self.in_proj_weight
+            q = self._linear(query, weight[:e], None if bias is None else bias[:e])
+            packed = self._linear(key, weight[e:], None if bias is None else bias[e:])
             k, v = packed.unflatten(-1, (2, *heads)).unbind(-3)
             return self._heads(q, length_first), _order(k, length_first), _order(v, length_first)
         else:

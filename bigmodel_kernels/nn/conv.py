@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
+from bigmodel_kernels.nn.traced import traced
 from bigmodel_kernels.ops.conv.op import conv
 
 
@@ -14,6 +16,8 @@ class _Conv:
     backend = "auto"
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced(self, lambda x: super(_Conv, self)._conv_forward(x, weight, bias), input)
         if self.padding_mode != "zeros":  # reflect, replicate and circular padding are PyTorch's own
             return super()._conv_forward(input, weight, bias)
         return conv(
@@ -27,6 +31,8 @@ class _ConvTranspose:
     _axes: int
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        if isinstance(input, Proxy):
+            return traced(self, super().forward, input, output_size)
         if self.padding_mode != "zeros":
             raise ValueError(f"Only `zeros` padding mode is supported for {type(self).__name__}")
         output_padding = self._output_padding(

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from bigmodel_kernels.nn.conv import Conv1d, Conv2d
 from bigmodel_kernels.nn.fused import conv_block
+from bigmodel_kernels.nn.traced import traced_whole
 from bigmodel_kernels.ops.conv.op import POOLS, conv, parse_activation
 from bigmodel_kernels.ops.conv_step.op import ConvState, conv_step
 from bigmodel_kernels.ops.gated_conv.op import gated_conv
@@ -45,6 +46,7 @@ class _ConvBlock(nn.Module):
         self.norm = self._norm_type(out_channels, **options) if norm == "batch" else None
         self.activation, self.pool = activation, pool
 
+    @traced_whole
     def forward(
         self,
         x: Tensor,  # [N, Cin, ..]
@@ -93,6 +95,7 @@ class CausalConv1d(Conv1d):
         )
         self.activation = activation
 
+    @traced_whole
     def forward(
         self,
         x: Tensor,  # [N, Cin, L]
@@ -175,6 +178,7 @@ class WaveNetLayer(nn.Module):
     def _weights(self) -> tuple[Tensor | None, ...]:
         return *_parameters(self.conv), *_parameters(self.out), *_parameters(self.skip)
 
+    @traced_whole
     def forward(
         self,
         x: Tensor,  # [N, C, T]

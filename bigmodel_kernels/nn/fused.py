@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bigmodel_kernels._library import autocast_enabled
 from bigmodel_kernels.nn.linear import LINEAR_LAYERS, has_hooks, takes_linear
 from bigmodel_kernels.ops.conv.op import conv, convolved_shape, parse_activation
 from bigmodel_kernels.ops.conv.reference import activate
@@ -39,13 +40,13 @@ def conv_block(
         activation, pool: as in `bigmodel_kernels.conv`.
         backend: that of the layer if None.
     """
-    transposed = bool(layer.transposed)
-    batched = x.dim() == layer.weight.dim()
+    transposed, weight = bool(layer.transposed), layer.weight  # asked for once: a parametrization computes it
+    batched = x.dim() == weight.dim()
     training = norm is not None and norm.training
     scale, shift = (None, None) if norm is None or training else folded_norm(norm)
     out = conv(
         x if batched else x.unsqueeze(0),
-        layer.weight,
+        weight,
         layer.bias,
         stride=layer.stride,
         padding=layer.padding,
@@ -62,7 +63,7 @@ def conv_block(
     )
     if training:
         out = norm(out)
-        out = _tail(out if residual is None else out + residual, layer.weight.dim(), activation, pool)
+        out = _tail(out if residual is None else out + residual, weight.dim(), activation, pool)
     return out if batched else out.squeeze(0)
 
 
@@ -88,7 +89,7 @@ def _is_residual(layer: nn.Module, x: Tensor, summand: Tensor | float) -> bool:
         return False
     if not summand.dtype == x.dtype == layer.weight.dtype or summand.device != x.device:
         return False
-    if torch.is_autocast_enabled(x.device.type):
+    if autocast_enabled(x.device.type):
         return False
     shape = convolved_shape(x, layer.weight, layer.stride, layer.padding, layer.dilation, layer.groups)
     return all(a == b for a, b in zip(summand.shape, shape))
@@ -114,7 +115,7 @@ def linear_block(
     Args:
         backend: that of the layer if None.
     """
-    if type(layer) not in LINEAR_LAYERS or has_hooks(layer) or not takes_linear(layer, x):
+    if type(layer) not in LINEAR_LAYERS or has_hooks(layer) or not takes_linear(layer.weight, x):
         y = activate(layer(x), *parse_activation(activation))
         return y if residual is None else y + residual
     backend = backend or getattr(layer, "backend", "auto")

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.modules.module import _has_any_global_hook
 
+from bigmodel_kernels._library import autocast_enabled
+from bigmodel_kernels.nn.traced import traced
 from bigmodel_kernels.ops.linear import linear
 
 
@@ -17,23 +22,28 @@ class Linear(torch.nn.Linear):
         self,
         input: Tensor,  # [.., in_features]
     ) -> Tensor:  # [.., out_features]
-        if not takes_linear(self, input):
-            return super().forward(input)
-        return linear(input, self.weight, self.bias, backend=self.backend)
+        if isinstance(input, Proxy):
+            return traced(self, super().forward, input)
+        weight = (
+            self.weight
+        )  # asked for once: a parametrization computes it, and spectral_norm moves on with every time
+        if not takes_linear(weight, input):
+            return F.linear(input, weight, self.bias)
+        return linear(input, weight, self.bias, backend=self.backend)
 
 
 LINEAR_LAYERS = (torch.nn.Linear, Linear)  # a subclass may compute anything
 
 
-def takes_linear(layer: torch.nn.Linear, x: Tensor) -> bool:
-    """Whether layer(x) is what `linear` computes: floating tensors that fit. Torch words the errors of others."""
-    weight = layer.weight
-    if x.is_nested or not weight.is_floating_point() or x.device != weight.device:
+def takes_linear(weight: Tensor, x: Tensor) -> bool:
+    """Whether a layer of this weight is what `linear` computes: floating tensors that fit. Torch words the errors of others."""
+    if not isinstance(x, Tensor) or x.is_nested or not weight.is_floating_point() or x.device != weight.device:
         return False
     fits = x.dim() > 0 and x.shape[-1] == weight.shape[-1]
-    return fits and (x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type))
+    return fits and (x.dtype == weight.dtype or autocast_enabled(x.device.type))
 
 
 def has_hooks(m: torch.nn.Module) -> bool:
     """Whether something listens when the module is called."""
-    return bool(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+    own = m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+    return bool(own) or _has_any_global_hook()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from bigmodel_kernels import _registry
+from bigmodel_kernels.nn.traced import traced, traced_whole
 from bigmodel_kernels.ops.lstm import lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell
 from bigmodel_kernels.ops.norm import layer_norm
@@ -55,6 +57,7 @@ class LSTM(nn.RNNBase):
             return hx
         return hx[0].index_select(1, permutation), hx[1].index_select(1, permutation)
 
+    @traced_whole
     def forward(self, input: Tensor | PackedSequence, hx: tuple[Tensor, Tensor] | None = None):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx)
@@ -113,6 +116,8 @@ class LSTMCell(nn.LSTMCell):
     backend = "auto"  # may be set on the class or a layer
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(input, Proxy):
+            return traced(self, super().forward, input, hx)
         if input.dim() not in (1, 2):
             raise ValueError(f"LSTMCell: Expected input to be 1D or 2D, got {input.dim()}D instead")
         if hx is not None:
@@ -180,6 +185,7 @@ class LayerNormLSTM(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, batch_first={self.batch_first}"
 
+    @traced_whole
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None):
         if input.dim() not in (2, 3):
             raise ValueError(f"LayerNormLSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")

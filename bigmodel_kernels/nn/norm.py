@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.fx import Proxy
 
+from bigmodel_kernels.nn.traced import traced
 from bigmodel_kernels.ops.norm import rms_norm
 
 
@@ -17,15 +20,23 @@ class RMSNorm(torch.nn.RMSNorm):
         self,
         x: Tensor,  # [.., *normalized_shape]
     ) -> Tensor:
-        if not self._takes(x):
-            return super().forward(x)
-        return rms_norm(x, self.weight, eps=self.eps, backend=self.backend)
+        if isinstance(x, Proxy):
+            return traced(self, super().forward, x)
+        weight = self.weight  # asked for once: a parametrization computes it
+        if not self._takes(x, weight):
+            return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        return rms_norm(x, weight, eps=self.eps, backend=self.backend)
 
-    def _takes(self, x: Tensor) -> bool:
+    def _takes(self, x: Tensor, weight: Tensor | None) -> bool:
         """Whether this is a normalisation of rows of one dtype. Torch has the rest, and words the errors; a compiler makes one
         kernel of torch's and its neighbours."""
-        if torch.compiler.is_compiling() or x.is_nested or not x.is_floating_point() or len(self.normalized_shape) != 1:
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor) or x.is_nested or not x.is_floating_point():
             return False
-        if x.dim() == 0 or x.shape[-1] != self.normalized_shape[0] or x.shape[-1] == 0:
+        if (
+            len(self.normalized_shape) != 1
+            or x.dim() == 0
+            or x.shape[-1] != self.normalized_shape[0]
+            or x.shape[-1] == 0
+        ):
             return False
-        return self.weight is None or (self.weight.dtype == x.dtype and self.weight.device == x.device)
+        return weight is None or (weight.dtype == x.dtype and weight.device == x.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bigmodel_kernels.nn.attention import MultiheadAttention
 from bigmodel_kernels.nn.fused import linear_block
+from bigmodel_kernels.nn.traced import traced_whole
 
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
@@ -31,6 +32,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         layer._use_our_attention()
         return layer
 
+    @traced_whole
     def forward(
         self,
         src: Tensor,  # [S, N, E], [N, S, E] with batch_first, or [S, E]
@@ -56,6 +58,8 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: same constructor, parameters and results."""
 
+    forward = traced_whole(torch.nn.TransformerDecoderLayer.forward)
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._use_our_attention()
@@ -77,6 +81,8 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 class Transformer(torch.nn.Transformer):
     """torch.nn.Transformer: same constructor, parameters and results. A custom encoder or decoder stays as it is."""
+
+    forward = traced_whole(torch.nn.Transformer.forward)
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -367,6 +367,20 @@ INLINE void add_dot_products(vec<T> (&acc)[R][4], const A* a, int64_t a_row, con
   if (k < depth) add(k, [&](const auto* p) { return load_partial(p, depth - k); });
 }
 
+// The same in runs where vectors are short: their few lanes would each add up more terms in a row than PyTorch's product does.
+template <int R, class T, class S, class A>
+INLINE void add_dot_runs(vec<T> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth) {
+  constexpr int64_t kRun = 8 * kLanes<T>;
+  if (ISA_VECTOR_BYTES == 64 || depth <= kRun) return add_dot_products<R, T>(acc, a, a_row, w, depth);
+  for (int64_t k = 0; k < depth; k += kRun) {
+    const S* const from[4] = {w[0] + k, w[1] + k, w[2] + k, w[3] + k};
+    vec<T> run[R][4] = {};
+    add_dot_products<R, T>(run, a + k, a_row, from, std::min(kRun, depth - k));
+    for (int r = 0; r < R; ++r)
+      for (int g = 0; g < 4; ++g) acc[r][g] += run[r][g];
+  }
+}
+
 #if ISA_VECTOR_BYTES == 64
 // The same of bfloat16 numbers, two to a lane.
 template <int R>
@@ -407,8 +421,8 @@ void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights,
         w_hh[g] = weights.w_hh + (g * H + unit) * P;
       }
       if constexpr (std::is_same_v<M, T>) {
-        add_dot_products<R, T>(acc, x + row * I, I, w_ih, I);
-        add_dot_products<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
+        add_dot_runs<R, T>(acc, x + row * I, I, w_ih, I);
+        add_dot_runs<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
       } else {
         add_pair_products<R>(acc, x + row * I, I, w_ih, I);
         add_pair_products<R>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _cpu, _registry
+from bigmodel_kernels._arguments import flag, integer, number
 from bigmodel_kernels._library import Op, autocast
 from bigmodel_kernels.ops.attention import reference
 
@@ -103,11 +104,13 @@ def prepare(
             raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
-    if not 0 <= number("dropout_p", dropout_p) <= 1:
+    dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
+    if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
-    if not 0 <= number("softcap", softcap) < math.inf:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     left, right = window_sides(window)
+    is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
     q, k, v = autocast(q, k, v)
     _check_same("k", k, q)
     _check_same("v", v, q)
@@ -122,21 +125,15 @@ def prepare(
         None if attn_mask is None else _mask(attn_mask, q, k),
         None if alibi_slopes is None else slopes_2d(alibi_slopes, q.shape[0], q.shape[1], q.device),
         None,
-        float(number("scale", scale)),
-        float(dropout_p),
-        float(softcap),
+        number("scale", scale),
+        dropout_p,
+        softcap,
         left,
         0 if is_causal else right,
         alignment == "lower_right",
-        bool(return_lse),
-        torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
+        flag("return_lse", return_lse),
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
     )
-
-
-def number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    return value
 
 
 def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:
@@ -147,7 +144,7 @@ def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[in
     if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, (int, type(None))) for side in sides):
         raise TypeError(f"window must be None, an int or a pair (left, right) of ints or None, got {window!r}")
     for side in sides:
-        if side is not None and side < 0:
+        if side is not None and integer("window", side) < 0:
             raise ValueError(f"window must not be negative (None stands for no limit), got {window!r}")
     left, right = (-1 if side is None else side for side in sides)
     return left, right

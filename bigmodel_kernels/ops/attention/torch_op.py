@@ -51,7 +51,7 @@ def _sdpa_arguments(q, k, attn_mask, alibi_slopes, scale, dropout_p, window_left
             mask = inside
         else:
             mask = mask & inside if mask.dtype == torch.bool else mask.masked_fill(~inside, -math.inf)
-    gqa = q.shape[1] != k.shape[1]
+    gqa = bool(q.shape[1] != k.shape[1])  # a tensor under torch.jit.trace
     return {"attn_mask": mask, "is_causal": causal, "scale": scale, "dropout_p": dropout_p, "enable_gqa": gqa}
 
 

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from bigmodel_kernels._arguments import flag
 from bigmodel_kernels.ops.attention.op import ALIGNMENTS, attention, lse_dtype, slopes_2d, window_sides
 
 
@@ -67,6 +68,7 @@ def attention_varlen(
             raise TypeError(f"{name} must be an int, got {type(longest).__name__}")
     if alignment not in ALIGNMENTS:
         raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    is_causal, return_lse = flag("is_causal", is_causal), flag("return_lse", return_lse)
     options = {
         "scale": scale, "dropout_p": dropout_p, "enable_gqa": enable_gqa, "softcap": softcap, "return_lse": True,
         "deterministic": deterministic, "backend": backend,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
+from bigmodel_kernels._arguments import flag, number
 from bigmodel_kernels._library import ForwardOp, in_forward_mode, needs_grad
-from bigmodel_kernels.ops.attention.op import heads_inside, lse_dtype, number, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention.op import heads_inside, lse_dtype, slopes_2d, window_sides
 from bigmodel_kernels.ops.attention_decode import cpu, torch_op
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
@@ -109,6 +110,7 @@ def prepare(
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.dim() != 4:
             raise RuntimeError(f"{name} must have 4 dimensions, got shape {list(t.shape)}")
+    is_causal, return_lse = flag("is_causal", is_causal), flag("return_lse", return_lse)
     batch = q.shape[0]
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise RuntimeError(
@@ -129,14 +131,15 @@ def prepare(
     if k_cache.shape[3] != q.shape[3]:
         raise RuntimeError(f"k_cache must have the head dimension of q, {q.shape[3]}, got {k_cache.shape[3]}")
     left, right = window_sides(window)
-    if not 0 <= number("softcap", softcap) < math.inf:
+    softcap = number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
     slopes = None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, heads, q.device)
     return (
-        q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, slopes, float(number("scale", scale)),
-        float(softcap), left, 0 if is_causal else right, bool(return_lse),
+        q, k_cache, v_cache, k_scale, v_scale, cache_seqlens, block_table, slopes, number("scale", scale),
+        softcap, left, 0 if is_causal else right, return_lse,
     )  # fmt: skip
 
 

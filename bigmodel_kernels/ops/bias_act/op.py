@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
+from bigmodel_kernels._arguments import number
 from bigmodel_kernels._library import Op, autocast
 from bigmodel_kernels.ops.bias_act import reference
 
@@ -63,8 +64,7 @@ def prepare(
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
-    if isinstance(dropout_p, bool) or not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a number, got {type(dropout_p).__name__}")
+    dropout_p = number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
     if not x.is_floating_point():
@@ -80,7 +80,7 @@ def prepare(
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
     if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
         residual = residual.clone()
-    return x, bias, residual, None, activation or "none", float(dropout_p)
+    return x, bias, residual, None, activation or "none", dropout_p
 
 
 def _fake_fwd(x, *rest):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _cpu, _registry
+from bigmodel_kernels._arguments import flag, integer, number
 from bigmodel_kernels._library import Op, autocast, in_forward_mode, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.conv import reference, torch_op
 
@@ -141,6 +142,7 @@ def prepare(
     if unbatched:
         x = x.unsqueeze(0)
     x, weight, bias, scale, shift, residual = autocast(x, weight, bias, scale, shift, residual)
+    transposed = flag("transposed", transposed)
     call = (x.shape, weight.shape, stride, padding, dilation, groups, transposed, output_padding, activation, pool)
     options, channels, full = _looked_up_geometry(*call)
     check_like("weight", weight, x)
@@ -160,9 +162,7 @@ def prepare(
 
 
 def check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < 1:
+    if integer(name, value) < 1:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
@@ -240,7 +240,7 @@ def parse_activation(activation: Any) -> tuple[str, float]:
     name, slope = activation, reference.LEAKY_SLOPE
     if isinstance(activation, (tuple, list)) and len(activation) == 2 and activation[0] == "leaky_relu":
         name, slope = activation
-        if not isinstance(slope, (int, float)) or not slope >= 0:
+        if not isinstance(slope, (int, float)) or not number("activation", slope) >= 0:
             raise ValueError(f"activation 'leaky_relu' needs a slope that is not negative, got {slope!r}")
     if name is not None and name not in ACTIVATIONS:
         raise ValueError(f"activation must be None or one of {', '.join(ACTIVATIONS)}; got {activation!r}")
@@ -255,7 +255,7 @@ def _list(name: str, value: Any, axes: int, least: int) -> list[int]:
     values = list(values) * (axes if len(values) == 1 else 1)
     if len(values) != axes:
         raise RuntimeError(f"{name} must have {axes} entries, got {value!r}")
-    if any(v < least for v in values):
+    if any(integer(name, v) < least for v in values):
         raise RuntimeError(f"{name} must be {'positive' if least else 'non-negative'}, got {value!r}")
     return values
 

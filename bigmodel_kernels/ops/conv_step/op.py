@@ -132,7 +132,7 @@ def prepare(
         ("state", ring), ("state", position), ("bias", bias), ("out_weight", out_weight), ("out_bias", out_bias),
         ("skip_weight", skip_weight), ("skip_bias", skip_bias), ("skip", skip),
     ):  # fmt: skip
-        if t is not None and not isinstance(t, Tensor):
+        if not isinstance(t, Tensor) and (t is not None or argument == "state"):
             raise TypeError(f"{argument} must be a tensor, got {type(t).__name__}")
     check_positive("dilation", dilation)
     check_positive("groups", groups)

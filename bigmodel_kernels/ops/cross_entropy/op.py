@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigmodel_kernels._library import Op
+from bigmodel_kernels._arguments import integer, number
+from bigmodel_kernels._library import Op, autocast_enabled
 from bigmodel_kernels.ops.cross_entropy import reference
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -58,10 +59,7 @@ def prepare(
     for name, t in (("logits", logits), ("target", target)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an int, got {type(ignore_index).__name__}")
-    if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
-        raise TypeError(f"label_smoothing must be a number, got {type(label_smoothing).__name__}")
+    ignore_index, label_smoothing = integer("ignore_index", ignore_index), number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing}")
     if reduction not in REDUCTIONS:
@@ -76,11 +74,11 @@ def prepare(
         )
     if target.shape != logits.shape[:-1]:
         raise RuntimeError(f"target must have shape {list(logits.shape[:-1])}, got {list(target.shape)}")
-    if not logits.is_cpu and torch.is_autocast_enabled(logits.device.type):  # to float32, as torch's own
+    if not logits.is_cpu and autocast_enabled(logits.device.type):  # to float32, as torch's own
         logits = logits.float()
     if logits.dim() == 1:
         logits, target = logits[None], target[None]
-    return logits, target, ignore_index, float(label_smoothing), reduction
+    return logits, target, ignore_index, label_smoothing, reduction
 
 
 def _fake_fwd(logits, target, ignore_index, label_smoothing, reduction):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
+from bigmodel_kernels._arguments import flag, integer, number
 from bigmodel_kernels._library import Op, autocast, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.lstm import cpu, reference
 
@@ -77,9 +78,13 @@ def prepare(
     batch_sizes: Tensor | None = None,
 ) -> tuple:
     """Validates a call of `lstm`; returns the arguments of the op."""
+    if not hasattr(weights, "__iter__"):
+        raise TypeError(f"weights must be a list of tensors, got {type(weights).__name__}")
     weights = list(weights)
     _check_types(x, hx, weights, batch_sizes)
-    if num_layers < 1:
+    bidirectional, batch_first = flag("bidirectional", bidirectional), flag("batch_first", batch_first)
+    training, dropout = flag("training", training), number("dropout", dropout)
+    if integer("num_layers", num_layers) < 1:
         raise ValueError(f"num_layers must be positive, got {num_layers}")
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
@@ -113,8 +118,8 @@ def prepare(
         if t.dtype != dtype or t.device != device:
             name = f"hx[{i}]" if i < 2 else f"weights[{i - 2}]"
             raise RuntimeError(f"{name} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
-    p = float(dropout) if training and num_layers > 1 else 0.0
-    return x, h0, c0, weights, batch_sizes, None, num_layers, bool(bidirectional), p, save
+    p = dropout if training and num_layers > 1 else 0.0
+    return x, h0, c0, weights, batch_sizes, None, num_layers, bidirectional, p, save
 
 
 def _check_types(x, hx, weights, batch_sizes) -> None:
@@ -248,5 +253,6 @@ OP = Op(
     backward=_backward,
     differentiable=_differentiable,
     results=3,
+    reads_results=lambda *args: (True, False, False),
 )
 lstm.op, lstm.prepare = OP, prepare

@@ -127,8 +127,9 @@ def _fake_bwd(d_h, d_c, h_new, gates, cells, need_d_x, need_d_weights, x, h, c, 
 
 
 def _backward(op, args, outputs, grads, needs, backend):
-    h_new, _, gates, cells = outputs
-    d_x, d_h, d_c, d_weights = op.bwd(*grads, h_new, gates, cells, needs[0], any(needs[3:7]), *args, backend)
+    _, _, gates, cells = outputs
+    # A step's gradient reads no h_new, which the caller may overwrite: the state before it stands in its place.
+    d_x, d_h, d_c, d_weights = op.bwd(*grads, args[1], gates, cells, needs[0], any(needs[3:7]), *args, backend)
     d_weights = d_weights + [None] * (4 - len(d_weights))
     return d_x if needs[0] else None, d_h, d_c, *d_weights, None
 
@@ -162,5 +163,6 @@ OP = Op(
     backward=_backward,
     differentiable=_differentiable,
     results=2,
+    reads_results=lambda *args: False,
 )
 lstm_cell.op, lstm_cell.prepare = OP, prepare

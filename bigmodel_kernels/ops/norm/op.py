@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bigmodel_kernels._library import Op
+from bigmodel_kernels._arguments import number
+from bigmodel_kernels._library import Op, autocast_enabled
 from bigmodel_kernels.ops.norm import reference
 
 
@@ -81,11 +82,10 @@ def prepare(
         raise RuntimeError(f"x must have a floating dtype, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise RuntimeError(f"x must have a last dimension to normalise over, got shape {list(x.shape)}")
-    if isinstance(eps, bool) or not isinstance(eps, (int, float)):
-        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    eps = number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    if not x.is_cpu and torch.is_autocast_enabled(x.device.type):  # to float32, as torch's own: the statistics need it
+    if not x.is_cpu and autocast_enabled(x.device.type):  # to float32, as torch's own: the statistics need it
         x, weight, bias, residual = (t if t is None else t.float() for t in (x, weight, bias, residual))
     for name, t, shape in (
         ("weight", weight, x.shape[-1:]),
@@ -98,7 +98,7 @@ def prepare(
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
     if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
         residual = residual.clone()
-    return x, residual, weight, bias, float(eps), True
+    return x, residual, weight, bias, eps, True
 
 
 def _empty(x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bigmodel_kernels._arguments import number
 from bigmodel_kernels._library import Op, autocast, needs_grad
 from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.norm_lstm import reference
@@ -82,7 +83,7 @@ def prepare(
     ):  # fmt: skip
         if named[name].shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(named[name].shape)}")
-    return *named.values(), float(eps), float(eps_c), save
+    return *named.values(), number("eps", eps), number("eps_c", eps_c), save
 
 
 def empty_saved(a: Tensor, save: bool) -> list[Tensor]:
