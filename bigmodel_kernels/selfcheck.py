@@ -93,7 +93,9 @@ def _cases() -> Iterator[Case]:
         (q, q, q, (1, 4, 97, 97)),
     )
     yield Case("attention", "varlen", _varlen, ((97, 4, 40),) * 3)
-    yield Case("attention", "decode", _decode, ((2, 4, 1, 40), kv, kv))
+    one_query = ((2, 4, 1, 40), kv, kv)
+    yield Case("attention", "decode", _decode, one_query)
+    yield Case("attention_decode", "without gradients", torch.no_grad()(_decode), one_query)
     image, weight = (3, 5, 19, 21), (7, 5, 3, 3)
 
     def conv(**options):
