@@ -148,6 +148,8 @@ class Op:
             direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
             return _run(self.name, backend, direction, args)
         flat, lengths = _flatten(args, self._tensors["fwd"])
+        if torch.compiler.is_compiling():
+            flat = _each_once(flat)
         if by_choice and any(
             isinstance(t, torch.Tensor) and t.is_inference() for t in flat
         ):  # autograd saves no such tensor
@@ -264,6 +266,15 @@ def _flatten(args: Sequence, tensors: Sequence[int]) -> tuple[Sequence, tuple[in
     return flat, tuple(len(a) if i in lists else -1 for i, a in enumerate(args))
 
 
+def _each_once(flat: Sequence) -> list:
+    """torch.compile does not trace an autograd.Function that is given a tensor twice: from the second time on it is a view."""
+    once: list = []
+    for a in flat:
+        twice = isinstance(a, torch.Tensor) and any(a is b for b in once)
+        once.append(a.view_as(a) if twice else a)
+    return once
+
+
 def _unflatten(flat: Sequence, lengths: tuple[int, ...]) -> Sequence:
     if not lengths:
         return flat
@@ -323,8 +334,12 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, backend, lengths, *flat):
         args = _unflatten(flat, lengths)
+        outputs = _run(name, backend, "fwd", args)
         # PyTorch refuses to write into a result that is a view made in here, though nobody else sees its base.
-        outputs = tuple(o.data if o._is_view() else o for o in _run(name, backend, "fwd", args))
+        if isinstance(outputs, tuple):
+            outputs = tuple(o.data if o._is_view() else o for o in outputs)
+        elif outputs._is_view():
+            outputs = outputs.data
         _keep(ctx, name, backend, lengths, flat, args, outputs)
         return outputs
 

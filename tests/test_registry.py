@@ -269,3 +269,27 @@ def test_what_older_compilers_do_not_trace_is_not_asked_in_a_call(monkeypatch):
     """torch.compile of 2.11 stops at is_autocast_available."""
     monkeypatch.setattr(torch.amp, "is_autocast_available", None)
     assert bmk.linear(torch.ones(2, 3), torch.ones(4, 3)).shape == (2, 4)
+
+
+X, W = torch.randn(2, 4, 8, 8), torch.randn(8, 8)
+ONE_TENSOR_TWICE = {
+    "attention": lambda x: bmk.attention(x, x, x),
+    "linear": lambda x: bmk.linear(x, W, residual=x),
+    "layer_norm": lambda x: bmk.layer_norm(x, residual=x)[0],
+    "rms_norm": lambda x: bmk.rms_norm(x),
+    "bias_act": lambda x: bmk.bias_act(x, None, residual=x),
+    "lstm_cell": lambda x: bmk.lstm_cell(x[0, 0], (x[0, 1], x[0, 1]), torch.ones(32, 8) / 9, torch.ones(32, 8) / 9)[0],
+}
+
+
+@pytest.mark.parametrize("call", ONE_TENSOR_TWICE.values(), ids=ONE_TENSOR_TWICE)
+def test_a_compiled_call_may_be_given_a_tensor_twice(call):
+    """The compiler refused it; and a normalisation without weight or sum met an empty gradient of the sum it does not return."""
+    torch._dynamo.reset()
+    results = []
+    for run in (call, torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")):
+        x = X.clone().requires_grad_()
+        y = run(x)
+        results.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-5)

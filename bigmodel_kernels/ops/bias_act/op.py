@@ -78,8 +78,6 @@ def prepare(
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-    if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        residual = residual.clone()
     return x, bias, residual, None, activation or "none", dropout_p
 
 

@@ -101,8 +101,6 @@ def prepare(
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
         if t.dtype != dtype or t.device != device:
             raise RuntimeError(f"{name} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
-    if args[-1] is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        args = (*args[:-1], x.clone())
     return *args, dilation
 
 

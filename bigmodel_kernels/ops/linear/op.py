@@ -72,8 +72,6 @@ def prepare(
         _check("bias", bias, x, weight.shape[:1])
     if residual is not None:
         _check("residual", residual, x, (*x.shape[:-1], weight.shape[0]))
-        if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-            residual = residual.view_as(residual)
     return x, weight, bias, residual, kind, slope, save
 
 

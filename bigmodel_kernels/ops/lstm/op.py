@@ -108,8 +108,6 @@ def prepare(
     h0, c0 = hx
     _check_shape("hx[0]", h0.shape, (cells, batch, state))
     _check_shape("hx[1]", c0.shape, (cells, batch, hidden))
-    if c0 is h0:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        c0 = c0.clone()
     save = needs_grad(x, h0, c0, weights)
     if batch_sizes is None or not x.is_cpu:  # as torch's own: its packed LSTM on the CPU returns what it was given
         x, h0, c0, weights = autocast(x, h0, c0, weights)

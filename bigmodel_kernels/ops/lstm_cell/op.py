@@ -98,8 +98,6 @@ def prepare(
     ):
         if t is not None and t.shape != shape:
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
-    if c is h:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        c = c.clone()
     save = needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh)
     if not x.is_cpu:  # as torch's own: on the CPU its cell returns what it was given
         x, h, c, w_ih, w_hh, b_ih, b_hh = autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)

@@ -96,8 +96,6 @@ def prepare(
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
         if t is not None and (t.dtype != x.dtype or t.device != x.device):
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-    if residual is x:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        residual = residual.clone()
     return x, residual, weight, bias, eps, True
 
 
@@ -119,8 +117,10 @@ def _fake_bwd(dy, dh, h, mean, rstd, need_parameters, x, residual, weight, bias,
 def _backward(op, args, outputs, grads, needs, backend):
     x, residual = args[:2]
     _, h, mean, rstd = outputs
-    h = x if residual is None else h
-    d_h, d_weight, d_bias = op.bwd(*grads, h, mean, rstd, needs[2] or needs[3], *args, backend)
+    dy, dh = grads
+    if residual is None:  # h is empty then, and so is the gradient that a compiled graph makes of it
+        h, dh = x, None
+    d_h, d_weight, d_bias = op.bwd(dy, dh, h, mean, rstd, needs[2] or needs[3], *args, backend)
     return [
         d_h if needs[0] else None,
         d_h if needs[1] else None,

@@ -66,8 +66,6 @@ def prepare(
         if not isinstance(t, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
     save = needs_grad(a, h, c, w, gain, gain_c, bias_c)
-    if c is h:  # torch.compile does not trace an autograd.Function that is given a tensor twice
-        c = c.clone()
     named = dict(zip(names, autocast(a, h, c, w, gain, gain_c, bias_c)))
     a = named["a"]
     for name, t in named.items():
