@@ -175,3 +175,13 @@ def test_a_backend_that_is_no_name(junk):
 def test_what_is_not_an_op(function, kind, message):
     with pytest.raises(kind, match=message):
         function()
+
+
+@pytest.mark.parametrize("change", [{"transposed": 0}, {"stride": 1.0}, {"groups": True}, {"padding": False}], ids=str)
+def test_a_call_like_a_valid_one_of_before_is_checked(change):
+    """conv goes by what calls of the same arguments came down to, and 1, 1.0 and True were the same to it."""
+    x, w = make(1, 2, 5, 5), make(3, 2, 3, 3)
+    for _ in range(2):
+        bmk.conv(x, w, stride=1, groups=1, padding=0, transposed=False)
+    with pytest.raises((TypeError, ValueError), match=next(iter(change))):
+        bmk.conv(x, w, **change)

@@ -103,7 +103,8 @@ def _key(x, weight, bias, others, *options) -> tuple | None:
         else tuple(None if t is None else (t.shape, t.dtype, t.device) for t in others)
     )
     save = torch.is_grad_enabled() and needs_grad(x, weight, bias, *others)
-    return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, b, rest, save, *options
+    kinds = tuple(map(type, options))  # True, 1 and 1.0 are one key else, and not all of them are valid
+    return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, b, rest, save, kinds, *options
 
 
 def _remember(key: tuple, args: tuple) -> None:
@@ -282,9 +283,7 @@ def _padding(padding: Any, kernel: list[int], stride: list[int], dilation: list[
 
 def _check_channels(x_shape: Sequence[int], weight_shape: Sequence[int], groups: Any, transposed: bool) -> int:
     """The number of output channels."""
-    if not isinstance(groups, (int, torch.SymInt)):
-        raise TypeError(f"groups must be an int, got {groups!r}")
-    if groups <= 0:
+    if integer("groups", groups) <= 0:
         raise RuntimeError(f"groups must be positive, got {groups}")
     if any(k == 0 for k in weight_shape[2:]):
         raise RuntimeError(f"weight must have a kernel that is not empty, got shape {list(weight_shape)}")
