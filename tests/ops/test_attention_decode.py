@@ -221,23 +221,29 @@ def test_what_the_kernel_leaves_to_attention():
         assert op(q) == ("attention", "torch")
 
 
-def test_compiled_it_is_one_operator():
-    q, k, v, lengths = drawn((2, 8, 2, 1, 70, 32, 32), torch.float32, 0)
+def compiled_operators(call, *inputs):
+    """What torch.compile's graph of a call without gradients calls, and its results."""
     graphs = []
 
     def look(graph, inputs):
         graphs.append([node.target for node in graph.graph.nodes if node.op == "call_function"])
         return graph.forward
 
+    torch._dynamo.reset()
+    with torch.no_grad():
+        results = torch.compile(call, fullgraph=True, dynamic=True, backend=look)(*inputs)
+    return graphs[0], results
+
+
+def test_compiled_it_is_one_operator():
+    q, k, v, lengths = drawn((2, 8, 2, 1, 70, 32, 32), torch.float32, 0)
+
     def call(q, k, v, lengths):
         return bmk.attention_decode(q, k, v, lengths, return_lse=True)
 
-    run = torch.compile(call, fullgraph=True, dynamic=True, backend=look)
-    with torch.no_grad():
-        found = run(q, k, v, torch.tensor(lengths))
-        expected = call(q, k, v, torch.tensor(lengths))
-    assert all(torch.equal(a, b) for a, b in zip(found, expected))
-    assert torch.ops.bigmodel_kernels.attention_decode.default in graphs[0]
+    operators, found = compiled_operators(call, q, k, v, torch.tensor(lengths))
+    assert all(torch.equal(a, b) for a, b in zip(found, call(q, k, v, torch.tensor(lengths))))
+    assert torch.ops.bigmodel_kernels.attention_decode.default in operators
 
 
 def test_opcheck():

@@ -12,7 +12,16 @@ from bigmodel_kernels import _triton, _tuned
 from bigmodel_kernels.ops.attention_decode import torch_op, triton_configs, triton_kernels
 from bigmodel_kernels.ops.attention_decode.op import prepare
 from bigmodel_kernels.testing import assert_matches
-from tests.ops.test_attention_decode import OPTIONS, SHAPES, apart, drawn, in_pages, slopes, table_for
+from tests.ops.test_attention_decode import (
+    OPTIONS,
+    SHAPES,
+    apart,
+    compiled_operators,
+    drawn,
+    in_pages,
+    slopes,
+    table_for,
+)
 from tests.ops.test_attention_triton_compile import innermost_loops
 from tests.triton_aot import SHARED_LIMIT, compiling
 from tests.triton_interpreter import interpreted
@@ -162,6 +171,21 @@ def check_far_keys():
         pool[-1] = t[0]
     found = decode(q, *far, [16], {}, block_table=torch.tensor([[pages - 1]], dtype=torch.int32))
     assert all(torch.equal(a, b) for a, b in zip(found, expected))
+
+
+def check_compiled():
+    q, k, v, lengths = drawn((1, 4, 2, 1, 40, 16, 16), torch.float32, 0)
+
+    def call(q, k, v, lengths):
+        return bmk.attention_decode(q, k, v, lengths, return_lse=True, backend="triton")
+
+    operators, found = compiled_operators(call, q, k, v, torch.tensor(lengths))
+    assert all(torch.equal(a, b) for a, b in zip(found, call(q, k, v, torch.tensor(lengths))))
+    assert torch.ops.bigmodel_kernels.attention_decode.default in operators
+
+
+def test_compiled_it_is_one_operator():
+    interpreted(check_compiled)
 
 
 def test_pages_past_two_to_the_31_numbers():

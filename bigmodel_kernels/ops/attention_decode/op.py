@@ -80,6 +80,8 @@ def _has_kernel(backend: str, args: tuple) -> bool:
     q = args[0]
     if needs_grad(*args[:3]) or in_forward_mode() or torch.is_autocast_enabled(q.device.type):
         return False
+    if compiling and asked == "triton":
+        return args[3] is None  # whether it runs here is asked when the graph does; it has no 8-bit caches
     if compiling:
         return asked in ("auto", "cpu") and q.is_cpu and cpu.AVAILABLE and cpu.supports(*args) is None
     if torch._C._are_functorch_transforms_active():
