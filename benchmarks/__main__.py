@@ -20,6 +20,7 @@ from benchmarks.contestant import DTYPES, PASSES
 OUT = Path(__file__).parent / "out"
 QUICK_ROUNDS = 10
 TABLE_WIDTH = 165  # where the output is no terminal
+PLACES = ("--json", "--out", "--compare")  # options with a path
 
 
 def choices(allowed):
@@ -65,6 +66,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     else:
         options.groups = (options.op or ()) + (options.model or ())
     return options
+
+
+def command_line(argv: list[str]) -> str:
+    """What gives these results again; without paths of this machine, which kept results have no use for."""
+    kept, words = ["python", "-m", "benchmarks"], iter(argv)
+    for word in words:
+        if word.partition("=")[0] not in PLACES:
+            kept.append(word)
+        elif "=" not in word:
+            next(words)
+    return shlex.join(kept)
 
 
 def run(row: cases.Row, *, rounds: int, compile: bool) -> report.Result:
@@ -124,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
         result.floor, result.floor_by = peaks.floor(result.flops, result.traffic, result.dtype)
     header = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "benchmarks", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line(sys.argv[1:] if argv is None else argv),
         "seconds": round(time.perf_counter() - started, 1),
         "rounds": options.rounds,
         "machine": machine.describe(),

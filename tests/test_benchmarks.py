@@ -148,6 +148,11 @@ def test_planted_mistake_gets_no_time(pass_, mistake):
     assert row["ours ms"] == ""
 
 
+def test_kept_results_name_no_path_of_the_machine():
+    typed = ["--op", "conv", "--json", "/tmp/r.json", "--out=/tmp/out", "--quick", "--compare", "old.json"]
+    assert command.command_line(typed) == "python -m benchmarks --op conv --quick"
+
+
 def test_command_fails_on_a_planted_mistake(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cases, "all_cases", lambda: [case("right"), case("planted", scale=1.001)])
     monkeypatch.setattr(command.machine, "measure_peaks", lambda dtypes: PEAKS)

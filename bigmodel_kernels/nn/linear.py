@@ -24,9 +24,7 @@ class Linear(torch.nn.Linear):
     ) -> Tensor:  # [.., out_features]
         if isinstance(input, Proxy):
             return traced(self, super().forward, input)
-        weight = (
-            self.weight
-        )  # asked for once: a parametrization computes it, and spectral_norm moves on with every time
+        weight = self.weight  # asked for once: a parametrization computes it, and spectral_norm moves on every time
         if not takes_linear(weight, input):
             return F.linear(input, weight, self.bias)
         return linear(input, weight, self.bias, backend=self.backend)

@@ -247,7 +247,8 @@ def test_compiled_it_is_one_operator():
 
 
 def test_opcheck():
+    op = torch.ops.bigmodel_kernels.attention_decode.default
     q, k, v, lengths = drawn((2, 4, 2, 1, 20, 32, 32), torch.float32, 0)
-    rest = (torch.tensor(lengths), None, None, 0.2, 0.0, -1, -1, True, "cpu")
-    for caches in ((k, v), (k.mT.contiguous().mT, v.mT.contiguous().mT)):
-        torch.library.opcheck(torch.ops.bigmodel_kernels.attention_decode.default, (q, *caches, None, None, *rest))
+    unscaled = (None, None, torch.tensor(lengths), None, None, 0.2, 0.0, -1, -1, True, "cpu")
+    torch.library.opcheck(op, (q, k, v, *unscaled))
+    torch.library.opcheck(op, (q, k.mT.contiguous().mT, v.mT.contiguous().mT, *unscaled))

@@ -75,7 +75,7 @@ def _has_kernel(backend: str, args: tuple) -> bool:
     asked = backend if compiling else _registry.wanted(backend)  # a compiled graph follows the argument alone
     if asked == "cuda" and needs_grad(*args[:3]):
         raise RuntimeError("attention_decode: backend 'cuda' cannot run this call: it has no backward")
-    if asked == "cuda" or asked == "torch":
+    if asked in ("cuda", "torch"):
         return asked == "cuda"
     q = args[0]
     if needs_grad(*args[:3]) or in_forward_mode() or torch.is_autocast_enabled(q.device.type):
