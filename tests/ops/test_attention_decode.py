@@ -91,11 +91,8 @@ def only_the_kernel(monkeypatch):
     monkeypatch.setattr(import_module("bigmodel_kernels.ops.attention_decode.torch_op"), "attention", composed)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_error_rule(shape, name, dtype, seed, only_the_kernel):
+def check_error_rule(decode, shape, name, dtype, seed):
+    """By `decode`: the error rule, and pages, whose size goes by the seed, equal to one piece to the bit."""
     q, k, v, lengths = drawn(shape, dtype, seed)
     exact = apart(*(t.double() for t in (q, k, v)), lengths, OPTIONS[name], "torch")
     stock = apart(q, k, v, lengths, OPTIONS[name], "torch")
@@ -109,6 +106,14 @@ def test_error_rule(shape, name, dtype, seed, only_the_kernel):
     paged = decode(q, *pages, lengths, OPTIONS[name], block_table=table.int())
     assert torch.equal(paged[0], out)
     assert torch.equal(paged[1], lse)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_error_rule(shape, name, dtype, seed, only_the_kernel):
+    check_error_rule(decode, shape, name, dtype, seed)
 
 
 @pytest.mark.parametrize("layout", ["heads_inside", "every_second", "transposed", "expanded"])

@@ -16,11 +16,10 @@ from tests.ops.test_attention_decode import (
     OPTIONS,
     SHAPES,
     apart,
+    check_error_rule,
     compiled_operators,
     drawn,
-    in_pages,
     slopes,
-    table_for,
 )
 from tests.ops.test_attention_triton_compile import innermost_loops
 from tests.triton_aot import SHARED_LIMIT, compiling
@@ -57,21 +56,9 @@ def decode(q, k, v, lengths, options, **more):
 
 
 def check(shape, name, dtype, seed):
-    q, k, v, lengths = drawn(shape, dtype, seed)
-    exact = apart(*(t.double() for t in (q, k, v)), lengths, OPTIONS[name], "torch")
-    stock = apart(q, k, v, lengths, OPTIONS[name], "torch")
-    page_size = (1, 5, 16)[seed]
-    table = table_for(len(lengths), k.shape[2], page_size)
-    pages = [in_pages(t, page_size, table) for t in (k, v)]
     for splits in (1, 3):
         with in_shares(splits):
-            out, lse = decode(q, k, v, lengths, OPTIONS[name])
-            paged = decode(q, *pages, lengths, OPTIONS[name], block_table=table.int())
-        assert_matches(out, exact[0], stock[0], dtype=dtype)
-        lucky = None if k.shape[2] == 1 else stock[1]  # of one number PyTorch's error may be anything down to 0
-        assert_matches(lse, exact[1], lucky, dtype=torch.float32, magnitude=1.0)
-        assert torch.equal(paged[0], out)
-        assert torch.equal(paged[1], lse)
+            check_error_rule(decode, shape, name, dtype, seed)
 
 
 CASES = [
