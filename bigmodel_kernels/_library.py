@@ -9,7 +9,7 @@ torch.compile, so that a compiled graph never has a device, a shape or an enviro
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -150,12 +150,12 @@ class Op:
         flat, lengths = _flatten(args, self._tensors["fwd"])
         if torch.compiler.is_compiling():
             flat = _each_once(flat)
-        if by_choice and any(
-            isinstance(t, torch.Tensor) and t.is_inference() for t in flat
-        ):  # autograd saves no such tensor
+        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
+        if by_choice and any(map(torch.Tensor.is_inference, tensors)):  # autograd saves no such tensor
             return _registry.module(self.name, "torch").call(*args)
-        pair = _EagerPair if plain else _Pair
-        return pair.apply(self.name, backend, lengths, *flat)
+        if plain:
+            return Call(self, backend, flat, lengths)(tensors)
+        return _Pair.apply(self.name, backend, lengths, *flat)
 
     def _is_torch_only(self, args: Sequence, plain: bool) -> bool:
         """Whether only PyTorch's own ops know what is asked of them here: the transforms of torch.func, forward-mode derivatives,
@@ -295,71 +295,111 @@ class _Pair(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        name, backend, lengths, *flat = inputs
-        _keep(ctx, name, backend, lengths, flat, _unflatten(flat, lengths), output)
+        ctx.name, ctx.backend, ctx.lengths, *flat = inputs
+        ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
+        ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
+        tensors = itertools.compress(flat, ctx.tensor_at)
+        _keep(ctx, _ops[ctx.name], tensors, _unflatten(flat, ctx.lengths), output)
 
     @staticmethod
     def backward(ctx, *grads):
         op = _ops[ctx.name]
-        grads = grads[: op.results]
-        if all(g is None for g in grads):
-            return (None,) * len(ctx.needs_input_grad)
         inputs = sum(ctx.tensor_at)
         saved = ctx.saved_tensors
         tensors = iter(saved[:inputs])
         flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
-        args = _unflatten(flat, ctx.lengths)
         needs = ctx.needs_input_grad[3:]
-        if not torch.compiler.is_compiling():
-            # torch.func asks for a graph even where no gradient of the gradient can be wanted.
-            if needs_grad(*flat, *grads):
-                return None, None, None, *_gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads)
-            if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched
-                with torch.enable_grad():
-                    found = _gradient_with_graph(op.differentiable, flat, ctx.lengths, needs, grads, create_graph=False)
-                return None, None, None, *found
-        gradients = op.backward(op, args, tuple(saved[inputs:]), grads, _unflatten(needs, ctx.lengths), ctx.backend)
-        if not ctx.lengths:
-            return None, None, None, *gradients
-        out: list = [None, None, None]
-        for g, n in zip(gradients, ctx.lengths):
-            out.extend([g] if n < 0 else (g if g is not None else [None] * n))
-        return tuple(out)
+        return None, None, None, *_gradients(op, ctx.backend, flat, ctx.lengths, needs, saved[inputs:], grads)
 
 
 class _EagerPair(torch.autograd.Function):
     """`_Pair` in the older form with the context in forward, which torch.func does not take: `apply` then need not inspect the
-    signature of forward on every call, half of what a small call costs."""
+    signature of forward on every call, half of what a small call costs. It looks at every argument, hence at tensors only."""
 
     @staticmethod
-    def forward(ctx, name, backend, lengths, *flat):
-        args = _unflatten(flat, lengths)
-        outputs = _run(name, backend, "fwd", args)
+    def forward(ctx, call, *tensors):
+        op, args = call.op, _unflatten(call.fill(tensors), call.lengths)
+        outputs = _run(op.name, call.backend, "fwd", args)
         # PyTorch refuses to write into a result that is a view made in here, though nobody else sees its base.
         if isinstance(outputs, tuple):
             outputs = tuple(o.data if o._is_view() else o for o in outputs)
         elif outputs._is_view():
             outputs = outputs.data
-        _keep(ctx, name, backend, lengths, flat, args, outputs)
+        ctx.call = call
+        _keep(ctx, op, tensors, args, outputs)
         return outputs
 
-    backward = staticmethod(_Pair.backward)
+    @staticmethod
+    def backward(ctx, *grads):
+        call, inputs, saved = ctx.call, len(ctx.call.at), ctx.saved_tensors
+        needs = [False] * len(call.constants)
+        for i, need in zip(call.at, ctx.needs_input_grad[1:]):
+            needs[i] = need
+        flat = call.fill(saved[:inputs])
+        found = _gradients(call.op, call.backend, flat, call.lengths, needs, saved[inputs:], grads)
+        return None, *[found[i] for i in call.at]
 
 
-def _keep(ctx, name: str, backend: str, lengths: tuple[int, ...], flat: Sequence, args: Sequence, output: Any) -> None:
-    """Into the context what the backward needs; `args` are `flat` with lists of tensors as lists."""
-    ctx.name, ctx.backend, ctx.lengths = name, backend, lengths
-    ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
-    ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
-    op = _ops[name]
+class Call:
+    """A call of an op, on a backend selected for it, that records for its backward, apart from its tensors; serves many calls."""
+
+    __slots__ = ("at", "backend", "constants", "lengths", "op")
+
+    def __init__(self, op: Op, backend: str, flat: Sequence, lengths: tuple[int, ...] = ()):
+        self.op, self.backend, self.lengths = op, backend, lengths
+        self.at = [i for i, a in enumerate(flat) if isinstance(a, torch.Tensor)]
+        self.constants = [None if isinstance(a, torch.Tensor) else a for a in flat]
+
+    def fill(self, tensors: Sequence) -> list:
+        """All arguments, laid out flat."""
+        flat = self.constants.copy()
+        for i, t in zip(self.at, tensors):
+            flat[i] = t
+        return flat
+
+    def __call__(self, tensors: Sequence):
+        """The op's outputs."""
+        return _EagerPair.apply(self, *tensors)
+
+
+def _keep(ctx, op: Op, tensors: Iterable, args: Sequence, output: Any) -> None:
+    """Into the context what the backward needs: the `tensors` among `args`, and of the outputs what it reads."""
     outputs = output if isinstance(output, tuple) else (output,)
     read = op.reads_results(*args)
     read = read if isinstance(read, tuple) else (read,) * op.results
     kept = (*[o if r else None for o, r in zip(outputs, read)], *outputs[op.results :])
-    ctx.save_for_backward(*itertools.compress(flat, ctx.tensor_at), *kept)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.set_materialize_grads(False)
     if len(outputs) > op.results:
         ctx.mark_non_differentiable(*outputs[op.results :])
+
+
+def _gradients(
+    op: Op,
+    backend: str,
+    flat: Sequence,  # the arguments
+    lengths: tuple[int, ...],
+    needs: Sequence[bool],  # per argument
+    outputs: tuple,  # what was kept of them
+    grads: Sequence,
+) -> Sequence:  # per argument
+    grads = grads[: op.results]
+    if all(g is None for g in grads):
+        return (None,) * len(flat)
+    if not torch.compiler.is_compiling():
+        # torch.func asks for a graph even where no gradient of the gradient can be wanted.
+        if needs_grad(*flat, *grads):
+            return _gradient_with_graph(op.differentiable, flat, lengths, needs, grads)
+        if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched
+            with torch.enable_grad():
+                return _gradient_with_graph(op.differentiable, flat, lengths, needs, grads, create_graph=False)
+    gradients = op.backward(op, _unflatten(flat, lengths), outputs, grads, _unflatten(needs, lengths), backend)
+    if not lengths:
+        return gradients
+    out: list = []
+    for g, n in zip(gradients, lengths):
+        out.extend([g] if n < 0 else (g if g is not None else [None] * n))
+    return out
 
 
 def _gradient_with_graph(

@@ -49,7 +49,7 @@ def check_name(name: str, argument: str = "backend") -> str:
 
 _environment = _environment_backend()
 _wanted: ContextVar[str | None] = ContextVar("bigmodel_kernels_backend", default=None)
-_record: ContextVar[list[Explanation] | None] = ContextVar("bigmodel_kernels_record", default=None)
+_listener: ContextVar[Callable[..., None] | None] = ContextVar("bigmodel_kernels_listener", default=None)
 _logged: set[tuple] = set()
 
 
@@ -120,9 +120,19 @@ def is_free(backend: str) -> bool:
     return (
         backend == "auto"
         and (_wanted.get() or _environment) == "auto"
-        and _record.get() is None
+        and _listener.get() is None
         and not _log.isEnabledFor(logging.INFO)
     )
+
+
+@contextlib.contextmanager
+def listening(listener: Callable[..., None]) -> Iterator[None]:
+    """Tells `listener(op, chosen, prefer, args)` of every choice in the block."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: tuple) -> str:
@@ -142,8 +152,8 @@ def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: 
     else:
         chosen = backend
         require(op, chosen, args)
-    if (record := _record.get()) is not None:
-        record.append(_explanation(op, chosen, prefer, args))
+    if (listener := _listener.get()) is not None:
+        listener(op, chosen, prefer, args)
     if _log.isEnabledFor(logging.INFO):
         _log_once(op, chosen, args)
     return chosen
@@ -201,11 +211,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> Explanation:
         op = function.op
         return _explanation(op.name, select(op.name, backend, op.prefer, prepared), op.prefer, prepared)
     calls: list[Explanation] = []
-    token = _record.set(calls)
-    try:
+    with listening(lambda *choice: calls.append(_explanation(*choice))):
         function(*args, **kwargs)
-    finally:
-        _record.reset(token)
     names = dict.fromkeys(call.backend for call in calls)
     return Explanation(getattr(function, "__name__", type(function).__name__), "+".join(names) or "none", {}, calls)
 

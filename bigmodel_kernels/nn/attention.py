@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigmodel_kernels.nn.choice import is_torchs, remembering
 from bigmodel_kernels.nn.traced import traced_whole
 from bigmodel_kernels.ops.attention import attention, reference
 from bigmodel_kernels.ops.linear import linear
@@ -56,6 +57,38 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return super().forward(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
+        if key_padding_mask is None and attn_mask is None and not is_causal:
+            others = (
+                key is query,
+                value is key,
+                key.shape,
+                value.shape,
+                need_weights,
+                average_attn_weights,
+                self.training,
+            )
+            torchs = is_torchs(self, query, None, *others)
+            if torchs:
+                return super().forward(query, key, value, None, need_weights, None, average_attn_weights)
+            if torchs is None:
+                run = remembering(self, query, None, *others)
+                return run(self._attend, query, key, value, None, need_weights, None, average_attn_weights, False)
+        return self._attend(
+            query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: Tensor | None,
+        average_attn_weights: bool,
+        is_causal: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` on the ops of this library."""
         batched = F._mha_shape_check(query, key, value, key_padding_mask, attn_mask, self.num_heads)
         if is_causal and attn_mask is None:
             raise RuntimeError("Need attn_mask if specifying the is_causal hint, got attn_mask=None")

@@ -9,6 +9,7 @@ from torch.fx import Proxy
 from torch.nn.modules.module import _has_any_global_hook
 
 from bigmodel_kernels._library import autocast_enabled
+from bigmodel_kernels.nn.choice import is_torchs, remembering
 from bigmodel_kernels.nn.traced import traced
 from bigmodel_kernels.ops.linear import linear
 
@@ -25,8 +26,11 @@ class Linear(torch.nn.Linear):
         if isinstance(input, Proxy):
             return traced(self, super().forward, input)
         weight = self.weight  # asked for once: a parametrization computes it, and spectral_norm moves on every time
-        if not takes_linear(weight, input):
+        torchs = is_torchs(self, input, weight)
+        if torchs or not takes_linear(weight, input):
             return F.linear(input, weight, self.bias)
+        if torchs is None:
+            return remembering(self, input, weight)(linear, input, weight, self.bias, backend=self.backend)
         return linear(input, weight, self.bias, backend=self.backend)
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence
 
 from bigmodel_kernels import _registry
+from bigmodel_kernels.nn.choice import is_torchs, remembering
 from bigmodel_kernels.nn.traced import traced, traced_whole
 from bigmodel_kernels.ops.lstm import lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell
@@ -130,7 +133,13 @@ class LSTMCell(nn.LSTMCell):
             hx = None if hx is None else tuple(t.unsqueeze(0) for t in hx)
         if hx is None:
             hx = tuple(input.new_zeros(input.size(0), self.hidden_size) for _ in range(2))
-        h, c = lstm_cell(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, backend=self.backend)
+        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        torchs = is_torchs(self, input, weights[0])
+        if torchs:
+            h, c = torch.lstm_cell(input, hx, *weights)
+        else:
+            call = lstm_cell if torchs is False else partial(remembering(self, input, weights[0]), lstm_cell)
+            h, c = call(input, hx, *weights, backend=self.backend)
         return (h, c) if batched else (h.squeeze(0), c.squeeze(0))
 
 

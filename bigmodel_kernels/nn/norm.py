@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Proxy
 
+from bigmodel_kernels.nn.choice import is_torchs, remembering
 from bigmodel_kernels.nn.traced import traced
 from bigmodel_kernels.ops.norm import rms_norm
 
@@ -23,8 +24,11 @@ class RMSNorm(torch.nn.RMSNorm):
         if isinstance(x, Proxy):
             return traced(self, super().forward, x)
         weight = self.weight  # asked for once: a parametrization computes it
-        if not self._takes(x, weight):
+        torchs = is_torchs(self, x, weight)
+        if torchs or not self._takes(x, weight):
             return F.rms_norm(x, self.normalized_shape, weight, self.eps)
+        if torchs is None:
+            return remembering(self, x, weight)(rms_norm, x, weight, eps=self.eps, backend=self.backend)
         return rms_norm(x, weight, eps=self.eps, backend=self.backend)
 
     def _takes(self, x: Tensor, weight: Tensor | None) -> bool:

@@ -208,6 +208,46 @@ def test_torch_is_what_a_user_would_have_written():
         assert torch.equal(bmk.linear(*args), F.linear(*args))
 
 
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+@pytest.mark.parametrize("rows", [3, 512])
+def test_a_call_that_was_made_before(rows, activation):
+    """The second call of the same sizes goes by what the first found out: it must see new values, and refuse what is wrong."""
+    x, weight, bias = make(rows, 128), make(128, 128, seed=1), make(128, seed=2)
+
+    def both(*tensors):
+        found = [bmk.linear(*tensors, activation=activation, backend=backend) for backend in ("auto", "torch")]
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+        return found
+
+    first = both(x, weight, bias)[0]
+    assert torch.equal(first, both(x, weight, bias)[0])
+    weight.data.mul_(2)
+    assert not torch.equal(first, both(x, weight, bias)[0])
+    both(x.view(1, rows, 128), weight, bias)
+    both(x.t().contiguous().t(), weight, bias)
+    both(x, weight, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert bmk.linear(x, weight, bias, activation=activation).dtype == torch.bfloat16
+    for wrong in ((x.double(), weight, bias), (x, weight.double(), bias), (x, weight, bias.double())):
+        with pytest.raises(RuntimeError, match="must be torch"):
+            bmk.linear(*wrong, activation=activation)
+    with torch.inference_mode():
+        made = x + 1
+    weight.requires_grad_()
+    with pytest.raises(RuntimeError, match="Inference tensors cannot be saved"):  # as PyTorch's own
+        bmk.linear(made, weight, bias, activation=activation)
+    for wanted in ((weight,), (weight, bias), (x, weight, bias), (x,)):
+        for t in (x, weight, bias):
+            t.requires_grad_(any(t is w for w in wanted))
+        for _ in range(2):
+            ours, stock = (torch.autograd.grad(y.square().sum(), wanted) for y in both(x, weight, bias))
+            torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-3)
+    y = bmk.linear(x, weight, bias, activation=activation)
+    (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    (again,) = torch.autograd.grad(g.square().sum(), x)
+    assert again.abs().sum() > 0
+
+
 def test_autocast():
     x, weight = make(40, 64), make(64, 64, seed=1)
     with torch.autocast("cpu", torch.bfloat16):

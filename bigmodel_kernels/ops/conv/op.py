@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigmodel_kernels import _cpu, _registry
+from bigmodel_kernels import _cpu
 from bigmodel_kernels._arguments import flag, integer, number
-from bigmodel_kernels._library import Op, autocast, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.conv import reference, torch_op
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "tanh_sigmoid")
@@ -60,61 +61,19 @@ def conv(
         ValueError: unknown activation, pool, padding or backend.
         RuntimeError: sizes, dtypes or devices that do not go together, or the backend asked for cannot take the call.
     """
-    key = None
-    if is_plain_eager(_TENSORS, (x, weight, bias, scale, shift, residual)) and _registry.is_free(backend):
-        key = _key(
-            x, weight, bias, (scale, shift, residual), stride, padding, dilation, groups, transposed, output_padding,
-            activation, pool,
-        )  # fmt: skip
-        try:
-            plan = _plans.get(key)
-        except TypeError:  # lists have no hash
-            key = plan = None
-        if plan is not None:
-            return plan(x, weight, bias, scale, shift, residual)
+    tensors = (x, weight, bias, scale, shift, residual)
+    options = (stride, padding, dilation, groups, transposed, output_padding, activation, pool)
+    key, plan = _PLANS.look_up(backend, tensors, options)
+    if plan is not None:
+        return plan(*tensors)
     args = prepare(
         x, weight, bias, stride=stride, padding=padding, dilation=dilation, groups=groups, transposed=transposed,
         output_padding=output_padding, scale=scale, shift=shift, residual=residual, activation=activation, pool=pool,
     )  # fmt: skip
     out = OP(*args, backend=backend)[0]
-    if key is not None:
-        _remember(key, args)
+    if key is not None and x.dim() == weight.dim():
+        _PLANS.remember(key, args, save=args[-1])
     return out if x.dim() == weight.dim() else out.squeeze(0)
-
-
-_TENSORS = range(6)
-_MOST_PLANS = 4096
-_plans: dict[tuple, Callable] = {}
-
-
-def _key(x, weight, bias, others, *options) -> tuple | None:
-    """All that a valid call of `conv` on the CPU is known by: a model makes the same few calls again and again, and to check
-    their arguments and to choose their backend takes longer than a small convolution, or a twentieth of a middling one."""
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or isinstance(bias, (list, tuple)):
-        return None
-    if not (x.is_cpu and weight.is_cpu) or x.dim() != weight.dim() or any(isinstance(t, (list, tuple)) for t in others):
-        return None
-    if torch._C._is_any_autocast_enabled() or in_forward_mode():
-        return None
-    b = None if bias is None else (bias.shape, bias.dtype, bias.device)
-    rest = (
-        others
-        if others == (None, None, None)
-        else tuple(None if t is None else (t.shape, t.dtype, t.device) for t in others)
-    )
-    save = torch.is_grad_enabled() and needs_grad(x, weight, bias, *others)
-    kinds = tuple(map(type, options))  # True, 1 and 1.0 are one key else, and not all of them are valid
-    return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, b, rest, save, kinds, *options
-
-
-def _remember(key: tuple, args: tuple) -> None:
-    """Keeps what a call of these arguments comes down to, where that is one call of PyTorch or of the native operator."""
-    name = _registry.select(OP.name, "auto", prefer, args)
-    plan = _registry.module(OP.name, name).plan(*args) if name in ("cpu", "torch") else None
-    if plan is not None:
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
 
 
 def prepare(
@@ -442,11 +401,14 @@ def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpo
     first, second, *kernel = weight_shape
     pixels = math.prod(x_shape[2:])
     taps, weights = math.prod(kernel), first * second
-    few = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride)) <= (96 if last else 256)
+    places = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride))
+    few = places <= (96 if last else 256)
     strided = any(v > 1 for v in stride)
     beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
+    elif save and x_shape[0] == 1 and places * weights * taps < 1 << 20:  # a call through Python takes longer
+        ours = False
     elif dtype == torch.bfloat16:
         outputs = second if transposed else first
         ours = not save and _bfloat16_is_ours(
@@ -496,4 +458,5 @@ OP = Op(
     results=1,
     reads_results=_reads_out,
 )
+_PLANS = Plans(OP)
 conv.op, conv.prepare = OP, prepare

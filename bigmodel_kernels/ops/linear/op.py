@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bigmodel_kernels import _cpu
 from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.conv.op import check_like, parse_activation
 from bigmodel_kernels.ops.linear import reference, torch_op
 
@@ -40,8 +41,15 @@ def linear(
         TypeError: an argument of the wrong type.
         ValueError: unknown activation or backend.
     """
+    tensors = (x, weight, bias, residual)
+    key, plan = _PLANS.look_up(backend, tensors, (activation,))
+    if plan is not None:
+        return plan(*tensors)
     args = prepare(x, weight, bias, activation=activation, residual=residual)
-    return OP(*args, backend=backend)[0]
+    y = OP(*args, backend=backend)[0]
+    if key is not None:
+        _PLANS.remember(key, args, save=args[-1])
+    return y
 
 
 def prepare(
@@ -127,4 +135,5 @@ OP = Op(
     results=1,
     reads_results=_reads_y,
 )
+_PLANS = Plans(OP)
 linear.op, linear.prepare = OP, prepare

@@ -1,0 +1,77 @@
+"""Calls that are known: a model makes the same few again and again, and to check their arguments and to choose their backend
+takes longer than a small one, or a twentieth of a middling one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _registry
+from bigmodel_kernels._library import Call, Op, in_forward_mode, is_plain_eager, needs_grad
+
+_MOST = 4096
+
+
+class Plans:
+    """The plans of an op's valid calls on the CPU: functions of its tensors, which are its first arguments, alone, under all that
+    the checks and the choice of the backend depend on.
+
+    A backend's `plan(*args)` makes one for arguments such as these; None where the call is more than one of PyTorch's or of the
+    native operator's, or records for a backward of ours.
+    """
+
+    def __init__(self, op: Op):
+        self._op = op
+        self._plans: dict[tuple, Callable] = {}
+
+    def look_up(self, backend: str, tensors: Sequence, options: tuple) -> tuple[tuple | None, Callable | None]:
+        """The key of a call, None where it cannot have one, and its plan, None where it has none yet.
+
+        `tensors` are x, the weight, and those that may be None.
+        """
+        if not is_plain_eager(range(len(tensors)), tensors) or not _registry.is_free(backend):
+            return None, None
+        key = _key(tensors, options)
+        try:
+            return key, self._plans.get(key)
+        except TypeError:  # lists have no hash
+            return None, None
+
+    def remember(self, key: tuple, args: tuple, save: bool) -> None:
+        """Keeps the plan for the op's arguments `args`, those of the call of this key, which records for a backward if `save`."""
+        op = self._op
+        name = _registry.select(op.name, "auto", op.prefer, args)
+        plan = _registry.module(op.name, name).plan(*args) if name in ("cpu", "torch") else None
+        if plan is None and save and name == "cpu":
+            plan = _recording(Call(op, name, args))
+        if plan is not None:
+            if len(self._plans) >= _MOST:
+                self._plans.clear()
+            self._plans[key] = plan
+
+
+def _recording(call: Call) -> Callable:
+    return lambda *tensors: call([t for t in tensors if t is not None])[0]
+
+
+def _key(tensors: Sequence, options: tuple) -> tuple | None:
+    x, weight, *others = tensors
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not (x.is_cpu and weight.is_cpu):
+        return None
+    if torch._C._is_any_autocast_enabled() or in_forward_mode():
+        return None
+    rest: list = []
+    for t in others:
+        if t is None:
+            rest.append(None)
+        elif isinstance(t, Tensor):
+            rest += t.shape, t.dtype, t.device
+        else:
+            return None
+    save = torch.is_grad_enabled() and needs_grad(*tensors)
+    if save and any(map(Tensor.is_inference, [t for t in tensors if t is not None])):  # autograd saves no such tensor
+        return None
+    kinds = tuple(map(type, options))  # True, 1 and 1.0 are one key else, and not all of them are valid
+    return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, *rest, save, kinds, *options
