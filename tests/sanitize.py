@@ -13,9 +13,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "build" / "sanitize"
 COMPILER = os.environ.get("CXX", "g++")
-ALL = ["tests/test_simd.py", *(f"tests/ops/test_{name}.py" for name in (
-    "attention", "attention_contract", "attention_masking", "attention_sequences", "conv", "lstm", "lstm_contract",
-)), "tests/nn/test_attention.py", "tests/nn/test_conv.py", "tests/nn/test_conv_blocks.py", "tests/nn/test_lstm.py"]  # fmt: skip
+ALL = [
+    "tests/test_simd.py",
+    *(str(path.relative_to(ROOT)) for folder in ("ops", "nn") for path in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+      if "triton" not in path.name),
+]  # fmt: skip
 ODD_SIZES = ["tests/test_simd.py", "tests/ops/test_attention.py", "tests/ops/test_conv.py", "tests/ops/test_lstm.py"]
 
 

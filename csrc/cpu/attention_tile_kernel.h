@@ -61,7 +61,18 @@ template <int R, int NV, Start start, class T>
 void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_step, int64_t steps, T* c, int64_t c_row,
                   const T* factor) {
   vec<T> acc[R][NV] = {};
-  multiply_tile<R, NV, T>(acc, a, a_row, a_step, b, b_step, steps);
+  if constexpr (kFused) {
+    multiply_tile<R, NV, T>(acc, a, a_row, a_step, b, b_step, steps);
+  } else {
+    for (int64_t k = 0; k < steps; k += kUnfusedChain) {
+      vec<T> chain[R][NV] = {};
+      multiply_tile<R, NV, T>(chain, a + k * a_step, a_row, a_step, b + k * b_step, b_step, std::min(steps - k, kUnfusedChain));
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < NV; ++v) acc[r][v] += chain[r][v];
+    }
+  }
   finish_tile<start>(acc, c, c_row, factor);
 }
 

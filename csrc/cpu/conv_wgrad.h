@@ -37,7 +37,7 @@ struct GradientBand {
   int64_t a_row, a_step, b_row, b_step;
 };
 template <int kRows, int kVectors, class T>
-inline void gradient_tile(const T* a, const int64_t* offset, const T* b, const GradientBand& band, T* dw, int64_t dw_step) {
+INLINE void gradient_chain(const T* a, const int64_t* offset, const T* b, const GradientBand& band, T* dw, int64_t dw_step) {
   constexpr int W = kLanes<T>;
   vec<T> acc[kRows][kVectors] = {};
   for (int64_t r = 0; r < band.rows; ++r)
@@ -49,6 +49,20 @@ inline void gradient_tile(const T* a, const int64_t* offset, const T* b, const G
       T* out = dw + r * dw_step + v * W;
       store(out, load(out) + acc[r][v]);
     }
+}
+template <int kRows, int kVectors, class T>
+inline void gradient_tile(const T* a, const int64_t* offset, const T* b, const GradientBand& band, T* dw, int64_t dw_step) {
+  if constexpr (kFused) {
+    gradient_chain<kRows, kVectors, T>(a, offset, b, band, dw, dw_step);
+  } else {
+    GradientBand part = band;
+    part.rows = 1;
+    for (int64_t r = 0; r < band.rows; ++r)
+      for (int64_t p = 0; p < band.columns; p += kUnfusedChain) {
+        part.columns = std::min(kUnfusedChain, band.columns - p);
+        gradient_chain<kRows, kVectors, T>(a + r * band.a_row + p * band.a_step, offset, b + r * band.b_row + p * band.b_step, part, dw, dw_step);
+      }
+  }
 }
 template <int kVectors, class T, int kRows = kGradientRows<T>>
 INLINE void gradient_rows(int64_t rows, const T* a, const int64_t* offset, const T* b, const GradientBand& band, T* dw, int64_t dw_step) {

@@ -36,6 +36,11 @@ INLINE void multiply_step(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, co
   }
 }
 
+// Without fused multiply-adds every term is rounded by itself as well: where nothing else bounds a chain of additions, so many
+// terms are added up one after the other before their sum is added to the rest.
+inline constexpr bool kFused = ISA_VECTOR_BYTES > 16;
+inline constexpr int64_t kUnfusedChain = 16;
+
 // C tile += A B over `depth` steps. A(r, k) = a[r * row_stride + k * step_stride]; b is a packed panel of NV vectors
 // with `b_stride` elements between steps.
 template <int R, int NV, class T, class A>
