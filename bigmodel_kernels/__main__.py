@@ -62,7 +62,7 @@ def show(info: dict) -> None:
     print()
     for why, where in reasons.items():
         print(f"no    {where}: {why}")
-    for name in ("native", "bindings", "compiler", "cuda", "torch"):
+    for name in ("native", "bindings", "compiler", "cuda", "torch", "amx"):
         if name in build:
             print(f"build {name}: {build[name]}")
     print(f"\nnext  {info['next']}")

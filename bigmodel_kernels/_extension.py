@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -61,6 +62,15 @@ def lack_of_memory(error: RuntimeError, op: str, args: Sequence) -> RuntimeError
     return RuntimeError(f"{op}: DefaultCPUAllocator: can't allocate memory for its result or its working memory")
 
 
+@functools.cache
+def _why_no_amx() -> str:
+    """Why the processor's AMX is not used, empty where it is. A processor that computes wrongly is worth a warning."""
+    why = bindings.why_no_amx()
+    if "self-check" in why:
+        logging.getLogger("bigmodel_kernels").warning("%s; bfloat16 runs without it", why)
+    return why
+
+
 def build_info() -> dict[str, str]:
     """What the binaries were built with: compiler, CUDA toolkit, torch, and the instruction set in use.
 
@@ -71,5 +81,5 @@ def build_info() -> dict[str, str]:
     """
     info = {"native": native_error or "ok", "bindings": bindings_error or "ok"}
     if bindings is not None:
-        info |= bindings.build_info() | {"isa": bindings.isa(), "amx": bindings.why_no_amx() or "ok"}
+        info |= bindings.build_info() | {"isa": bindings.isa(), "amx": _why_no_amx() or "ok"}
     return info

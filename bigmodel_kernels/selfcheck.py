@@ -17,21 +17,24 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Case:
-    """`run(*tensors, backend=...)` on normal tensors of `shapes`; returns one tensor or several."""
+    """`run(*tensors, backend=...)` on normal tensors of `shapes`; returns one tensor or several. Those from number `weights`
+    on are times `scale`, before they are rounded to the dtype: in `run` that would be one more rounding."""
 
     op: str
     name: str
     run: Callable[..., Tensor | tuple]
     shapes: tuple[tuple[int, ...], ...]
+    weights: int = 99
+    scale: float = 0.3
 
 
 def _lstm(x, h, c, *weights, backend, **options):
-    output, (h_n, c_n) = bmk.lstm(x, (h, c), [0.3 * w for w in weights], backend=backend, **options)
+    output, (h_n, c_n) = bmk.lstm(x, (h, c), weights, backend=backend, **options)
     return output, h_n, c_n
 
 
 def _lstm_cell(x, h, c, *weights, backend):
-    return bmk.lstm_cell(x, (h, c), *(0.3 * w for w in weights), backend=backend)
+    return bmk.lstm_cell(x, (h, c), *weights, backend=backend)
 
 
 def _varlen(q, k, v, backend):
@@ -45,7 +48,7 @@ def _decode(q, k, v, backend):
 
 def _gated_conv(x, *tensors, backend):
     *weights, skip = tensors
-    return bmk.gated_conv(x, *(0.3 * w for w in weights), skip=skip, dilation=3, backend=backend)
+    return bmk.gated_conv(x, *weights, skip=skip, dilation=3, backend=backend)
 
 
 @torch.no_grad()
@@ -74,7 +77,7 @@ def _bias_act(x, bias, residual, backend):
 
 
 def _linear(x, weight, bias, residual, backend):
-    return bmk.linear(x, 0.1 * weight, bias, activation="gelu", residual=residual, backend=backend)
+    return bmk.linear(x, weight, bias, activation="gelu", residual=residual, backend=backend)
 
 
 def _cross_entropy(logits, backend):
@@ -107,21 +110,21 @@ def _cases() -> Iterator[Case]:
         "conv", "causal 1-d", conv(padding="causal", dilation=3, activation="tanh"), ((3, 5, 50), (7, 5, 2), (7,))
     )
     gated = ((14, 5, 2), (14,), (5, 7, 1), (5,))
-    yield Case("gated_conv", "residual and skip", _gated_conv, ((3, 5, 120), *gated, (6, 7, 1), (6,), (3, 6, 120)))
+    yield Case("gated_conv", "residual and skip", _gated_conv, ((3, 5, 120), *gated, (6, 7, 1), (6,), (3, 6, 120)), 1)
     yield Case("conv_step", "gated", _conv_step, ((3, 5, 3), *gated))
     layer = ((64, 12), (64, 16), (64,), (64,))
-    yield Case("lstm", "one layer", _lstm, ((20, 5, 12), (1, 5, 16), (1, 5, 16), *layer))
+    yield Case("lstm", "one layer", _lstm, ((20, 5, 12), (1, 5, 16), (1, 5, 16), *layer), 3)
     both = ((20, 5, 12), (2, 5, 16), (2, 5, 16), *layer, *layer)
-    yield Case("lstm", "bidirectional", lambda *t, backend: _lstm(*t, backend=backend, bidirectional=True), both)
+    yield Case("lstm", "bidirectional", lambda *t, backend: _lstm(*t, backend=backend, bidirectional=True), both, 3)
     rows, row = (7, 70), (70,)
     yield Case("norm", "layer", _layer_norm, (rows, row, row, rows))
     yield Case("norm", "rms", lambda x, w, backend: bmk.rms_norm(x, w, backend=backend), (rows, row))
-    yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)))
+    yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)), 1)
     yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
     yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
     norms = ((64,), (16,), (16,))
     yield Case("norm_lstm", "one layer", _norm_lstm, ((4, 5, 64), (5, 16), (5, 16), (64, 16), *norms))
-    yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer))
+    yield Case("lstm_cell", "step", _lstm_cell, ((5, 12), (5, 16), (5, 16), *layer), 3)
 
 
 def _evaluate(case: Case, dtype: torch.dtype, backend: str, values: list[Tensor]) -> dict[str, Tensor]:
@@ -139,7 +142,9 @@ def _evaluate(case: Case, dtype: torch.dtype, backend: str, values: list[Tensor]
 def check_case(case: Case, dtype: torch.dtype, backend: str) -> list[testing.ErrorReport]:
     """The error rule on every result and gradient of a case, on the device that the backend is for."""
     device = "cuda" if backend in ("cuda", "triton") and torch.cuda.is_available() else "cpu"
-    values = [testing.make(*shape, dtype=dtype, seed=i).double().to(device) for i, shape in enumerate(case.shapes)]
+    values = [testing.make(*shape, dtype=torch.float64, seed=i) for i, shape in enumerate(case.shapes)]
+    values = [v * (case.scale if i >= case.weights else 1) for i, v in enumerate(values)]
+    values = [v.to(dtype).double().to(device) for v in values]
     with testing.tf32(False):
         actual = _evaluate(case, dtype, backend, values)
         exact = _evaluate(case, torch.float64, "torch", values)

@@ -6,10 +6,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import bigmodel_kernels
+from bigmodel_kernels import _extension
+from bigmodel_kernels.__main__ import main
 from bigmodel_kernels.ops import names
 
 
@@ -38,6 +41,20 @@ def test_info_as_json():
     for op in names():
         assert info["ops"][op]["torch"] == "ok"
         assert info["ops"][op]["cuda"] != ""
+
+
+def test_a_failed_self_check_of_amx_is_named_and_logged_once(monkeypatch, capsys, caplog):
+    why = "the self-check of the processor's AMX failed: its products are wrong"
+    bindings = SimpleNamespace(build_info=dict, isa=lambda: "avx512_bf16", why_no_amx=lambda: why)
+    monkeypatch.setattr(_extension, "bindings", bindings)
+    _extension._why_no_amx.cache_clear()
+    try:
+        for _ in range(2):
+            assert main(["info"]) == 0
+        assert f"build amx: {why}" in capsys.readouterr().out
+        assert [record.levelname for record in caplog.records if why in record.message] == ["WARNING"]
+    finally:
+        _extension._why_no_amx.cache_clear()
 
 
 @pytest.fixture

@@ -203,7 +203,8 @@ std::string find_why_no_tiles() {
     return "its tiles are not 8 of 16 rows of 64 bytes";
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM of arch_prctl; Linux 5.16 and later
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) return "the system gives this process no permission to use tiles";
-  return check_tiles<HardwareTiles>();
+  const std::string wrong = check_tiles<HardwareTiles>();
+  return wrong.empty() ? wrong : "the self-check of the processor's AMX failed: " + wrong;
 #else
   return "this is not Linux on an x86-64 processor";
 #endif
