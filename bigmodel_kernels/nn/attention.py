@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels.nn.choice import is_torchs, remembering
-from bigmodel_kernels.nn.traced import traced_whole
+from bigmodel_kernels.nn.traced import refuse_script, traced_whole
 from bigmodel_kernels.ops.attention import attention, reference
 from bigmodel_kernels.ops.linear import linear
 
@@ -25,6 +25,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     """
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     @classmethod
     def from_torch(cls, module: torch.nn.MultiheadAttention) -> MultiheadAttention:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from bigmodel_kernels.nn.choice import is_torchs, remembering
-from bigmodel_kernels.nn.traced import traced
+from bigmodel_kernels.nn.traced import refuse_script, traced
 from bigmodel_kernels.ops.conv.op import conv
 
 
@@ -19,6 +19,7 @@ class _Conv:
     """The forward of a convolution layer. `backend` may be set on the class or a layer; "auto" by default."""
 
     backend = "auto"
+    __prepare_scriptable__ = refuse_script
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if isinstance(input, Proxy):
@@ -35,6 +36,7 @@ class _Conv:
 
 class _ConvTranspose:
     backend = "auto"
+    __prepare_scriptable__ = refuse_script
     _axes: int
     _transposed: Callable[..., Tensor]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from bigmodel_kernels.nn.conv import Conv1d, Conv2d
 from bigmodel_kernels.nn.fused import conv_block
-from bigmodel_kernels.nn.traced import traced_whole
+from bigmodel_kernels.nn.traced import refuse_script, traced_whole
 from bigmodel_kernels.ops.conv.op import POOLS, conv, parse_activation
 from bigmodel_kernels.ops.conv_step.op import ConvState, conv_step
 from bigmodel_kernels.ops.gated_conv.op import gated_conv
@@ -26,6 +26,7 @@ class _ConvBlock(nn.Module):
         activation, pool: as in `bigmodel_kernels.conv`.
     """
 
+    __prepare_scriptable__ = refuse_script
     _conv_type: type
     _norm_type: type
 
@@ -163,6 +164,7 @@ class WaveNetLayer(nn.Module):
     """
 
     backend = "auto"
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self, channels, gate_channels=None, skip_channels=None, kernel_size=2, dilation=1, bias=True, residual=True,

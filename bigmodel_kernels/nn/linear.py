@@ -10,7 +10,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from bigmodel_kernels._library import autocast_enabled
 from bigmodel_kernels.nn.choice import is_torchs, remembering
-from bigmodel_kernels.nn.traced import traced
+from bigmodel_kernels.nn.traced import refuse_script, traced
 from bigmodel_kernels.ops.linear import linear
 
 
@@ -18,6 +18,7 @@ class Linear(torch.nn.Linear):
     """torch.nn.Linear: same constructor, parameters, results and errors."""
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     def forward(
         self,

@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from bigmodel_kernels import _registry
 from bigmodel_kernels.nn.choice import is_torchs, remembering
-from bigmodel_kernels.nn.traced import traced, traced_whole
+from bigmodel_kernels.nn.traced import refuse_script, traced, traced_whole
 from bigmodel_kernels.ops.lstm import lstm
 from bigmodel_kernels.ops.lstm_cell import lstm_cell
 from bigmodel_kernels.ops.norm import layer_norm
@@ -26,6 +26,7 @@ class LSTM(nn.RNNBase):
     """
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__("LSTM", *args, **kwargs)
@@ -117,6 +118,7 @@ class LSTMCell(nn.LSTMCell):
     """torch.nn.LSTMCell on the kernels of this library; see there for arguments, inputs and outputs."""
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if isinstance(input, Proxy):
@@ -155,6 +157,7 @@ class LayerNormLSTM(nn.Module):
     """
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,
@@ -228,8 +231,6 @@ class LayerNormLSTM(nn.Module):
 
     def _layer(self, layer: int, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, norm_hh, norm_c = _normed(self.norm_ih[layer], self.ih[layer](x)), self.norm_hh[layer], self.norm_c[layer]
-        if not torch.compiler.is_compiling() and _registry.wanted(self.backend) == "cuda":
-            return self._composed(a, h, c, self.hh[layer], norm_hh, norm_c)
         output, (h, c) = norm_lstm(
             a,
             (h, c),
@@ -242,19 +243,6 @@ class LayerNormLSTM(nn.Module):
             backend=self.backend,
         )
         return output, h, c
-
-    @staticmethod
-    def _composed(
-        a: Tensor, h: Tensor, c: Tensor, hh: nn.Linear, norm_hh: nn.LayerNorm, norm_c: nn.LayerNorm
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The steps on backends that have kernels of the norms only."""
-        outputs = []
-        for pre in a:
-            i, f, g, o = (pre + _normed(norm_hh, hh(h))).chunk(4, -1)
-            c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
-            h = torch.sigmoid(o) * torch.tanh(_normed(norm_c, c))
-            outputs.append(h)
-        return torch.stack(outputs), h, c
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.fx import Proxy
 
 from bigmodel_kernels.nn.choice import is_torchs, remembering
-from bigmodel_kernels.nn.traced import traced
+from bigmodel_kernels.nn.traced import refuse_script, traced
 from bigmodel_kernels.ops.norm import rms_norm
 
 
@@ -16,6 +16,7 @@ class RMSNorm(torch.nn.RMSNorm):
     """torch.nn.RMSNorm: same constructor, parameters, results and errors."""
 
     backend = "auto"  # may be set on the class or a layer
+    __prepare_scriptable__ = refuse_script
 
     def forward(
         self,

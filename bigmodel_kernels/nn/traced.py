@@ -1,4 +1,5 @@
-"""Layers under torch.fx.symbolic_trace, which takes the layers of torch.nn as wholes and would look into those of others."""
+"""Layers under torch.fx.symbolic_trace, which takes the layers of torch.nn as wholes and would look into those of others, and
+under torch.jit.script."""
 
 from __future__ import annotations
 
@@ -29,3 +30,15 @@ def traced_whole(forward: Callable) -> Callable:
         return forward(self, *args, **kwargs)
 
     return call
+
+
+def refuse_script(layer: torch.nn.Module) -> None:
+    """The `__prepare_scriptable__` of every layer: torch.jit.script asks for it before it compiles anything, and would fail on the
+    choice of a backend, which is Python. A layer of torch.nn cannot be given in place of ours: PyTorch would put it into the
+    model that is being scripted."""
+    name = type(layer).__name__
+    stock = f", or torch.nn.{name}, which has the same state_dict" if hasattr(torch.nn, name) else ""
+    raise RuntimeError(
+        f"torch.jit.script cannot compile bigmodel_kernels.nn.{name}, which chooses its backend in Python: "
+        f"use torch.jit.trace or torch.compile{stock} (after bmk.optimize: report.revert())"
+    )

@@ -8,13 +8,15 @@ from torch import Tensor
 
 from bigmodel_kernels.nn.attention import MultiheadAttention
 from bigmodel_kernels.nn.fused import linear_block
-from bigmodel_kernels.nn.traced import traced_whole
+from bigmodel_kernels.nn.traced import refuse_script, traced_whole
 
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: same constructor, parameters and results. Its eval-mode fast path is never taken."""
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,6 +61,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     """torch.nn.TransformerDecoderLayer: same constructor, parameters and results."""
 
     forward = traced_whole(torch.nn.TransformerDecoderLayer.forward)
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -83,6 +86,7 @@ class Transformer(torch.nn.Transformer):
     """torch.nn.Transformer: same constructor, parameters and results. A custom encoder or decoder stays as it is."""
 
     forward = traced_whole(torch.nn.Transformer.forward)
+    __prepare_scriptable__ = refuse_script
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)

@@ -82,6 +82,27 @@ def test_jit_trace(name):
     torch.testing.assert_close(first(traced(*inputs)), first(stock.eval()(*inputs)))
 
 
+OF_OUR_OWN = {
+    "ConvBlock2d": (4, 6, 3),
+    "CausalConv1d": (4, 6, 3),
+    "GatedCausalConv1d": (4, 6, 3),
+    "WaveNetLayer": (4,),
+    "LayerNormLSTM": (5, 7),
+}
+
+
+@pytest.mark.parametrize("name", [*LAYERS, *OF_OUR_OWN])
+def test_jit_script_says_what_to_use_instead(name):
+    arguments = LAYERS[name][0] if name in LAYERS else OF_OUR_OWN[name]
+    layer = getattr(bmk.nn, name)(*arguments)
+    model = nn.Sequential(nn.Identity(), layer)
+    stock = f"or torch.nn.{name}" if name in LAYERS else r"torch.compile \("
+    for scripted in (layer, model):
+        with pytest.raises(RuntimeError, match=f"bigmodel_kernels.nn.{name}, .* use torch.jit.trace or .*{stock}"):
+            torch.jit.script(scripted)
+    assert model[1] is layer
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_meta_device(name):
     arguments, shapes = LAYERS[name]

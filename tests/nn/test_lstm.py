@@ -401,6 +401,18 @@ def test_layer_norm_lstm(num_layers, batch_first):
     torch.testing.assert_close(unbatched, m(given)[0][0] if batch_first else m(given)[0][:, 0])
 
 
+@pytest.mark.parametrize("wanted", ["block", "layer"])
+def test_layer_norm_lstm_on_a_backend_without_its_kernels_says_so(wanted):
+    m = bmk.nn.LayerNormLSTM(5, 7)
+    if wanted == "layer":
+        m.backend = "cuda"
+    with (
+        bmk.use_backend("cuda" if wanted == "block" else "auto"),
+        pytest.raises(NotImplementedError, match="no cuda kernel of"),
+    ):
+        m(torch.zeros(3, 2, 5))
+
+
 @pytest.mark.parametrize(
     ("error", "message", "call"),
     [
