@@ -63,7 +63,7 @@ def cases() -> dict[str, Callable[[], object]]:
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     cache, pages, lengths = tensor(64, 2, 16, 64), torch.zeros(2, 32, dtype=torch.int32), torch.ones(2).int()
     step, sequence, parameters = _lstm(16, 4)
-    trained = [w.clone().requires_grad_() for w in parameters]
+    trained = [torch.nn.Parameter(w) for w in parameters]
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),

@@ -19,6 +19,8 @@ def flag(name: str, value: Any) -> bool:
 
 def number(name: str, value: Any) -> float:
     """A real number that float64 holds."""
+    if type(value) is float:
+        return value
     if isinstance(value, (bool, torch.SymBool)) or not isinstance(value, (float, Real, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     try:
@@ -29,6 +31,8 @@ def number(name: str, value: Any) -> float:
 
 def integer(name: str, value: Any) -> int:
     """An int of 64 bits."""
+    if type(value) is int and -(2**63) <= value < 2**63:
+        return value
     if isinstance(value, (bool, torch.SymBool)) or not isinstance(value, (int, Integral, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if not isinstance(value, torch.SymInt) and not -(2**63) <= value < 2**63:

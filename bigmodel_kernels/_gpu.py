@@ -46,8 +46,9 @@ def reason(t: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | N
 def allows_tf32(dtype: torch.dtype, *switches) -> bool:
     """Whether products of this dtype may take numbers rounded to TF32: where PyTorch's own switches (that of products, if none is
     named) all say so."""
-    switches = switches or (torch.backends.cuda.matmul,)
-    return dtype == torch.float32 and all(switch.fp32_precision == "tf32" for switch in switches)
+    if dtype != torch.float32:
+        return False
+    return all(switch.fp32_precision == "tf32" for switch in switches or (torch.backends.cuda.matmul,))
 
 
 def product(
@@ -61,6 +62,11 @@ def product(
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32, out=out)
     return torch.mm(a.float(), b.float(), out=out)  # PyTorch has no such product on the CPU
+
+
+def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """x w^T, as `product`; in float32 by the one call of PyTorch's that transposes by itself."""
+    return torch.nn.functional.linear(x, w) if x.dtype == torch.float32 else product(x, w.t())
 
 
 def tickets(like: torch.Tensor, count: int) -> torch.Tensor:

@@ -27,7 +27,7 @@ def needs_grad(*args: Any) -> bool:
     """Whether a gradient may be asked for through one of these (tensors, lists of tensors, anything else)."""
     if torch.is_grad_enabled():
         for a in args:
-            if needs_grad(*a) if isinstance(a, (list, tuple)) else isinstance(a, torch.Tensor) and a.requires_grad:
+            if a.requires_grad if isinstance(a, torch.Tensor) else isinstance(a, (list, tuple)) and needs_grad(*a):
                 return True
     return False
 
@@ -73,7 +73,8 @@ class Op:
     Args:
         name: the stem, `foo`; the backends are the modules of `bigmodel_kernels.ops.foo`.
         fwd, bwd: schemas without name and backend: "(Tensor x, Tensor[] weights, int n) -> (Tensor y, Tensor saved)".
-            The last arguments of bwd are all the arguments of fwd, in order, so that both choose the same backend.
+            The last arguments of bwd are all the arguments of fwd, in order, so that both choose the same backend. A last
+            argument `bool save` of fwd tells whether a gradient may be asked for.
         fake_fwd, fake_bwd: shapes, dtypes and exact strides of the results; called without `backend`.
         prefer: `prefer(*args)` is the order in which "auto" tries the backends for these arguments.
         backward: `backward(op, args, outputs, grads, needs, backend)` returns one gradient (None, or a list for a list)
@@ -105,6 +106,8 @@ class Op:
         self.prefer = prefer
         self._tensors = {"fwd": _tensor_arguments(fwd), "bwd": _tensor_arguments(bwd)}
         self.arity = len(torch._C.parse_schema(f"{name}{fwd}").arguments)
+        self._lists = _list_arguments(fwd)
+        self._told = "bool save)" in fwd
         self._operators = {
             "fwd": self._define(f"{name}_fwd", fwd, fake_fwd, "fwd"),
             "bwd": self._define(f"{name}_bwd", bwd, fake_bwd, "bwd"),
@@ -127,10 +130,11 @@ class Op:
         return _operator(name, schema, implementation, fake)
 
     def __call__(self, *args: Any, backend: str):
-        """Runs the op on its validated arguments; returns all outputs of fwd (those past `results` may be None)."""
-        plain = is_plain_eager(self._tensors["fwd"], args)
-        by_choice = not torch.compiler.is_compiling() and _registry.wanted(backend) == "auto"
-        if torch.compiler.is_compiling():
+        """Runs the op on its validated arguments; returns the results, after which all or none of what is saved may follow."""
+        compiling = torch.compiler.is_compiling()
+        plain = not compiling and is_plain_eager(self._tensors["fwd"], args)
+        by_choice = not compiling and _registry.wanted(backend) == "auto"
+        if compiling:
             _registry.check_name(backend)
         elif by_choice and self._is_torch_only(args, plain):
             backend = "torch"
@@ -140,22 +144,29 @@ class Op:
                 raise RuntimeError(
                     f"{self.name}: backend {backend!r} has no forward-mode derivative; 'auto' and 'torch' have PyTorch's"
                 )
-        if backend == "torch" and not torch.compiler.is_compiling():
+        if backend == "torch" and not compiling:
             return _registry.module(self.name, "torch").call(*args)
-        if not torch.is_grad_enabled() or not needs_grad(*[args[i] for i in self._tensors["fwd"]]):
+        if not (args[-1] if self._told else needs_grad(*[args[i] for i in self._tensors["fwd"]])):
             if not plain:
                 return self.fwd(*args, backend)
             direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
             return _run(self.name, backend, direction, args)
-        flat, lengths = _flatten(args, self._tensors["fwd"])
-        if torch.compiler.is_compiling():
+        flat, lengths = _flatten(args, self._lists)
+        if compiling:
             flat = _each_once(flat)
-        tensors = [t for t in flat if isinstance(t, torch.Tensor)]
-        if by_choice and any(map(torch.Tensor.is_inference, tensors)):  # autograd saves no such tensor
+        tensors = [flat[i] for i in self.tensors_at(lengths)]
+        if by_choice and any([t.is_inference() for t in tensors if t is not None]):  # autograd saves no such tensor
             return _registry.module(self.name, "torch").call(*args)
         if plain:
             return Call(self, backend, flat, lengths)(tensors)
         return _Pair.apply(self.name, backend, lengths, *flat)
+
+    def tensors_at(self, lengths: tuple[int, ...]) -> Sequence[int]:
+        """Which arguments of fwd are tensors, those that are left out included, once `_flatten` has laid out the lists."""
+        if not lengths:
+            return self._tensors["fwd"]
+        of_flat = [i in self._tensors["fwd"] for i, n in enumerate(lengths) for _ in range(abs(n))]
+        return [i for i, is_tensor in enumerate(of_flat) if is_tensor]
 
     def _is_torch_only(self, args: Sequence, plain: bool) -> bool:
         """Whether only PyTorch's own ops know what is asked of them here: the transforms of torch.func, forward-mode derivatives,
@@ -239,12 +250,19 @@ def is_plain_eager(tensors: Sequence[int], args: Sequence) -> bool:
     if torch._C._are_functorch_transforms_active():
         return False
     for i in tensors:
-        a = args[i]
-        if type(a) not in _PLAIN and not (isinstance(a, (list, tuple)) and _PLAIN.issuperset(map(type, a))):
-            return False
+        if type(args[i]) not in _PLAIN:
+            a = args[i]
+            if not (isinstance(a, (list, tuple)) and _PLAIN.issuperset(map(type, a))):
+                return False
     return True
 
 
+def have_plain_sizes(tensors: Sequence) -> bool:
+    """Whether all of these are tensors of no other library, or None, with numbers as sizes, by which results can be kept."""
+    return _PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling()
+
+
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -254,10 +272,15 @@ def _tensor_arguments(schema: str) -> tuple[int, ...]:
     return tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type))
 
 
-def _flatten(args: Sequence, tensors: Sequence[int]) -> tuple[Sequence, tuple[int, ...]]:
+def _list_arguments(schema: str) -> tuple[int, ...]:
+    """The positions of those that are lists of tensors."""
+    arguments = torch._C.parse_schema(f"f{schema}").arguments
+    return tuple(i for i, a in enumerate(arguments) if "Tensor" in str(a.type) and "List" in str(a.type))
+
+
+def _flatten(args: Sequence, lists: Sequence[int]) -> tuple[Sequence, tuple[int, ...]]:
     """Lists of tensors laid out flat, since autograd sees tensors only at the top, with the length of each by argument, -1 for
     what is no such list; no lengths where there is none."""
-    lists = [i for i in tensors if isinstance(args[i], (list, tuple))]
     if not lists:
         return args, ()
     flat: list = []
@@ -298,8 +321,10 @@ class _Pair(torch.autograd.Function):
         ctx.name, ctx.backend, ctx.lengths, *flat = inputs
         ctx.tensor_at = [isinstance(a, torch.Tensor) for a in flat]
         ctx.constants = [None if is_tensor else a for a, is_tensor in zip(flat, ctx.tensor_at)]
-        tensors = itertools.compress(flat, ctx.tensor_at)
-        _keep(ctx, _ops[ctx.name], tensors, _unflatten(flat, ctx.lengths), output)
+        op, outputs = _ops[ctx.name], output if isinstance(output, tuple) else (output,)
+        _keep(ctx, op, itertools.compress(flat, ctx.tensor_at), _unflatten(flat, ctx.lengths), outputs)
+        if len(outputs) > op.results:
+            ctx.mark_non_differentiable(*outputs[op.results :])
 
     @staticmethod
     def backward(ctx, *grads):
@@ -320,14 +345,20 @@ class _EagerPair(torch.autograd.Function):
     def forward(ctx, call, *tensors):
         op, args = call.op, _unflatten(call.fill(tensors), call.lengths)
         outputs = _run(op.name, call.backend, "fwd", args)
-        # PyTorch refuses to write into a result that is a view made in here, though nobody else sees its base.
-        if isinstance(outputs, tuple):
-            outputs = tuple(o.data if o._is_view() else o for o in outputs)
-        elif outputs._is_view():
-            outputs = outputs.data
         ctx.call = call
-        _keep(ctx, op, tensors, args, outputs)
-        return outputs
+        if not isinstance(outputs, tuple):
+            outputs = outputs.data if outputs._is_view() else outputs
+            _keep(ctx, op, tensors, args, (outputs,))
+            return outputs
+        # What is saved stays in here: autograd takes its time over every output.
+        results, saved = outputs[: op.results], outputs[op.results :]
+        for o in results:
+            if o._is_view():
+                # PyTorch refuses to write into a result that is a view made in here, though nobody else sees its base.
+                results = tuple([o.data if o._is_view() else o for o in results])
+                break
+        _keep(ctx, op, tensors, args, results + saved)
+        return results
 
     @staticmethod
     def backward(ctx, *grads):
@@ -340,6 +371,9 @@ class _EagerPair(torch.autograd.Function):
         return None, *[found[i] for i in call.at]
 
 
+_apply_eagerly = super(torch.autograd.Function, _EagerPair).apply
+
+
 class Call:
     """A call of an op, on a backend selected for it, that records for its backward, apart from its tensors; serves many calls."""
 
@@ -347,8 +381,9 @@ class Call:
 
     def __init__(self, op: Op, backend: str, flat: Sequence, lengths: tuple[int, ...] = ()):
         self.op, self.backend, self.lengths = op, backend, lengths
-        self.at = [i for i, a in enumerate(flat) if isinstance(a, torch.Tensor)]
-        self.constants = [None if isinstance(a, torch.Tensor) else a for a in flat]
+        self.at, self.constants = op.tensors_at(lengths), list(flat)
+        for i in self.at:
+            self.constants[i] = None
 
     def fill(self, tensors: Sequence) -> list:
         """All arguments, laid out flat."""
@@ -358,20 +393,21 @@ class Call:
         return flat
 
     def __call__(self, tensors: Sequence):
-        """The op's outputs."""
-        return _EagerPair.apply(self, *tensors)
+        """The op's results; `tensors` are all there may be, in order, None for those left out."""
+        # What torch.autograd.Function.apply does outside torch.func, in a third of the time: tensors that outlived a transform,
+        # which no Parameter is, are unwrapped.
+        return _apply_eagerly(self, *[_unwrap_if_dead(t) if type(t) is torch.Tensor else t for t in tensors])
 
 
-def _keep(ctx, op: Op, tensors: Iterable, args: Sequence, output: Any) -> None:
+def _keep(ctx, op: Op, tensors: Iterable, args: Sequence, outputs: tuple) -> None:
     """Into the context what the backward needs: the `tensors` among `args`, and of the outputs what it reads."""
-    outputs = output if isinstance(output, tuple) else (output,)
     read = op.reads_results(*args)
-    read = read if isinstance(read, tuple) else (read,) * op.results
-    kept = (*[o if r else None for o, r in zip(outputs, read)], *outputs[op.results :])
-    ctx.save_for_backward(*tensors, *kept)
+    if read is False:
+        outputs = (None,) * op.results + outputs[op.results :]
+    elif read is not True:
+        outputs = (*[o if r else None for o, r in zip(outputs, read)], *outputs[op.results :])
+    ctx.save_for_backward(*tensors, *outputs)
     ctx.set_materialize_grads(False)
-    if len(outputs) > op.results:
-        ctx.mark_non_differentiable(*outputs[op.results :])
 
 
 def _gradients(

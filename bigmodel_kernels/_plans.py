@@ -53,7 +53,7 @@ class Plans:
 
 
 def _recording(call: Call) -> Callable:
-    return lambda *tensors: call([t for t in tensors if t is not None])[0]
+    return lambda *tensors: call(tensors)[0]
 
 
 def _key(tensors: Sequence, options: tuple) -> tuple | None:

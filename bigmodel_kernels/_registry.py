@@ -68,8 +68,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 def availability(op: str, backend: str) -> str | None:
     """Why `backend` has no kernel of `op` on this machine, whatever the arguments; None where it has."""
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    # With a GPU nobody looks at the variable, which takes longer to read than all the rest.
+    interpreted = backend == "triton" and not _has_gpu() and os.environ.get("TRITON_INTERPRET") == "1"
     return _availability(op, backend, interpreted)
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 @functools.cache
@@ -84,7 +90,7 @@ def _availability(op: str, backend: str, interpreted: bool) -> str | None:
         )
     if backend == "triton" and importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if backend in ("cuda", "triton") and not (torch.cuda.is_available() or interpreted):
+    if backend in ("cuda", "triton") and not (_has_gpu() or interpreted):
         return "no GPU was found" + (
             " (TRITON_INTERPRET=1 runs the kernels on the CPU, slowly)" if backend == "triton" else ""
         )

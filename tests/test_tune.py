@@ -108,7 +108,7 @@ def check_problems(op, sizes):
     ("op", "sizes", "rows"),
     [
         ("attention", {"BATCH": 1, "HEADS": 1, "LENGTH": 20}, 2 * 3),
-        ("attention_decode", {"SEQUENCES": 1, "KEYS": 20}, 3),
+        ("attention_decode", {"SEQUENCES": 1, "KEYS": 20}, 2 * 3),
         ("bias_act", {"ROWS": 3, "COLUMNS": (128, 300)}, 2),
         ("conv", {"IMAGES": 1, "CHANNELS": 16, "SIZE": 5}, 3 + 3 + 3 + 1 + 1 + 1),
         ("conv_step", {"SEQUENCES": 1}, 3 + 3),

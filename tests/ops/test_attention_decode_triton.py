@@ -179,22 +179,32 @@ def test_pages_past_two_to_the_31_numbers():
     interpreted(check_far_keys)
 
 
-# Registers and bytes of shared memory that the compiler may use, by element size and head dimension, under Triton 3.6 and 3.7.
+# Registers and bytes of shared memory that the compiler may use, by element size of queries and caches and head dimension, under
+# Triton 3.6 and 3.7.
 BUDGET = {
-    (2, 64): (168, 40 << 10),
-    (2, 128): (184, 46 << 10),
-    (2, 256): (224, 44 << 10),
-    (4, 64): (232, 32 << 10),
-    (4, 128): (240, 60 << 10),
-    (4, 256): (248, 68 << 10),
+    (2, 2, 64): (168, 40 << 10),
+    (2, 2, 128): (184, 46 << 10),
+    (2, 2, 256): (224, 44 << 10),
+    (4, 4, 64): (232, 32 << 10),
+    (4, 4, 128): (240, 60 << 10),
+    (4, 4, 256): (248, 68 << 10),
+    (2, 1, 64): (168, 16 << 10),
+    (2, 1, 128): (255, 32 << 10),
+    (2, 1, 256): (248, 28 << 10),
+    (4, 1, 64): (255, 20 << 10),
+    (4, 1, 128): (255, 36 << 10),
+    (4, 1, 256): (255, 44 << 10),
 }
 
 
-def compile_decode(gpu, monkeypatch, dtype, head_dim, rows=8, paged=True, queries=1, **options):
+def compile_decode(gpu, monkeypatch, dtype, head_dim, rows=8, paged=True, queries=1, cache_dtype=None, **options):
     q = torch.empty(2, 2 * rows // queries, queries, head_dim, dtype=dtype)
-    cache, table = torch.empty(8, 2, 2048, head_dim, dtype=dtype), torch.zeros(2, 4, dtype=torch.int32)
+    cache = torch.empty(8, 2, 2048, head_dim, dtype=cache_dtype or dtype)
+    table = torch.zeros(2, 4, dtype=torch.int32)
     if not paged:
         cache, table = cache[:2], None
+    if cache_dtype is not None:
+        options |= {"k_scale": torch.ones(cache.shape[:3]), "v_scale": torch.ones(cache.shape[:3])}
     monkeypatch.setattr(_triton, "reason", lambda t: None)
     monkeypatch.setattr("bigmodel_kernels._registry.availability", lambda op, backend: None)
     with compiling(gpu, monkeypatch) as binaries:
@@ -203,8 +213,8 @@ def compile_decode(gpu, monkeypatch, dtype, head_dim, rows=8, paged=True, querie
     return binary
 
 
-def check_budget(binary, dtype, head_dim):
-    registers, shared = BUDGET[dtype.itemsize, head_dim]
+def check_budget(binary, dtype, head_dim, cache_dtype=None):
+    registers, shared = BUDGET[dtype.itemsize, (cache_dtype or dtype).itemsize, head_dim]
     local = [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in body) for body in innermost_loops(binary.sass)]
     assert sum(local) == 0, (binary, local)
     assert binary.spills <= 8, binary  # of what is needed only after the loop
@@ -223,6 +233,19 @@ def test_kernel_compiles_within_its_budget(gpu, head_dim, dtype, monkeypatch):
     heights = triton_configs.HEIGHTS[dtype.itemsize]
     for rows in heights if head_dim == 128 else heights[:1]:
         check_budget(compile_decode(gpu, monkeypatch, dtype, head_dim, rows), dtype, head_dim)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", triton_configs.TABLE_8_BITS[2])
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+def test_kernel_of_8_bits_compiles_within_its_budget(gpu, head_dim, dtype, cache_dtype, monkeypatch):
+    heights = triton_configs.HEIGHTS[dtype.itemsize]
+    for rows in heights if head_dim == 128 else heights[:1]:
+        binary = compile_decode(gpu, monkeypatch, dtype, head_dim, rows, cache_dtype=cache_dtype)
+        check_budget(binary, dtype, head_dim, cache_dtype)
+        converts = gpu == "sm_90" and cache_dtype == torch.float8_e4m3fn  # by an instruction of its own
+        assert bool(re.search(r"\bF2FP\S*E4M3", binary.sass)) == converts, binary
 
 
 @pytest.mark.parametrize(

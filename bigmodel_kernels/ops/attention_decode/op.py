@@ -45,6 +45,8 @@ def attention_decode(
         cache_seqlens: int32 or int64; how many keys of each cache are valid, those of the new queries included.
         block_table: int32 or int64; key j of sequence b is in block block_table[b, j // block_size]. Entries past the
             sequence may be anything.
+            Lengths and blocks that the caches do not have raise, except by "cuda" and "triton" on a GPU, which would have to
+            wait for it to look: there the nearest that is possible stands in their place, and no other memory is read.
         k_cache, v_cache: of q's dtype; or both int8 or both float8_e4m3fn, and then k_cache * k_scale and v_cache * v_scale
             are the keys and values.
         k_scale, v_scale: for the whole cache, for every key head, or for every key of every head. 1 by default for
@@ -81,7 +83,7 @@ def _has_kernel(backend: str, args: tuple) -> bool:
     if needs_grad(*args[:3]) or in_forward_mode() or torch.is_autocast_enabled(q.device.type):
         return False
     if compiling and asked == "triton":
-        return args[3] is None  # whether it runs here is asked when the graph does; it has no 8-bit caches
+        return True  # whether it runs here is asked when the graph does
     if compiling:
         return asked in ("auto", "cpu") and q.is_cpu and cpu.AVAILABLE and cpu.supports(*args) is None
     if torch._C._are_functorch_transforms_active():

@@ -51,10 +51,7 @@ def call(
     slopes = None if alibi_slopes is None else alibi_slopes.expand(batch, -1)
     options = {"scale": scale, "softcap": softcap, "enable_gqa": True, "return_lse": True, "backend": backend}
     if not torch.compiler.is_compiling():
-        lengths = cache_seqlens.tolist()
-        for b, n in enumerate(lengths):
-            if not 0 <= n <= length:
-                raise RuntimeError(f"cache_seqlens must be within the {length} positions of k_cache, got {n} at [{b}]")
+        lengths = _check_lengths(cache_seqlens, length)
         length = max(lengths, default=0)
         k_cache, v_cache = k_cache[:, :, :length], v_cache[:, :, :length]
         if all(n == length for n in lengths):  # nothing to mask out
@@ -75,6 +72,23 @@ def call(
 def _multiplied(cache: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     exact = torch.promote_types(dtype, torch.float32)
     return (cache.to(exact) * scale.to(exact)[..., None]).to(dtype)
+
+
+def check_contents(k_cache: Tensor, cache_seqlens: Tensor, block_table: Tensor | None) -> None:
+    """Raises RuntimeError for lengths that the caches do not hold and for blocks that they do not have; waits for a GPU."""
+    page_size, width = k_cache.shape[2], 1
+    if block_table is not None:
+        width = block_table.shape[1]
+        _check_blocks(block_table, cache_seqlens, k_cache.shape[0], page_size)
+    _check_lengths(cache_seqlens, width * page_size)
+
+
+def _check_lengths(cache_seqlens: Tensor, capacity: int) -> list[int]:
+    lengths = cache_seqlens.tolist()
+    for b, n in enumerate(lengths):
+        if not 0 <= n <= capacity:
+            raise RuntimeError(f"cache_seqlens must be within the {capacity} positions of k_cache, got {n} at [{b}]")
+    return lengths
 
 
 def _check_blocks(block_table: Tensor, cache_seqlens: Tensor, blocks: int, block_size: int) -> None:

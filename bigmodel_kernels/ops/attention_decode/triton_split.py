@@ -9,7 +9,9 @@ ticket; the program that takes the last of its rows adds the shares up, always i
 (flash decoding, Dao et al. 2023, without its second launch).
 Keys past a sequence's length are never read, nor are table entries past it. Masks between several queries (causality, window) may
 exclude a value that is infinite or NaN for some rows: as in triton_forward.py, only a share with such a result is computed again.
-Refuses 8-bit caches; gradients are bmk.attention's.
+A cache of 8 bits holds k_j / a_j and v_j / b_j as int8 or e4m3. Its numbers, exact in the queries' dtype, are multiplied as they
+are; a_j multiplies the score, and b_j the weight p_j, relative to the largest of the tile, so that 16 bits hold what is left.
+Gradients are bmk.attention's.
 Floor: memory: the keys and values that are there, once per tile of rows.
 """
 
@@ -18,31 +20,61 @@ import triton.language as tl
 
 from bigmodel_kernels.ops.attention.triton_tile import LN2, NO_MASK, all_finite, finish_scores, finite_part, product
 
+AS_QUERIES, INT8, E4M3_BITS, E4M3 = (tl.constexpr(kind) for kind in range(4))  # what CACHE says of the caches
+
 
 @triton.jit
-def cached_rows(
-    pointer, strides, kv_head, batch, start, first, end, table_pointer, table_width, page_size, pages,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Keys or values start .. start + ROWS of a sequence, where they lie; 0 outside first .. end and past the last column."""
-    j = start + tl.arange(0, ROWS)
+def places(j, first, end, batch, table_pointer, table_width, page_size, pages):
+    """Where keys j of a sequence lie: block, place in it, and which of them are asked for, those in first .. end."""
     here = (j >= first) & (j < end)
     block, place = batch, j
     if table_pointer is not None:
         block = tl.load(table_pointer + batch * table_width + j // page_size, mask=here, other=0)
         block = tl.minimum(tl.maximum(block, 0), pages - 1)
         place = j % page_size
-    rows = block.to(tl.int64) * strides[0] + tl.cast(kv_head, tl.int64) * strides[1] + place.to(tl.int64) * strides[2]
+    return block.to(tl.int64), place.to(tl.int64), here
+
+
+@triton.jit
+def cached_rows(
+    pointer, strides, kv_head, block, place, here,
+    CACHE: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Keys or values at these places as DTYPE; 0 where they are not asked for and past the last column."""
+    rows = block * strides[0] + tl.cast(kv_head, tl.int64) * strides[1] + place * strides[2]
     column = tl.arange(0, COLUMNS)
     pointers = pointer + rows[:, None] + column.to(tl.int64)[None, :] * strides[3]
-    return tl.load(pointers, mask=here[:, None] & (column < WIDTH)[None, :], other=0.0)
+    mask = here[:, None] & (column < WIDTH)[None, :]
+    if CACHE == E4M3_BITS:
+        found = number_of_e4m3(tl.load(pointers, mask=mask, other=0))
+    elif CACHE == INT8:
+        found = tl.load(pointers, mask=mask, other=0)
+    else:
+        found = tl.load(pointers, mask=mask, other=0.0)
+    return found.to(DTYPE)
+
+
+@triton.jit
+def number_of_e4m3(bits):
+    """The float32 of a byte: exponent and mantissa moved to where float32 has them, whose bias is 120 more."""
+    bits = bits.to(tl.int32)
+    moved = ((bits & 0x7F) << 20) | ((bits & 0x80) << 24)
+    number = moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), number)
+
+
+@triton.jit
+def cached_scales(pointer, strides, kv_head, block, place, here):
+    at = block * strides[0] + tl.cast(kv_head, tl.int64) * strides[1] + place * strides[2]
+    return tl.load(pointer + at, mask=here, other=0.0)
 
 
 @triton.jit
 def attend_to_share(
-    q, i, slope, k_pointer, v_pointer, k_strides, v_strides, kv_head, batch, begin, first, end, k_len,
+    q, i, slope, k_pointer, v_pointer, k_scale_pointer, v_scale_pointer, k_strides, v_strides, k_scale_strides,
+    v_scale_strides, kv_head, batch, begin, first, end, k_len,
     table_pointer, table_width, page_size, pages, q_len, window_left, window_right, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIBI: tl.constexpr,
+    CACHE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ALIBI: tl.constexpr,
     SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -53,11 +85,13 @@ def attend_to_share(
     poisoned = tl.zeros([BLOCK_M], tl.int32)
     for start in range(begin, end, BLOCK_N):
         j = (start + tl.arange(0, BLOCK_N))[None, :]
-        k = cached_rows(
-            k_pointer, k_strides, kv_head, batch, start, first, end, table_pointer, table_width, page_size, pages,
-            D, BLOCK_N, BLOCK_D,
-        )  # fmt: skip
+        block, place, here = places(
+            start + tl.arange(0, BLOCK_N), first, end, batch, table_pointer, table_width, page_size, pages
+        )
+        k = cached_rows(k_pointer, k_strides, kv_head, block, place, here, CACHE, q.dtype, D, BLOCK_D)
         s = product(q, k, PRECISION)
+        if CACHE != AS_QUERIES:
+            s *= cached_scales(k_scale_pointer, k_scale_strides, kv_head, block, place, here)[None, :]
         s, unit, _capped = finish_scores(
             s, i, j, k_pointer, (0, 0, 0, 0), slope, scale, softcap, window_left, window_right, k_len - q_len, q_len, end,
             True, NO_MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
@@ -67,14 +101,23 @@ def attend_to_share(
         p = tl.exp2(s * unit - shift[:, None])
         shrink = tl.exp2(m - shift)
         total = total * shrink + tl.sum(p, 1)
-        v = cached_rows(
-            v_pointer, v_strides, kv_head, batch, start, first, end, table_pointer, table_width, page_size, pages,
-            DV, BLOCK_N, BLOCK_DV,
-        )  # fmt: skip
+        v = cached_rows(v_pointer, v_strides, kv_head, block, place, here, CACHE, q.dtype, DV, BLOCK_DV)
         if CAREFUL:
             v, bad = finite_part(v)
-            poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (p != 0.0)).to(tl.int32), 1))
-        out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        if CACHE == AS_QUERIES:
+            if CAREFUL:
+                poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (p != 0.0)).to(tl.int32), 1))
+            out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        else:
+            v_scale = cached_scales(v_scale_pointer, v_scale_strides, kv_head, block, place, here)
+            if CAREFUL:
+                finite = tl.abs(v_scale) < float("inf")
+                v_scale = tl.where(finite, v_scale, 0.0)
+                poisoned = tl.maximum(poisoned, tl.max(((bad | (finite == 0))[None, :] & (p != 0.0)).to(tl.int32), 1))
+            largest = tl.max(tl.abs(v_scale), 0)
+            relative = v_scale / tl.where(largest == 0.0, 1.0, largest)
+            of_tile = tl.dot((p * relative[None, :]).to(v.dtype), v, input_precision=PRECISION)
+            out = out * shrink[:, None] + of_tile * largest
         m = new_m
     return m, total, out, poisoned
 
@@ -88,6 +131,8 @@ def decode_kernel(
     q_pointer,  # [B, Hq, Sq, D]
     k_pointer,  # [B, Hkv, S, D]; [pages, Hkv, page_size, D] where there is a table
     v_pointer,  # likewise, Dv
+    k_scale_pointer,  # float32, as keys without their last dimension; None if CACHE is AS_QUERIES
+    v_scale_pointer,  # likewise
     lengths_pointer,  # [B] int32 or int64
     table_pointer,  # [B, table_width] int32 or int64; None where the cache is contiguous
     slopes_pointer,  # [B or 1, Hq] float32, if ALIBI; else None
@@ -95,10 +140,10 @@ def decode_kernel(
     lse_pointer,  # [B, Hq, Sq], contiguous
     partial_pointer,  # [B Hkv tiles, splits, BLOCK_M (BLOCK_DV + 2)] float32: sum of p v, m, l; None if there is one split
     tickets_pointer,  # [B Hkv tiles] int32, 0 before and after; likewise
-    q_strides, k_strides, v_strides, out_strides, slopes_stride,
+    q_strides, k_strides, v_strides, k_scale_strides, v_scale_strides, out_strides, slopes_stride,
     heads, group, q_len, tiles, splits, capacity, page_size, table_width, pages, window_left, window_right, scale, softcap,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, SOFTCAP: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
+    CACHE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    SOFTCAP: tl.constexpr, LEFT: tl.constexpr, RIGHT: tl.constexpr, SEVERAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     ALIBI: tl.constexpr = slopes_pointer is not None
@@ -129,16 +174,18 @@ def decode_kernel(
     end = tl.minimum(begin + share, last)
     # One query sees all keys up to the last.
     m, total, out, _none_told = attend_to_share(
-        q, i[:, None], slope, k_pointer, v_pointer, k_strides, v_strides, kv_head, batch, begin, first, end, k_len,
+        q, i[:, None], slope, k_pointer, v_pointer, k_scale_pointer, v_scale_pointer, k_strides, v_strides,
+        k_scale_strides, v_scale_strides, kv_head, batch, begin, first, end, k_len,
         table_pointer, table_width, page_size, pages, q_len, window_left, window_right, scale, softcap,
-        D, DV, BLOCK_D, BLOCK_DV, ALIBI, SOFTCAP, LEFT, RIGHT and SEVERAL, PRECISION, False, BLOCK_M, BLOCK_N,
+        CACHE, D, DV, BLOCK_D, BLOCK_DV, ALIBI, SOFTCAP, LEFT, RIGHT and SEVERAL, PRECISION, False, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     if SEVERAL and (LEFT or RIGHT):  # noqa: SIM102 (decided by the compiler)
         if all_finite(out) == 0:
             _same_m, _same_total, careful, poisoned = attend_to_share(
-                q, i[:, None], slope, k_pointer, v_pointer, k_strides, v_strides, kv_head, batch, begin, first, end, k_len,
+                q, i[:, None], slope, k_pointer, v_pointer, k_scale_pointer, v_scale_pointer, k_strides, v_strides,
+                k_scale_strides, v_scale_strides, kv_head, batch, begin, first, end, k_len,
                 table_pointer, table_width, page_size, pages, q_len, window_left, window_right, scale, softcap,
-                D, DV, BLOCK_D, BLOCK_DV, ALIBI, SOFTCAP, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
+                CACHE, D, DV, BLOCK_D, BLOCK_DV, ALIBI, SOFTCAP, LEFT, RIGHT, PRECISION, True, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             out = tl.where((poisoned == 0)[:, None], careful, out)
 

@@ -43,7 +43,7 @@ def cross_entropy(
         ValueError: label_smoothing, reduction or backend out of range.
     """
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
-    loss, _ = OP(*prepare(logits, target, **options), backend=backend)
+    loss, *_ = OP(*prepare(logits, target, **options), backend=backend)
     return loss.reshape(target.shape if reduction == "none" else ())
 
 

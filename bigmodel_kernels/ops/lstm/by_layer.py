@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from bigmodel_kernels._gpu import product
+from bigmodel_kernels._gpu import linear, product
 from bigmodel_kernels.ops.lstm.op import saved_shapes
 from bigmodel_kernels.ops.lstm.reference import split_weights
 
@@ -138,7 +138,7 @@ def infer(
         elif directions == 2:
             from_input = torch.empty(2, tokens.count, 4 * hidden, dtype=torch.float32, device=x.device)
         else:
-            from_input = product(source, of_layer[0][0].t())
+            from_input = linear(source, of_layer[0][0])
         if gates is not None or directions == 2:
             for w, out in zip(of_layer, from_input):
                 product(source, w[0].t(), out)

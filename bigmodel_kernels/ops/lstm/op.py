@@ -140,7 +140,7 @@ def _check_types(x, hx, weights, batch_sizes) -> None:
 
 
 def _check_shape(name: str, found: Sequence[int], shape: tuple[int, ...]) -> None:
-    if len(found) != len(shape) or any(a != b for a, b in zip(found, shape)):
+    if found != shape:
         raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(found)}")
 
 

@@ -90,10 +90,12 @@ def _layer_forward(tokens, own, parameters, from_input, h0, c0, h_n, c_n, y, gat
     directions, hidden = len(parameters), c0.shape[2]
     constants = _launch_constants("forward", y, hidden, parameters[0][4] is not None, tokens)
     if constants is not None:
-        own_parameters = [_recurrent(w, constants["TRANSPOSED"]) for w in parameters]
-        (w_hh, b_ih, b_hh), (w_hh_reverse, *reverse) = own_parameters[0], own_parameters[-1]
+        w_hh, b_ih, b_hh = _recurrent(parameters[0], constants["TRANSPOSED"])
+        w_hh_reverse, b_ih_reverse, b_hh_reverse = w_hh, b_ih, b_hh
+        if directions == 2:
+            w_hh_reverse, b_ih_reverse, b_hh_reverse = _recurrent(parameters[1], constants["TRANSPOSED"])
         tensors = (
-            from_input, w_hh, w_hh_reverse, b_ih, b_hh, *reverse, h0.contiguous(), c0.contiguous(),
+            from_input, w_hh, w_hh_reverse, b_ih, b_hh, b_ih_reverse, b_hh_reverse, h0.contiguous(), c0.contiguous(),
             h_n, c_n, y, gates, cells,
         )  # fmt: skip
         numbers = (own.start, directions * hidden)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import Op, autocast, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels._library import Op, autocast, have_plain_sizes, in_forward_mode, is_plain_eager, needs_grad
 from bigmodel_kernels.ops.lstm.cpu import dots
 from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.lstm_cell import cpu, reference
+
+NAMES = ("x", "hx[0]", "hx[1]", "w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def lstm_cell(
@@ -40,7 +43,7 @@ def lstm_cell(
         TypeError: an argument of the wrong type.
         ValueError: an unknown backend.
     """
-    if type(hx) is tuple and len(hx) == 2:
+    if not torch.is_grad_enabled() and type(hx) is tuple and len(hx) == 2:
         args = (x, *hx, w_ih, w_hh, b_ih, b_hh)
         if _goes_to_the_kernel(args, backend):
             # The kernel checks its arguments before it starts: to check them here too would take as long as a small step.
@@ -51,12 +54,14 @@ def lstm_cell(
 
 
 def _goes_to_the_kernel(args: tuple, backend: str) -> bool:
-    """Whether this is an eager call without gradients that gets the backend "cpu"."""
-    if torch.is_grad_enabled() or in_forward_mode() or not is_plain_eager(range(7), args):
+    """Whether this is an eager call, one without gradients, that gets the backend "cpu"."""
+    if in_forward_mode() or _registry.wanted(backend) not in ("auto", "cpu"):
         return False
-    if not all(isinstance(t, Tensor) for t in args[:5]) or cpu.supports(*args) is not None:
+    if not is_plain_eager(range(7), args) or not all(isinstance(t, Tensor) for t in args[:5]):
         return False
-    return args[0].dim() == 2 and _registry.select(OP.name, backend, prefer, (*args, False)) == "cpu"
+    if cpu.supports(*args) is not None or args[0].dim() != 2:
+        return False
+    return _registry.select(OP.name, backend, prefer, (*args, False)) == "cpu"
 
 
 def prepare(
@@ -68,43 +73,61 @@ def prepare(
     b_hh: Tensor | None = None,
 ) -> tuple:
     """Validates a call of `lstm_cell`; returns the arguments of the op."""
-    if not isinstance(hx, (tuple, list)) or not all(isinstance(t, Tensor) for t in hx):
+    if not isinstance(hx, (tuple, list)):
         raise TypeError(f"hx must be two tensors (h, c), got {type(hx).__name__}")
+    tensors = x, *hx, w_ih, w_hh, b_ih, b_hh
+    # A model calls with the same few sizes again and again; symbolic ones are no keys.
+    if len(hx) == 2 and have_plain_sizes(tensors):
+        _check_known_sizes(*[None if t is None else t.shape for t in tensors])
+    else:
+        _check_types(x, hx, w_ih, w_hh, b_ih, b_hh)
+        _check_sizes(*[None if t is None else t.shape for t in tensors])
+    save = needs_grad(*tensors)
+    if not x.is_cpu:  # as torch's own: on the CPU its cell returns what it was given
+        tensors = autocast(*tensors)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for i, t in enumerate(tensors):
+        if t is not None and (t.dtype is not dtype or t.device != device):
+            raise RuntimeError(f"{NAMES[i]} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
+    return *tensors, save
+
+
+def _check_types(x, hx, w_ih, w_hh, b_ih, b_hh) -> None:
+    if not all(isinstance(t, Tensor) for t in hx):
+        raise TypeError(f"hx must be two tensors (h, c), got {type(hx).__name__} of other things")
     if len(hx) != 2:
         raise RuntimeError("lstm_cell expects two hidden states")
-    named = {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
-    for name, t in named.items():
-        if not isinstance(t, Tensor) and (t is not None or name in ("x", "w_ih", "w_hh")):
+    for name, t in {"x": x, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}.items():
+        if not isinstance(t, (Tensor, type(None))):
             raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+
+
+def _check_sizes(x, h, c, w_ih, w_hh, b_ih, b_hh) -> None:
+    """Of the shapes; None for what is left out, which only both biases may be."""
+    for name, shape in zip(NAMES, (x, h, c, w_ih, w_hh)):
+        if shape is None:
+            raise TypeError(f"{name} must be a tensor, got NoneType")
     if (b_ih is None) != (b_hh is None):
         raise RuntimeError("b_ih and b_hh must be given both or neither")
-    h, c = hx
-    for name, t in {"x": x, "hx[0]": h, "hx[1]": c, "w_ih": w_ih, "w_hh": w_hh}.items():
-        if t.dim() != 2:
-            raise RuntimeError(f"{name} must have 2 dimensions, got {t.dim()}")
-    hidden = w_hh.shape[1]
-    if x.shape[1] != w_ih.shape[1]:
-        raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {w_ih.shape[1]}")
-    for i, t in enumerate(hx):
-        if t.shape[0] != x.shape[0]:
-            raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {t.shape[0]}")
-        if t.shape[1] != hidden:
-            raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {t.shape[1]}, expected {hidden}")
-    for name, t, shape in (
-        ("w_ih", w_ih, (4 * hidden, x.shape[1])),
-        ("w_hh", w_hh, (4 * hidden, hidden)),
-        ("b_ih", b_ih, (4 * hidden,)),
-        ("b_hh", b_hh, (4 * hidden,)),
+    for name, shape in zip(NAMES, (x, h, c, w_ih, w_hh)):
+        if len(shape) != 2:
+            raise RuntimeError(f"{name} must have 2 dimensions, got {len(shape)}")
+    hidden = w_hh[1]
+    if x[1] != w_ih[1]:
+        raise RuntimeError(f"input has inconsistent input_size: got {x[1]} expected {w_ih[1]}")
+    for i, state in enumerate((h, c)):
+        if state[0] != x[0]:
+            raise RuntimeError(f"Input batch size {x[0]} doesn't match hidden{i} batch size {state[0]}")
+        if state[1] != hidden:
+            raise RuntimeError(f"hidden{i} has inconsistent hidden_size: got {state[1]}, expected {hidden}")
+    for name, found, shape in zip(
+        NAMES[3:], (w_ih, w_hh, b_ih, b_hh), ((4 * hidden, x[1]), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,))
     ):
-        if t is not None and t.shape != shape:
-            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
-    save = needs_grad(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    if not x.is_cpu:  # as torch's own: on the CPU its cell returns what it was given
-        x, h, c, w_ih, w_hh, b_ih, b_hh = autocast(x, h, c, w_ih, w_hh, b_ih, b_hh)
-    for name, t in {"hx[0]": h, "hx[1]": c, "w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}.items():
-        if t is not None and (t.dtype != x.dtype or t.device != x.device):
-            raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-    return x, h, c, w_ih, w_hh, b_ih, b_hh, save
+        if found is not None and found != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(found)}")
+
+
+_check_known_sizes = functools.lru_cache(maxsize=4096)(_check_sizes)
 
 
 def saved_shapes(x, h, save) -> tuple[tuple[int, ...], tuple[int, ...]]:

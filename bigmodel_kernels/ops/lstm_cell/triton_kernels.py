@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from bigmodel_kernels import _triton
-from bigmodel_kernels._gpu import product
+from bigmodel_kernels._gpu import linear
 from bigmodel_kernels.ops.lstm.by_layer import weight_gradients
 from bigmodel_kernels.ops.lstm_cell.op import saved_shapes
 from bigmodel_kernels.ops.lstm_cell.triton_step import backward_kernel, forward_kernel, programs
@@ -15,32 +15,34 @@ def supports(x, *rest) -> str | None:
     return _triton.reason(x)
 
 
-def _contiguous(*tensors):
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _step(x, h, c, w_ih, w_hh, b_ih, b_hh, gates, cells) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new h and c; gates and cells are written where they are not None."""
+def _step(
+    x, h, c, w_ih, w_hh, b_ih, b_hh, save
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The new h and c, gates and cells; of the last two something is written only with `save`."""
     batch, hidden = h.shape
-    from_input, from_state = product(x, w_ih.t()), product(h, w_hh.t())
+    gates, from_state = linear(x, w_ih), linear(h, w_hh)  # the kernel writes the gates over the product
     h_new, c_new = h.new_empty(batch, hidden), h.new_empty(batch, hidden)
+    cells = gates.new_empty(1, batch, hidden) if save else None
+    if b_ih is not None:
+        b_ih, b_hh = b_ih.contiguous(), b_hh.contiguous()
     count, constants = programs(batch, hidden)
     _triton.launch(
         forward_kernel, count,
-        from_input, from_state, b_ih, b_hh, c.contiguous(), c_new, h_new, None, gates, cells, batch, 0, hidden, hidden,
-        **constants,
+        gates, from_state, b_ih, b_hh, c.contiguous(), c_new, h_new, None, gates if save else None, cells,
+        batch, 0, hidden, hidden, **constants,
     )  # fmt: skip
-    return h_new, c_new
+    return h_new, c_new, gates, cells
 
 
-def infer(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
-    return _step(x, h, c, w_ih, w_hh, *_contiguous(b_ih, b_hh), None, None)
+def infer(*args):
+    return _step(*args)[:2]
 
 
-def fwd(x, h, c, w_ih, w_hh, b_ih, b_hh, save):
-    gates, cells = (x.new_empty(*shape, dtype=torch.float32) for shape in saved_shapes(x, h, save))
-    kept = (gates, cells) if save else (None, None)
-    return *_step(x, h, c, w_ih, w_hh, *_contiguous(b_ih, b_hh), *kept), gates, cells
+def fwd(*args):
+    h_new, c_new, gates, cells = _step(*args)
+    if cells is None:
+        return h_new, c_new, *(gates.new_empty(shape) for shape in saved_shapes(args[0], args[1], False))
+    return h_new, c_new, gates.unsqueeze(0), cells
 
 
 def bwd(d_h_new, d_c_new, h_new, gates, cells, need_d_x, need_d_weights, x, h, c, w_ih, w_hh, b_ih, b_hh, save):
