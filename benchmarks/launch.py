@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -64,6 +65,7 @@ def cases() -> dict[str, Callable[[], object]]:
     cache, pages, lengths = tensor(64, 2, 16, 64), torch.zeros(2, 32, dtype=torch.int32), torch.ones(2).int()
     step, sequence, parameters = _lstm(16, 4)
     trained = [torch.nn.Parameter(w) for w in parameters]
+    normed = _norm_lstm(1)
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
@@ -91,6 +93,8 @@ def cases() -> dict[str, Callable[[], object]]:
         "lstm": lambda: bmk.lstm(*sequence, parameters, backend="triton"),
         "lstm_cell": lambda: bmk.lstm_cell(*step, *parameters, backend="triton"),
         f"lstm_cell{TRAINING}": lambda: bmk.lstm_cell(*step, *trained, backend="triton"),
+        "norm_lstm": lambda: bmk.norm_lstm(*normed, backend="triton"),
+        "linear": lambda: bmk.linear(step[0], parameters[0], parameters[2], activation="gelu", backend="triton"),
         "layer_norm": lambda: bmk.layer_norm(x, row, row, backend="triton"),
         "bias_act": lambda: bmk.bias_act(x, row, activation="gelu", backend="triton"),
         "cross_entropy": lambda: bmk.cross_entropy(x, target, reduction="none", backend="triton"),
@@ -104,14 +108,21 @@ def _lstm(hidden: int, steps: int) -> tuple[tuple, tuple, list[torch.Tensor]]:
     return (x[0], (state[0], state[0].clone())), (x, (state, state.clone())), weights
 
 
-def steps() -> tuple[int, dict[int, Callable[[], object]]]:
-    """The number of steps that a long LSTM, which goes step by step, has more than a short one; calls of both."""
+def _norm_lstm(steps: int) -> tuple:
+    """The arguments of an LSTM with layer norm."""
+    state, gain = torch.zeros(2, 16), torch.ones(16)
+    return torch.ones(steps, 2, 64), (state, state.clone()), torch.ones(64, 16), torch.ones(64), gain, gain.clone()
+
+
+def steps() -> tuple[int, dict[str, tuple[Callable[[], object], Callable[[], object]]]]:
+    """The number of steps that a long sequence has more than a short one; a call of both by every op that goes step by step."""
     short, long = 1, 17
-    calls = {}
-    for count in (short, long):
-        _, sequence, weights = _lstm(72, count)
-        calls[count] = lambda sequence=sequence, weights=weights: bmk.lstm(*sequence, weights, backend="triton")
-    return long - short, calls
+    sequences = [_lstm(72, count)[1:] for count in (short, long)]
+    normed = [_norm_lstm(count) for count in (short, long)]
+    return long - short, {
+        "lstm": tuple(partial(bmk.lstm, *sequence, weights, backend="triton") for sequence, weights in sequences),
+        "norm_lstm": tuple(partial(bmk.norm_lstm, *args, backend="triton") for args in normed),
+    }
 
 
 def measure(rounds: int = ROUNDS, calls: int | None = None) -> dict[str, float]:
@@ -120,14 +131,15 @@ def measure(rounds: int = ROUNDS, calls: int | None = None) -> dict[str, float]:
     samples: dict[str, list[float]] = {}
     more_steps, by_step = steps()
     with stubbed():
-        some = cases() | {f"{count} steps": call for count, call in by_step.items()}
+        some = cases() | {f"{op}, {i}": call for op, calls in by_step.items() for i, call in enumerate(calls)}
         for name, call in some.items():  # the first calls fill caches
             _microseconds(name, call, 1)
         for _ in range(rounds):
             for name, call in some.items():
                 samples.setdefault(name, []).append(_microseconds(name, call, calls))
-    short, long = (samples.pop(f"{count} steps") for count in by_step)
-    samples["lstm, a step"] = [(b - a) / more_steps for a, b in zip(short, long)]
+    for op in by_step:
+        short, long = (samples.pop(f"{op}, {i}") for i in range(2))
+        samples[f"{op}, a step"] = [(b - a) / more_steps for a, b in zip(short, long)]
     return {name: statistics.median(found) for name, found in samples.items()}
 
 

@@ -48,7 +48,10 @@ def allows_tf32(dtype: torch.dtype, *switches) -> bool:
     named) all say so."""
     if dtype != torch.float32:
         return False
-    return all(switch.fp32_precision == "tf32" for switch in switches or (torch.backends.cuda.matmul,))
+    for switch in switches or (torch.backends.cuda.matmul,):  # noqa: SIM110 (a generator takes as long as the question)
+        if switch.fp32_precision != "tf32":
+            return False
+    return True
 
 
 def product(

@@ -117,11 +117,11 @@ def infer(
         gates, cells  # [D, tokens, 4 H], [D, tokens, H] float32, to be written; None where nothing is saved. gates may be
                       # the memory of from_input.
     """
-    directions, (_, batch, hidden) = 2 if bidirectional else 1, c0.shape
+    directions, (cells_of_all, batch, hidden), state = 2 if bidirectional else 1, c0.shape, h0.shape[2]
     tokens = Tokens.of(x, batch, batch_sizes)
     parameters = split_weights(weights, num_layers * directions)
-    h_n, c_n = x.new_empty(*h0.shape), x.new_empty(*c0.shape)
-    width = directions * h0.shape[2]
+    h_n, c_n = x.new_empty(cells_of_all, batch, state), x.new_empty(cells_of_all, batch, hidden)
+    width = directions * state
     y = x.reshape(tokens.count, x.shape[-1])
     gates_here = cells_here = None
     for number in range(num_layers):

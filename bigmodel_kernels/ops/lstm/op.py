@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bigmodel_kernels import _registry
 from bigmodel_kernels._arguments import flag, integer, number
-from bigmodel_kernels._library import Op, autocast, is_plain_eager, needs_grad
+from bigmodel_kernels._library import Op, autocast, have_plain_sizes, needs_grad
 from bigmodel_kernels.ops.lstm import cpu, reference
 
 
@@ -89,7 +89,7 @@ def prepare(
     if not 0 <= dropout <= 1:
         raise ValueError(f"dropout must be a probability in [0, 1], got {dropout}")
     # A model calls with the same few sizes again and again; symbolic ones are no keys.
-    sizes = _known_sizes if is_plain_eager((0,), (x,)) else _sizes
+    sizes = _known_sizes if have_plain_sizes((x,)) else _sizes
     cells, hidden, state = sizes(
         x.shape, tuple([w.shape for w in weights]), num_layers, bidirectional, batch_sizes is not None
     )

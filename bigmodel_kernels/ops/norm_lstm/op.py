@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor
 
 from bigmodel_kernels._arguments import number
-from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels._library import Op, autocast, have_plain_sizes, needs_grad
 from bigmodel_kernels.ops.lstm.op import saved_dtype
 from bigmodel_kernels.ops.norm_lstm import reference
+
+NAMES = ("a", "hx[0]", "hx[1]", "w", "gain", "gain_c", "bias_c")
 
 
 def norm_lstm(
@@ -61,27 +65,35 @@ def prepare(
     if not isinstance(hx, (tuple, list)) or len(hx) != 2:
         raise TypeError(f"hx must be two tensors (h, c), got {type(hx).__name__}")
     h, c = hx
-    names = ("a", "hx[0]", "hx[1]", "w", "gain", "gain_c", "bias_c")
-    for name, t in zip(names, (a, h, c, w, gain, gain_c, bias_c)):
+    tensors = a, h, c, w, gain, gain_c, bias_c
+    for i, t in enumerate(tensors):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    save = needs_grad(a, h, c, w, gain, gain_c, bias_c)
-    named = dict(zip(names, autocast(a, h, c, w, gain, gain_c, bias_c)))
-    a = named["a"]
-    for name, t in named.items():
-        if t.dtype != a.dtype or t.device != a.device:
-            raise RuntimeError(f"{name} must be {a.dtype} on {a.device} as a is, got {t.dtype} on {t.device}")
-    if a.dim() != 3 or a.shape[0] == 0 or a.shape[2] % 4:
-        raise RuntimeError(f"a must have shape [T, B, 4 H] with at least one step, got {list(a.shape)}")
-    _, batch, rows = a.shape
+            raise TypeError(f"{NAMES[i]} must be a tensor, got {type(t).__name__}")
+    save = needs_grad(*tensors)
+    tensors = autocast(*tensors)
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for i, t in enumerate(tensors):
+        if t.dtype != dtype or t.device != device:
+            raise RuntimeError(f"{NAMES[i]} must be {dtype} on {device} as a is, got {t.dtype} on {t.device}")
+    # A model calls with the same few sizes again and again; symbolic ones are no keys.
+    check_sizes = _check_known_sizes if have_plain_sizes(tensors) else _check_sizes
+    check_sizes(*[t.shape for t in tensors])
+    return *tensors, number("eps", eps), number("eps_c", eps_c), save
+
+
+def _check_sizes(a, *others) -> None:
+    """Of the shapes."""
+    if len(a) != 3 or a[0] == 0 or a[2] % 4:
+        raise RuntimeError(f"a must have shape [T, B, 4 H] with at least one step, got {list(a)}")
+    _, batch, rows = a
     hidden = rows // 4
-    for name, shape in (
-        ("hx[0]", (batch, hidden)), ("hx[1]", (batch, hidden)), ("w", (rows, hidden)), ("gain", (rows,)),
-        ("gain_c", (hidden,)), ("bias_c", (hidden,)),
-    ):  # fmt: skip
-        if named[name].shape != shape:
-            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(named[name].shape)}")
-    return *named.values(), number("eps", eps), number("eps_c", eps_c), save
+    shapes = (batch, hidden), (batch, hidden), (rows, hidden), (rows,), (hidden,), (hidden,)
+    for name, found, shape in zip(NAMES[1:], others, shapes):
+        if found != shape:
+            raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(found)}")
+
+
+_check_known_sizes = functools.lru_cache(maxsize=4096)(_check_sizes)
 
 
 def empty_saved(a: Tensor, save: bool) -> list[Tensor]:

@@ -19,21 +19,32 @@ def supports(a, h0, *rest) -> str | None:
     return None
 
 
-def fwd(a, h0, c0, w, gain, gain_c, bias_c, eps, eps_c, save):
+def _steps(
+    a, h, c0, w, gain, gain_c, bias_c, eps, eps_c, z, gates, cells
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The results; z, gates and cells are written where they are not None."""
     steps, batch, rows = a.shape
     hidden, sizes = rows // 4, constants(rows // 4)
-    a, *parameters = (t.contiguous() for t in (a, gain, gain_c, bias_c))
-    output, (z, gates, cells) = a.new_empty(steps, batch, hidden), empty_saved(a, save)
-    kept = (gates, cells) if save else (None, None)
-    c, w_t, h = float_state(c0), w.t(), h0
-    z_t = None if save else torch.empty(batch, rows, dtype=torch.float32, device=a.device)
+    a, gain, gain_c, bias_c = a.contiguous(), gain.contiguous(), gain_c.contiguous(), bias_c.contiguous()
+    output, c, w_t = a.new_empty(steps, batch, hidden), float_state(c0), w.t()
+    z_t = torch.empty(batch, rows, dtype=torch.float32, device=a.device) if z is None else None
     for t in range(steps):
-        z_t = product(h, w_t, z[t] if save else z_t)
+        z_t = product(h, w_t, z_t if z is None else z[t])
         _triton.launch(
-            forward_kernel, batch, z_t, a, *parameters, c, output, *kept, t * batch, hidden, eps, eps_c, **sizes
-        )
+            forward_kernel, batch,
+            z_t, a, gain, gain_c, bias_c, c, output, gates, cells, t * batch, hidden, eps, eps_c, **sizes,
+        )  # fmt: skip
         h = output[t]
-    return output, h.clone(), c.to(a.dtype), z, gates, cells
+    return output, h.clone(), c.to(a.dtype)
+
+
+def infer(*args):
+    return _steps(*args[:9], None, None, None)
+
+
+def fwd(*args):
+    saved = empty_saved(args[0], args[-1])
+    return *_steps(*args[:9], *(saved if args[-1] else (None, None, None))), *saved
 
 
 def bwd(d_output, d_h_n, d_c_n, output, z, gates, cells, a, h0, c0, w, gain, gain_c, bias_c, eps, eps_c, save):

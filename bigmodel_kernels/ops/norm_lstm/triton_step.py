@@ -10,6 +10,8 @@ Saved for backward: z, activated gates, cell states, float32. Refuses more than 
 Floor: memory: 10 H floats read and 6 H written per row forward, 17 H and 15 H backward.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 
@@ -134,6 +136,7 @@ def backward_kernel(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
 def constants(hidden: int) -> dict[str, int]:
     """Of a launch, which has as many programs as the batch has rows."""
     block_h = triton.next_power_of_2(hidden)
