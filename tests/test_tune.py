@@ -116,6 +116,7 @@ def check_problems(op, sizes):
         ("gated_conv", {"BATCH": 1, "LENGTH": 9}, 2 + 1),
         ("lstm", {"STEPS": 2, "BATCH": 2}, 3 * 2),
         ("norm", {"ROWS": 3}, 2 * 2),
+        ("norm_lstm", {"STEPS": 2, "BATCH": 2, "SIZES": (16, 64, 100)}, 2 * 2),
     ],
 )
 def test_problems_come_to_their_rows(op, sizes, rows):
@@ -124,7 +125,8 @@ def test_problems_come_to_their_rows(op, sizes, rows):
 
 def test_every_op_with_a_table_can_be_tuned():
     assert set(tune.tunable_ops()) == {
-        "attention", "attention_decode", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm"
+        "attention", "attention_decode", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm",
+        "norm_lstm",
     }  # fmt: skip
 
 

@@ -38,6 +38,19 @@ CALLS = {  # name of the operation -> (function, its inputs), made where tensors
         lambda x, h, c: bmk.lstm_cell(x, (h, c), _tensor(64, 8), _tensor(64, 16))[0],
         [_tensor(3, 8), _tensor(3, 16), _tensor(3, 16)],
     ),
+    "norm_lstm": lambda: (
+        lambda a, h, c: bmk.norm_lstm(a, (h, c), _tensor(64, 16), *(_tensor(n) for n in (64, 16, 16)))[0],
+        [_tensor(5, 3, 64), _tensor(3, 16), _tensor(3, 16)],
+    ),
+    # By name: "auto" composes it of attention on a GPU.
+    "attention_decode": lambda: (
+        lambda q, k, v, lengths: bmk.attention_decode(q, k, v, lengths, backend="triton"),
+        [_tensor(2, 4, 1, 32), *[_tensor(2, 2, 16, 32)] * 2, torch.empty(2, dtype=torch.int32, device="cuda")],
+    ),
+    "linear": lambda: (
+        lambda x, w, b: bmk.linear(x, w, b, activation="gelu"),
+        [_tensor(3, 8), _tensor(6, 8), _tensor(6)],
+    ),
     "norm": lambda: (lambda x, w: bmk.layer_norm(x, w, w), [_tensor(4, 8), _tensor(8)]),
     "bias_act": lambda: (lambda x, b: bmk.bias_act(x, b, activation="gelu"), [_tensor(4, 8), _tensor(8)]),
     "cross_entropy": lambda: (
@@ -105,6 +118,11 @@ TWICE = {
         lambda x, h, c, w, u, **how: bmk.lstm_cell(x, (h, c), w, u, **how)[0],
         [(2, 3), (2, 5), (2, 5), (20, 3), (20, 5)],
     ),
+    "norm_lstm": (
+        lambda a, h, c, *rest, **how: bmk.norm_lstm(a, (h, c), *rest, **how)[0],
+        [(3, 2, 20), (2, 5), (2, 5), (20, 5), (20,), (5,), (5,)],
+    ),
+    "linear": (lambda x, w, b, **how: bmk.linear(x, w, b, activation="gelu", **how), [(4, 9), (5, 9), (5,)]),
     "layer_norm": (bmk.layer_norm, [(4, 9), (9,)]),
     "bias_act": (lambda x, b, **how: bmk.bias_act(x, b, activation="gelu", **how), [(4, 9), (9,)]),
     "cross_entropy": (lambda z, **how: bmk.cross_entropy(z, torch.arange(4), **how), [(4, 9)]),

@@ -55,7 +55,7 @@ def lstm_cell(
 
 def _goes_to_the_kernel(args: tuple, backend: str) -> bool:
     """Whether this is an eager call, one without gradients, that gets the backend "cpu"."""
-    if in_forward_mode() or _registry.wanted(backend) not in ("auto", "cpu"):
+    if torch.compiler.is_compiling() or in_forward_mode() or _registry.wanted(backend) not in ("auto", "cpu"):
         return False
     if not is_plain_eager(range(7), args) or not all(isinstance(t, Tensor) for t in args[:5]):
         return False

@@ -24,7 +24,7 @@ def _steps(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The results; z, gates and cells are written where they are not None."""
     steps, batch, rows = a.shape
-    hidden, sizes = rows // 4, constants(rows // 4)
+    hidden, sizes = rows // 4, constants(a.device.index, "forward", rows // 4)
     a, gain, gain_c, bias_c = a.contiguous(), gain.contiguous(), gain_c.contiguous(), bias_c.contiguous()
     output, c, w_t = a.new_empty(steps, batch, hidden), float_state(c0), w.t()
     z_t = torch.empty(batch, rows, dtype=torch.float32, device=a.device) if z is None else None
@@ -49,7 +49,7 @@ def fwd(*args):
 
 def bwd(d_output, d_h_n, d_c_n, output, z, gates, cells, a, h0, c0, w, gain, gain_c, bias_c, eps, eps_c, save):
     steps, batch, rows = a.shape
-    hidden, sizes = rows // 4, constants(rows // 4)
+    hidden, sizes = rows // 4, constants(a.device.index, "backward", rows // 4)
     d_h, d_c = gradient_of_state(d_h_n, h0), gradient_of_state(d_c_n, c0)
     d_output = None if d_output is None else d_output.contiguous()
     read = [t.contiguous() for t in (z, gates, cells, c0, gain, gain_c, bias_c)]

@@ -10,11 +10,10 @@ Saved for backward: z, activated gates, cell states, float32. Refuses more than 
 Floor: memory: 10 H floats read and 6 H written per row forward, 17 H and 15 H backward.
 """
 
-import functools
-
 import triton
 import triton.language as tl
 
+from bigmodel_kernels import _tuned
 from bigmodel_kernels._triton import sigmoid, tanh
 from bigmodel_kernels.ops.lstm_cell.triton_step import load_four, store_four
 
@@ -136,8 +135,12 @@ def backward_kernel(
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=4096)
-def constants(hidden: int) -> dict[str, int]:
-    """Of a launch, which has as many programs as the batch has rows."""
+@_tuned.cached
+def constants(device: int | None, kernel: str, hidden: int) -> dict[str, int]:
+    """Of a launch of the forward's or the backward's kernel, which has as many programs as the batch has rows.
+
+    The warps are those that hold a row without spills; they have not been timed on a GPU.
+    """
     block_h = triton.next_power_of_2(hidden)
-    return {"BLOCK_H": block_h, "num_warps": min(16, max(1, block_h // UNITS_PER_WARP))}
+    sizes = {"BLOCK_H": block_h, "num_warps": min(16, max(1, block_h // UNITS_PER_WARP))}
+    return _tuned.choose(_tuned.Row("norm_lstm", kernel, "float32", block_h), device, sizes)
