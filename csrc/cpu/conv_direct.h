@@ -69,7 +69,10 @@ NOINLINE void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& wei
   const int64_t vectors = padded / W, taps_h = pass.h.axis.taps, taps_w = pass.w.axis.taps;
   // Where the weights of an output channel lie in one piece, squares of W x W are transposed in registers.
   const WeightOrder order = weight_order(pass, weights);
-  const bool taps_inside = order == WeightOrder::taps_inside, rows = order != WeightOrder::scattered;
+  const bool rows = order != WeightOrder::scattered;
+  // A scatter finds the taps of two channels in one piece and the next output channel's beside them.
+  const bool tap_pieces = !rows && weights.w == 1 && (taps_h == 1 || weights.h == taps_w);
+  const bool taps_inside = order == WeightOrder::taps_inside || tap_pieces;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * W));
   torch::stable::parallel_for(0, pass.groups * vectors, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -78,21 +81,24 @@ NOINLINE void pack_weights(T* packed, const Pass& pass, const Weights<T, S>& wei
       T* out = packed + (g * padded + panel) * depth + first - panel;
       const S* source = weights.data + g * weights.group + first * weights.out;
       const auto scaled = [&](vec<T> v, int64_t c) { return weights.scale ? v * to_compute(weights.scale[g * C + c]) : v; };
-      if (rows) {
-        for (int64_t k = 0, c = 0, kh = 0, kw = 0; k < depth; k += W) {
-          const int64_t count = std::min(W, depth - k);
-          vec<T> m[W];
+      if (rows || tap_pieces) {
+        const int64_t pieces = rows ? 1 : C, length = rows ? depth : taps_h * taps_w;
+        for (int64_t piece = 0; piece < pieces; ++piece)
+          for (int64_t k = 0, c = piece, kh = 0, kw = 0; k < length; k += W) {
+            const int64_t count = std::min(W, length - k);
+            vec<T> m[W];
 #pragma GCC unroll 16
-          for (int j = 0; j < W; ++j) m[j] = j < lanes ? read_lanes<T>(source + j * weights.out + k, count) : vec<T>{};
-          transpose<T>(m);
-          for (int64_t j = 0; j < count; ++j) {
-            store(out + (pass.weight_row(kh, kw) + c) * columns, scaled(m[j], c));
-            if (!taps_inside && ++c < C) continue;
-            if (!taps_inside) c = 0;
-            if (++kw == taps_w) kw = 0, ++kh;
-            if (taps_inside && kh == taps_h) kh = 0, ++c;
+            for (int j = 0; j < W; ++j)
+              m[j] = j < lanes ? read_lanes<T>(source + piece * weights.in + j * weights.out + k, count) : vec<T>{};
+            transpose<T>(m);
+            for (int64_t j = 0; j < count; ++j) {
+              store(out + (pass.weight_row(kh, kw) + c) * columns, scaled(m[j], c));
+              if (!taps_inside && ++c < C) continue;
+              if (!taps_inside) c = 0;
+              if (++kw == taps_w) kw = 0, ++kh;
+              if (taps_inside && kh == taps_h) kh = 0, ++c;
+            }
           }
-        }
       } else {
         for (int64_t kh = 0; kh < taps_h; ++kh)
           for (int64_t kw = 0; kw < taps_w; ++kw)

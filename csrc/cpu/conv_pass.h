@@ -71,6 +71,15 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     winograd_pass<T>(pass, bands, packed.get(), u.get(), source, make_sink(bands));
     return;
   }
+  if constexpr (std::is_same_v<T, float>) {
+    if (phases_apply<T>(pass, window) && !pairs_apply<S>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
+      Scratch<T> u((pass.h.axis.taps + 2) * (pass.w.axis.taps + 2) * pass.channels * padded);
+      pack_phases<T>(u.get(), pass, packed.get());
+      const PhaseTasks plan = phase_tasks(pass, window);
+      phases_pass<T>(pass, plan, packed.get(), u.get(), source, make_sink(plan.bands));
+      return;
+    }
+  }
   const auto run_direct = [&](const auto* weights_as_multiplied) {
     using M = std::remove_const_t<std::remove_pointer_t<decltype(weights_as_multiplied)>>;
     const int64_t per_pixel = block_channels<T, M>(pass.channels) * sizeof(M) + padded * sizeof(T);

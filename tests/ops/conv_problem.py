@@ -88,6 +88,28 @@ DEPTHWISE = {
     "transposed_gap": (1, 22, 22, (4, 6), (2, 2), {"groups": 22, "transposed": True, "stride": 3}),
 }
 
+# Stride 2 with 3 or 4 taps from 32 channels on, where each phase is a Winograd convolution of its own: sizes with and without
+# whole tiles, whole and broken vectors of channels, more channels than are transformed at a time (144), several bands of an
+# image and several images in a task, kernels whose axes differ.
+PHASES = {
+    "t4": (2, 32, 48, (8, 6), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t4_odd": (1, 33, 47, (5, 7), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t4_no_padding": (1, 40, 32, (3, 3), (4, 4), {"transposed": True, "stride": 2, "output_padding": 1}),
+    "t4_deep": (1, 300, 64, (4, 4), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t4_images": (19, 32, 32, (2, 4), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t4_bands": (1, 32, 32, (40, 70), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "t3": (1, 48, 32, (6, 9), (3, 3), {"transposed": True, "stride": 2, "padding": 1, "output_padding": 1}),
+    "t3x4": (1, 32, 64, (4, 5), (3, 4), {"transposed": True, "stride": 2, "padding": (0, 2)}),
+    "c4": (2, 32, 48, (12, 16), (4, 4), {"stride": 2, "padding": 1}),
+    "c4_odd": (1, 35, 33, (11, 15), (4, 4), {"stride": 2, "padding": 1}),
+    "c4_deep": (2, 300, 32, (20, 36), (4, 4), {"stride": 2, "padding": 1}),
+    "c4_images": (65, 32, 32, (4, 8), (4, 4), {"stride": 2, "padding": 1}),
+    "c4_bands": (1, 32, 32, (50, 66), (4, 4), {"stride": 2, "padding": 1}),
+    "c3": (2, 32, 64, (34, 36), (3, 3), {"stride": 2, "padding": 1}),
+    "c4x3": (4, 32, 33, (17, 24), (4, 3), {"stride": 2, "padding": (1, 2)}),
+}
+PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
+
 DEPTHWISE_BY_NAME = {f"depthwise_{name}": geometry for name, geometry in DEPTHWISE.items()}
 
 # id: which of the optional tensors, activation, pool.
@@ -119,7 +141,7 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME)[geometry]
+        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME)[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
         self.options = dict(options)
