@@ -99,6 +99,12 @@ CALLS = {
         on_cpu(bmk.conv, transposed=True, stride=2, padding=1),
         ((2, 40, 17, 17), (40, 24, 4, 4), (24,)),
     ),
+    "conv phases": ("conv", on_cpu(bmk.conv, stride=2, padding=1), ((17, 32, 9, 9), (40, 32, 4, 4), (40,))),
+    "conv transposed in phases": (
+        "conv",
+        on_cpu(bmk.conv, transposed=True, stride=2, padding=1),
+        ((2, 40, 17, 33), (40, 32, 4, 4), (32,)),
+    ),
     "conv inference": ("conv", conv_inference, ((4, 3, 60, 61), (33, 3, 3, 3), (33,))),
     "conv_step": ("conv_step", conv_step, ((130, 24), *GATED)),
     "gated_conv": ("gated_conv", gated, ((2, 24, 900), *GATED, (30, 24, 1), (30,), (2, 30, 900))),

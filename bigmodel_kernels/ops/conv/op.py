@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bigmodel_kernels import _cpu
 from bigmodel_kernels._arguments import flag, integer, number
 from bigmodel_kernels._library import Op, autocast, needs_grad
 from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.conv import reference, torch_op
+from bigmodel_kernels.ops.conv.order import order
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu", "tanh_sigmoid")
 POOLS = ("max", "avg")
@@ -380,64 +379,7 @@ def prefer(
 ) -> tuple[str, ...]:  # fmt: skip
     """By the tables "Convolution on the CPU" in docs/decisions.md: where the kernels were measured faster, they run."""
     layer = (x.shape, weight.shape, tuple(stride), tuple(dilation), groups, transposed)
-    return _order(x.dtype, is_channels_last(x), *layer, save)
-
-
-def _bfloat16_is_ours(last, axes, taps, second, outputs, weights, groups, transposed, few) -> bool:
-    """Inference in bfloat16: PyTorch multiplies by the CPU's bfloat16 instructions, the kernels only by some of them."""
-    if groups > 1:
-        return False
-    if not _cpu.dot_products():
-        return second <= 3 and not transposed
-    if weights > (32 * 64 if last else 128 * 128) or (few and taps * weights >= 1 << 16):
-        return False
-    if axes == 2 and taps == 1:
-        return second > 48 and not last
-    return outputs >= 16 or not last
-
-
-@functools.lru_cache(maxsize=4096)
-def _order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
-    first, second, *kernel = weight_shape
-    pixels = math.prod(x_shape[2:])
-    taps, weights = math.prod(kernel), first * second
-    places = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride))
-    few = places <= (96 if last else 256)
-    strided = any(v > 1 for v in stride)
-    beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
-    if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
-        ours = True
-    elif save and x_shape[0] == 1 and places * weights * taps < 1 << 20:  # a call through Python takes longer
-        ours = False
-    elif dtype == torch.bfloat16:
-        outputs = second if transposed else first
-        ours = not save and _bfloat16_is_ours(
-            last, len(kernel), taps, second, outputs, weights, groups, transposed, few
-        )
-    elif groups > 1:
-        dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
-        if save:
-            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and math.prod(x_shape) >= 3 << 18)
-        else:
-            ours = dense and (taps == 49 and not spread if last else taps <= 25)
-        ours = ours and first == groups and second == 1
-    elif transposed:
-        ours = not save and not last and weights <= 128 * 128
-    elif taps == pixels == 1:  # a matrix product
-        ours = not save and x_shape[0] >= 32 and weights >= 1 << 16
-    elif not save and few and (taps > 1 or strided) and weights * taps >= 1 << 16:
-        ours = True
-    elif len(kernel) == 1:
-        ours = taps > 1 and weights <= 128 * 128
-    elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd
-        ours = weights <= (128 * 128 if save else 256 * 256)
-    elif save:
-        ours = taps <= 9 and taps > 1 and second <= 16
-    elif taps == 1:
-        ours = weights <= 128 * 256 if strided else weights <= 128 * 128 and second > 48 and not last
-    else:
-        ours = second <= (8 if last else 64)
-    return ("cpu", "torch") if ours else ("torch", "cpu")
+    return order(x.dtype, is_channels_last(x), *layer, save)
 
 
 _ARGS = (

@@ -1,0 +1,82 @@
+"""Which of the CPU kernels and PyTorch runs a call of bmk.conv under backend "auto": the rules behind `prefer` of op.py, from the
+tables "Convolution on the CPU" in docs/decisions.md."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from bigmodel_kernels import _cpu
+
+
+def _bfloat16_is_ours(last, axes, taps, second, outputs, weights, groups, transposed, few) -> bool:
+    """Inference in bfloat16: PyTorch multiplies by the CPU's bfloat16 instructions, the kernels only by some of them."""
+    if groups > 1:
+        return False
+    if not _cpu.dot_products():
+        return second <= 3 and not transposed
+    if weights > (32 * 64 if last else 128 * 128) or (few and taps * weights >= 1 << 16):
+        return False
+    if axes == 2 and taps == 1:
+        return second > 48 and not last
+    return outputs >= 16 or not last
+
+
+def _in_phases(x_shape, weight_shape, stride, dilation, groups, transposed) -> tuple[bool, int]:
+    """Whether the kernels sum the phases of a stride of 2 by Winograd's filtering, and how many tiles share a weight."""
+    first, second, *kernel = weight_shape
+    fits = len(kernel) == 2 and set(kernel) <= {3, 4} and set(stride) == {2} and set(dilation) == {1} and groups == 1
+    side = 2 if transposed else 4
+    return fits and min(first, second) >= 32, x_shape[0] * math.prod(-(-n // side) for n in x_shape[2:])
+
+
+@functools.lru_cache(maxsize=4096)
+def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
+    first, second, *kernel = weight_shape
+    pixels = math.prod(x_shape[2:])
+    taps, weights = math.prod(kernel), first * second
+    places = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride))
+    few = places <= (96 if last else 256)
+    strided = any(v > 1 for v in stride)
+    in_phases, tiles = _in_phases(x_shape, weight_shape, stride, dilation, groups, transposed)
+    beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
+    if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
+        ours = True
+    elif save and x_shape[0] == 1 and places * weights * taps < 1 << 20:  # a call through Python takes longer
+        ours = False
+    elif dtype == torch.bfloat16:
+        outputs = second if transposed else first
+        ours = not save and _bfloat16_is_ours(
+            last, len(kernel), taps, second, outputs, weights, groups, transposed, few
+        )
+    elif groups > 1:
+        dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
+        if save:
+            ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and math.prod(x_shape) >= 3 << 18)
+        else:
+            ours = dense and (taps == 49 and not spread if last else taps <= 25)
+        ours = ours and first == groups and second == 1
+    elif in_phases and tiles >= 128 and not save:
+        ours = taps == 16 or weights <= 128 * 256
+    elif in_phases and tiles >= 128 and save:
+        ours = weights <= 128 * 128 or (weights <= 128 * 256 and tiles >= 1024)
+        ours = ours and (taps == 16 or transposed)
+    elif transposed:
+        ours = not save and not last and weights <= 128 * 128
+    elif taps == pixels == 1:  # a matrix product
+        ours = not save and x_shape[0] >= 32 and weights >= 1 << 16
+    elif not save and few and (taps > 1 or strided) and weights * taps >= 1 << 16:
+        ours = True
+    elif len(kernel) == 1:
+        ours = taps > 1 and weights <= 128 * 128
+    elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd
+        ours = weights <= (128 * 128 if save else 256 * 256)
+    elif save:
+        ours = taps <= 9 and taps > 1 and second <= 16
+    elif taps == 1:
+        ours = weights <= 128 * 256 if strided else weights <= 128 * 128 and second > 48 and not last
+    else:
+        ours = second <= (8 if last else 64)
+    return ("cpu", "torch") if ours else ("torch", "cpu")
