@@ -41,6 +41,7 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     few = places <= (96 if last else 256)
     strided = any(v > 1 for v in stride)
     in_phases, tiles = _in_phases(x_shape, weight_shape, stride, dilation, groups, transposed)
+    in_phases = in_phases and dtype == torch.float32
     beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
