@@ -33,9 +33,9 @@ def traced_whole(forward: Callable) -> Callable:
 
 
 def refuse_script(layer: torch.nn.Module) -> None:
-    """The `__prepare_scriptable__` of every layer: torch.jit.script asks for it before it compiles anything, and would fail on the
-    choice of a backend, which is Python. A layer of torch.nn cannot be given in place of ours: PyTorch would put it into the
-    model that is being scripted."""
+    """The `__prepare_scriptable__` of every layer: torch.jit.script asks for it before it compiles anything, and would stumble
+    over the choice of a backend, which is Python. A layer of torch.nn given in place of ours would be put into the very model
+    that is scripted."""
     name = type(layer).__name__
     stock = f", or torch.nn.{name}, which has the same state_dict" if hasattr(torch.nn, name) else ""
     raise RuntimeError(

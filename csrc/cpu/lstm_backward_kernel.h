@@ -264,7 +264,8 @@ void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t
   for_tasks(shape, plan,
             [&](int64_t d, Rows rows) { lstm_rows_backward<S, M>(shape, layer, *buffers[d], d, rows, plan.share_panels, direct); });
   for (int64_t d = 0; d < shape.directions; ++d) {
-    if (layer.d_weights[d].w_ih) lstm_weight_gradients<S, M>(shape, layer, *buffers[d], d);
+    // w_ih may be empty, and then has no address.
+    if (layer.d_weights[d].w_hh) lstm_weight_gradients<S, M>(shape, layer, *buffers[d], d);
     if (layer.d_x) lstm_input_gradient<S, M>(shape, layer, *buffers[d], d, direct);
   }
 }

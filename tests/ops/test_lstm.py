@@ -86,7 +86,7 @@ class Problem:
                 shapes = [(4 * H, I if layer == 0 else D * P), (4 * H, P)]
                 shapes += [(4 * H,)] * 2 if bias else []
                 shapes += [(P, H)] if proj and H > 1 else []
-                self.weights += [draw(*shape, scale=shape[-1] ** -0.5) for shape in shapes]
+                self.weights += [draw(*shape, scale=max(1, shape[-1]) ** -0.5) for shape in shapes]
         self.upstream = [draw(*tokens, D * P), draw(num_layers * D, B, P), draw(num_layers * D, B, H)]
 
     def run(self, backend, dtype=None, tensors=None, **options):
@@ -153,6 +153,12 @@ def test_long_sequences(steps, dtype):
 def test_lengths(lengths, variant):
     options = VARIANTS[variant] | {"packed": True}
     check(Problem(6, len(lengths), 5, 18, **options, lengths=list(lengths)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_input_without_numbers(dtype):
+    """Its weights are empty and have no address; the other gradients once were left as memory happened to be."""
+    check(Problem(3, 2, 0, 20, dtype=dtype))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
