@@ -89,7 +89,7 @@ INLINE auto load_cache(const C* p) {
     typedef int32_t words __attribute__((vector_size(ISA_VECTOR_BYTES)));
     bytes b;
     std::memcpy(&b, p, sizeof b);
-    const words wide = __builtin_convertvector(b, words);
+    const words wide = reinterpret_cast<words>(widen(b));
     if constexpr (std::is_same_v<C, int8_t>) {
       return __builtin_convertvector(wide, vec<float>);
     } else {

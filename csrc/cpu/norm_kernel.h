@@ -5,8 +5,8 @@
 //   g = dy weight       dh' = rstd (g - mean of g - xhat mean of (g xhat)) + dh         (RMS: mean = 0, and no mean of g)
 //   dweight = sum over rows of dy xhat                 dbias = sum over rows of dy
 //
-// A task owns whole rows, which stay in the first-level cache between the passes over them: sum, squares of differences (from
-// the mean, so that rows far from 0 keep their digits), result. Saved: h, where there is a residual, mean and rstd.
+// A task owns whole rows, which stay in the first-level cache between the passes over them: sum and squares; for a layer norm
+// squares of differences (from the mean, so that rows far from 0 keep their digits); result. Saved: h, where there is a residual, mean and rstd.
 //
 // Floor: memory. Forward x, residual, h and y once; backward dy, h, dh and the result once.
 #include "row_kernel.h"
@@ -24,7 +24,7 @@ void norm_forward(const NormCall& call) {
       S* h = call.h ? static_cast<S*>(call.h) + r * columns : nullptr;
       const T* row = wide.get();
       if constexpr (std::is_same_v<S, T>) row = h ? h : x;
-      vec<T> sums[kRowSums] = {};
+      vec<T> sums[kRowSums] = {}, squares[kRowSums] = {};
       for_each_vector<T>(columns, [&](int64_t j, int i, auto n) {
         vec<T> v = load_size(x + j, n);
         if (residual) {
@@ -33,13 +33,17 @@ void norm_forward(const NormCall& call) {
         }
         if constexpr (!std::is_same_v<S, T>) store_size(wide.get() + j, v, n);
         sums[i] += v;
-      });
-      const T mean = call.center ? total(sums) / static_cast<T>(columns) : 0;
-      vec<T> squares[kRowSums] = {};
-      for_each_vector<T>(columns, [&](int64_t j, int i, auto n) {
-        const vec<T> v = first_lanes(load_size(row + j, n) - mean, n);
         squares[i] += v * v;
       });
+      T mean = 0;
+      if (call.center) {
+        mean = total(sums) / static_cast<T>(columns);
+        std::fill_n(squares, kRowSums, vec<T>{});
+        for_each_vector<T>(columns, [&](int64_t j, int i, auto n) {
+          const vec<T> v = first_lanes(load_size(row + j, n) - mean, n);
+          squares[i] += v * v;
+        });
+      }
       const T rstd = 1 / std::sqrt(total(squares) / static_cast<T>(columns) + static_cast<T>(call.eps));
       S* y = static_cast<S*>(call.y) + r * columns;
       for_each_vector<T>(columns, [&](int64_t j, int, auto n) {

@@ -67,15 +67,42 @@ INLINE T from_compute(compute_t<T> x) {
     return x;
 }
 
+typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
+typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
+
+// The same numbers in lanes of 32 bits, and back in 16, which must hold them. The compiler's own conversions between vectors of
+// different length go by parts: five instructions for one.
+template <class Narrow>
+INLINE auto widen(Narrow v) {
+  using Lane = lane_t<Narrow>;
+  typedef std::conditional_t<std::is_signed_v<Lane>, int32_t, uint32_t> words __attribute__((vector_size(ISA_VECTOR_BYTES)));
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Lane, uint16_t>) return reinterpret_cast<words>(_mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(v)));
+  if constexpr (std::is_same_v<Lane, uint8_t>) return reinterpret_cast<words>(_mm512_cvtepu8_epi32(reinterpret_cast<__m128i>(v)));
+  if constexpr (std::is_same_v<Lane, int8_t>) return reinterpret_cast<words>(_mm512_cvtepi8_epi32(reinterpret_cast<__m128i>(v)));
+#elif ISA_VECTOR_BYTES == 32
+  if constexpr (std::is_same_v<Lane, uint16_t>) return reinterpret_cast<words>(_mm256_cvtepu16_epi32(reinterpret_cast<__m128i>(v)));
+#endif
+  return __builtin_convertvector(v, words);
+}
+INLINE half_bits narrow(full_bits v) {
+#if ISA_VECTOR_BYTES == 64
+  return reinterpret_cast<half_bits>(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(v)));
+#elif ISA_VECTOR_BYTES == 32
+  const __m256i w = reinterpret_cast<__m256i>(v);
+  return reinterpret_cast<half_bits>(_mm_packus_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256(w, 1)));
+#else
+  return __builtin_convertvector(v, half_bits);
+#endif
+}
+
 template <class T>
 INLINE vec<compute_t<T>> load(const T* p) {
   using V = vec<compute_t<T>>;
   if constexpr (std::is_same_v<T, bfloat16>) {
-    typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
-    typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
     half_bits h;
     std::memcpy(&h, p, sizeof h);
-    return reinterpret_cast<V>(__builtin_convertvector(h, full_bits) << 16);
+    return reinterpret_cast<V>(widen(h) << 16);
   } else {
     V v;
     std::memcpy(&v, p, sizeof v);
@@ -83,15 +110,18 @@ INLINE vec<compute_t<T>> load(const T* p) {
   }
 }
 
+// As to_bfloat16.
+INLINE half_bits rounded_bits(vec<float> v) {
+  const full_bits bits = reinterpret_cast<full_bits>(v);
+  const full_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const full_bits quiet_nan = full_bits{} + 0x7fc0;
+  return narrow(v == v ? rounded : quiet_nan);
+}
+
 template <class T>
 INLINE void store(T* p, vec<compute_t<T>> v) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
-    typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
-    const full_bits bits = reinterpret_cast<full_bits>(v);
-    const full_bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const full_bits quiet_nan = full_bits{} + 0x7fc0;
-    const half_bits h = __builtin_convertvector(v == v ? rounded : quiet_nan, half_bits);
+    const half_bits h = rounded_bits(v);
     std::memcpy(p, &h, sizeof h);
   } else {
     std::memcpy(p, &v, sizeof v);
@@ -106,6 +136,9 @@ INLINE vec<compute_t<T>> load_partial(const T* p, int64_t n) {
     return reinterpret_cast<vec<float>>(_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p));
   } else if constexpr (std::is_same_v<T, double>) {
     return reinterpret_cast<vec<double>>(_mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p));
+  } else {
+    const __m256i h = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return reinterpret_cast<vec<float>>(widen(reinterpret_cast<half_bits>(h)) << 16);
   }
 #endif
   T buffer[kLanes<T>] = {};
@@ -121,6 +154,9 @@ INLINE void store_partial(T* p, vec<compute_t<T>> v, int64_t n) {
     return;
   } else if constexpr (std::is_same_v<T, double>) {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), reinterpret_cast<__m512d>(v));
+    return;
+  } else {
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << n) - 1), reinterpret_cast<__m256i>(rounded_bits(v)));
     return;
   }
 #endif

@@ -45,8 +45,6 @@ INLINE void multiply_chain(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, i
 
 // Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
 INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {
-  typedef uint16_t half_bits __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
-  typedef uint32_t full_bits __attribute__((vector_size(ISA_VECTOR_BYTES)));
   half_bits rows[2] = {};
   if (columns >= kLanes<float>) {
     if (first) std::memcpy(&rows[0], first, sizeof rows[0]);
@@ -55,7 +53,7 @@ INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* sec
     if (first) std::memcpy(&rows[0], first, columns * sizeof(bfloat16));
     if (second) std::memcpy(&rows[1], second, columns * sizeof(bfloat16));
   }
-  const full_bits pairs = __builtin_convertvector(rows[0], full_bits) | (__builtin_convertvector(rows[1], full_bits) << 16);
+  const full_bits pairs = widen(rows[0]) | (widen(rows[1]) << 16);
   std::memcpy(out, &pairs, sizeof pairs);
 }
 
