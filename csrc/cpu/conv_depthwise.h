@@ -322,6 +322,7 @@ struct DepthwisePlan {
   // The table of a tile of `size` outputs from the p-th of its row on.
   static void find_sources(const DepthwiseRow& row, const Pixels<E>& x, const int64_t* source_rows, int64_t rows, int64_t base, int64_t p,
                            int64_t size, const E** sources) {
+    if (row.taps.count == 0) return;  // outputs between those that a tap reaches have no sources
     const int64_t count = row.tile_columns(size), first = base + row.source(p, 0);
     if (row.shared && first >= x.left && first + (count - 1) * row.comb < x.right) {
       for (int64_t i = 0; i < rows; ++i) {
