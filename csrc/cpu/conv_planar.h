@@ -80,7 +80,7 @@ struct Planar {
   }
 
   // One tile: channels [c, c + kOut) of the outputs whose sources begin at `source`; the first is element (row, column).
-  template <bool kFloor, bool kPooled>
+  template <Activation kKind, bool kPooled>
   INLINE void tile(const T* source, int64_t n, int64_t c, int64_t row, int64_t last_row, int64_t column) const {
     vec<T> acc[kVectors][kOut];
 #pragma GCC unroll 4
@@ -101,35 +101,36 @@ struct Planar {
         for (int q = 0; q < kVectors; ++q) acc[q][o] += in[q] * weight;
       }
     }
-    if constexpr (!kPooled && !kFloor) {
-      vec<T> copy[kVectors * kOut];
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors * kOut; ++i) copy[i] = acc[i % kVectors][i / kVectors];
-      activate_vectors<T>(copy, kVectors * kOut, activation.kind, activation.slope);
-#pragma GCC unroll 16
-      for (int i = 0; i < kVectors * kOut; ++i) acc[i % kVectors][i / kVectors] = copy[i];
-    }
     for (int o = 0; o < std::min<int64_t>(kOut, out.channels - c); ++o) {
       if constexpr (kPooled) {
-        write_largest<kFloor>(acc[0][o], acc[1][o], acc[2][o], acc[3][o], n, c + o, row, column);
+        write_largest<kKind>(acc[0][o], acc[1][o], acc[2][o], acc[3][o], n, c + o, row, column);
       } else {
         S* to = out.data + n * out.n + (c + o) * out.c + row * out.h + column;
 #pragma GCC unroll 4
         for (int q = 0; q < kVectors; ++q)
-          if (row + q < last_row) write_lanes<T>(to + q * out.h, kFloor ? activation.at_floor(acc[q][o]) : acc[q][o], out.width - column);
+          if (row + q < last_row) write_lanes<T>(to + q * out.h, activated<kKind>(acc[q][o]), out.width - column);
       }
     }
   }
 
-  template <bool kFloor>
+  // Activation::none stands for the ReLU as well.
+  template <Activation kKind>
+  INLINE vec<T> activated(vec<T> z) const {
+    if constexpr (kKind == Activation::none)
+      return activation.at_floor(z);
+    else
+      return activate<kKind>(z, activation.slope);
+  }
+
+  template <Activation kKind>
   INLINE void write_largest(vec<T> a, vec<T> b, vec<T> c, vec<T> d, int64_t n, int64_t channel, int64_t row, int64_t column) const {
     S* to = out.data + n * out.n + channel * out.c + row * out.h + column;
     const vec<T> largest = larger(larger(a, b), larger(c, d));
-    write_lanes<T>(to, kFloor ? activation.at_floor(largest) : activation(largest), out.width - column);
+    write_lanes<T>(to, activated<kKind>(largest), out.width - column);
   }
 
   // All channels of the pooled tile of a 3x3 convolution of one channel: its 16 vectors of input stay in registers.
-  template <bool kFloor>
+  template <Activation kKind>
   INLINE void tile_of_3x3(const T* source, int64_t n, int64_t row, int64_t column) const {
     vec<T> in[4][4];
 #pragma GCC unroll 4
@@ -147,11 +148,11 @@ struct Planar {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) acc[q] += in[q / 2 + t / 3][q % 2 + t % 3] * weight;
       }
-      write_largest<kFloor>(acc[0], acc[1], acc[2], acc[3], n, c, row, column);
+      write_largest<kKind>(acc[0], acc[1], acc[2], acc[3], n, c, row, column);
     }
   }
 
-  template <bool kFloor, bool kPooled>
+  template <Activation kKind, bool kPooled>
   void run() const {
     constexpr int64_t kRows = kPooled ? 1 : kVectors;
     const Axis &h = pass.h.axis, &w = pass.w.axis;
@@ -170,10 +171,10 @@ struct Planar {
           for (int64_t p = 0; p < band.right; p += W) {
             const T* source = block + (r - band.top) * (kPooled ? 2 : 1) * pass.h.axis.stride * row_step() + p;
             if (kPooled && in_registers) {
-              tile_of_3x3<kFloor>(source, n, r, p);
+              tile_of_3x3<kKind>(source, n, r, p);
               continue;
             }
-            for (int64_t c = 0; c < out.channels; c += kOut) tile<kFloor, kPooled>(source, n, c, r, band.bottom, p);
+            for (int64_t c = 0; c < out.channels; c += kOut) tile<kKind, kPooled>(source, n, c, r, band.bottom, p);
           }
       }
     });
@@ -214,8 +215,13 @@ void planar_forward(const ConvForward& call, const T* alpha, const T* beta) {
   const Planar<T, S> planar{
       pass,          bands, phases,        length, call.x.as<const S>(), call.out.as<S>(), {call.activation, static_cast<T>(call.slope)},
       weights.get(), beta,  offsets.data()};
-  const auto run = [&](auto at_floor) {
-    pooled ? planar.template run<at_floor.value, true>() : planar.template run<at_floor.value, false>();
-  };
-  planar.activation.is_floor() ? run(std::true_type()) : run(std::false_type());
+  const auto run = [&](auto kind) { pooled ? planar.template run<kind.value, true>() : planar.template run<kind.value, false>(); };
+  if (planar.activation.is_floor())
+    run(std::integral_constant<Activation, Activation::none>());
+  else if (call.activation == Activation::leaky_relu)
+    run(std::integral_constant<Activation, Activation::leaky_relu>());
+  else if (call.activation == Activation::tanh)
+    run(std::integral_constant<Activation, Activation::tanh>());
+  else
+    run(std::integral_constant<Activation, Activation::sigmoid>());
 }

@@ -83,6 +83,18 @@ def test_matches_float64(name, dtype, norm):
     assert_matches(run("cpu", dtype), exact, baseline, dtype=dtype)
 
 
+@pytest.mark.parametrize("activation", ["leaky_relu", ("leaky_relu", 0.3), "tanh", "sigmoid"], ids=str)
+@pytest.mark.parametrize("name", FEW_CHANNELS)
+def test_activations_of_few_channels(name, activation):
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors, options = arguments(name, dtype)
+        calls = ("cpu", dtype), ("torch", torch.float64), ("torch", dtype)
+        ours, exact, baseline = (
+            bmk.conv(*(t.to(d) for t in tensors), activation=activation, backend=b, **options) for b, d in calls
+        )
+        assert_matches(ours, exact, baseline, dtype=dtype)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_integers_are_exact_in_every_layout(name):
     (x, weight, bias), options = arguments(name, torch.float32, integer=True)
@@ -101,9 +113,10 @@ def test_integers_are_exact_in_every_layout(name):
 def test_what_is_not_finite_goes_where_it_does_in_torch(name, value):
     (x, weight, bias), options = arguments(name, torch.float32)
     x[0, 0, 2, 3] = x[-1, 0, -1, -1] = value
-    found, expected = (bmk.conv(x, weight, bias, activation="relu", backend=b, **options) for b in ("cpu", "torch"))
-    assert torch.equal(found.isnan(), expected.isnan())
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
+    for kind in ("relu", "leaky_relu", "tanh"):
+        found, expected = (bmk.conv(x, weight, bias, activation=kind, backend=b, **options) for b in ("cpu", "torch"))
+        assert torch.equal(found.isnan(), expected.isnan())
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", ["textbook", "stem", "linear", "many_pixels"])
