@@ -154,11 +154,13 @@ class Op:
         flat, lengths = _flatten(args, self._lists)
         if compiling:
             flat = _each_once(flat)
-        tensors = [flat[i] for i in self.tensors_at(lengths)]
-        if by_choice and any([t.is_inference() for t in tensors if t is not None]):  # autograd saves no such tensor
-            return _registry.module(self.name, "torch").call(*args)
+        if by_choice:
+            tensors = [flat[i] for i in self.tensors_at(lengths)]
+            if any([t.is_inference() for t in tensors if t is not None]):  # autograd saves no such tensor
+                return _registry.module(self.name, "torch").call(*args)
         if plain:
-            return Call(self, backend, flat, lengths)(tensors)
+            call = Call(self, backend, flat, lengths)
+            return call([flat[i] for i in call.at])
         return _Pair.apply(self.name, backend, lengths, *flat)
 
     def tensors_at(self, lengths: tuple[int, ...]) -> Sequence[int]:
@@ -363,10 +365,10 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         call, inputs, saved = ctx.call, len(ctx.call.at), ctx.saved_tensors
-        needs = [False] * len(call.constants)
+        flat = call.fill(saved[:inputs])
+        needs = [False] * len(flat)
         for i, need in zip(call.at, ctx.needs_input_grad[1:]):
             needs[i] = need
-        flat = call.fill(saved[:inputs])
         found = _gradients(call.op, call.backend, flat, call.lengths, needs, saved[inputs:], grads)
         return None, *[found[i] for i in call.at]
 
@@ -377,17 +379,24 @@ _apply_eagerly = super(torch.autograd.Function, _EagerPair).apply
 class Call:
     """A call of an op, on a backend selected for it, that records for its backward, apart from its tensors; serves many calls."""
 
-    __slots__ = ("at", "backend", "constants", "lengths", "op")
+    __slots__ = ("at", "backend", "constants", "first", "lengths", "op")
 
     def __init__(self, op: Op, backend: str, flat: Sequence, lengths: tuple[int, ...] = ()):
         self.op, self.backend, self.lengths = op, backend, lengths
-        self.at, self.constants = op.tensors_at(lengths), list(flat)
-        for i in self.at:
-            self.constants[i] = None
+        self.at = op.tensors_at(lengths)
+        self.first = self.at[-1] == len(self.at) - 1  # the tensors are, before all else
+        if self.first:
+            self.constants = flat[len(self.at) :]
+        else:
+            self.constants = list(flat)
+            for i in self.at:
+                self.constants[i] = None
 
     def fill(self, tensors: Sequence) -> list:
         """All arguments, laid out flat."""
-        flat = self.constants.copy()
+        if self.first:
+            return [*tensors, *self.constants]
+        flat = list(self.constants)
         for i, t in zip(self.at, tensors):
             flat[i] = t
         return flat

@@ -107,3 +107,23 @@ def test_each_argument_of_the_same_tensor_gets_its_own_part_of_a_gradient_with_g
     (plain,) = torch.autograd.grad(y.square().sum(), x, retain_graph=True)
     (with_graph,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     torch.testing.assert_close(with_graph, plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_a_tensor_that_outlived_its_transform(backend):
+    """It wraps what it was made of, and may be used and trained on as that."""
+    kept = []
+
+    def look(x):
+        kept.append(x * 2)
+        return x.sum()
+
+    x = make(3, 4)
+    torch.func.grad(look)(x)
+    h, c, w, u = make(3, 5, seed=1), make(3, 5, seed=2), make(20, 4, seed=3), make(20, 5, seed=4)
+    results = []
+    for given in (kept[0], x * 2):
+        parameters = [t.clone().requires_grad_() for t in (w, u)]
+        y, _ = bmk.lstm_cell(given, (h, c), *parameters, backend=backend)
+        results.append((y, *torch.autograd.grad(y.sum(), parameters)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
