@@ -73,7 +73,7 @@ INLINE V derivative(V known, lane_t<V> slope) {
     return cdf + known * exp(known * known * static_cast<T>(-0.5)) * static_cast<T>(0.39894228040143267794);
   }
   if constexpr (kActivation == Activation::silu) {
-    const V s = sigmoid(known);
+    const V s = 1 / (1 + exp(-known));  // 0 from -88 on, where sigmoid() is the smallest number: known times that is not
     return s * (1 + known * (1 - s));
   }
   return one;

@@ -287,3 +287,15 @@ ERRORS = [
 def test_errors(kind, message, arguments):
     with pytest.raises(kind, match=message):
         bmk.linear(**{"x": torch.zeros(2, 3), "weight": torch.zeros(4, 3)} | arguments)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu", "tanh", "sigmoid", "leaky_relu"])
+def test_activations_of_numbers_far_from_0(activation):
+    """And their derivatives: that of silu at -1e38 was -0.6."""
+    z = torch.tensor([[1e38, -1e38, 1e4, -1e4, 104.0, -104.0, 88.5, -88.5, 20.0, -20.0]]).T
+    results = []
+    for backend in ("cpu", "torch"):
+        x = z.clone().requires_grad_()
+        y = bmk.linear(x, torch.ones(17, 1), activation=activation, backend=backend)
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), x)))
+    torch.testing.assert_close(*results)
