@@ -5,13 +5,11 @@
 //   do = du tanh(c_t)     dc += du o (1 - tanh(c_t)^2)     di = dc g     dg = dc i     df = dc c_(t-1)     dc *= f
 //   dgates_t = (di i(1-i), df f(1-f), dg (1-g^2), do o(1-o))
 //
-// and when all dgates are there, one product each over all tokens:
+// and when all dgates are there, one product each over all tokens, cut into tasks that threads take as they come:
 //   dW_ih = dgates^T x     dW_hh = dgates^T h_prev     dx = dgates W_ih     (projected: dW_hr = dh^T (o tanh(c)))
 //
 // Who owns what: as in the forward. Sums over tokens run in token order within blocks fixed by the shape.
 // Included by lstm_kernel.h.
-
-#include "lstm_gradient_products.h"
 
 // The pointwise part for units [first, last) of one sequence at one step.
 template <class T, class M>
@@ -49,15 +47,23 @@ INLINE void pointwise_gradient(const PointwiseGradient<T, M>& p, int64_t H, int6
   put(p.dc, dc * f);
 }
 
-// Fetches what the pointwise part for these units is going to read of the layer's own tensors.
-template <class T, class M>
-INLINE void fetch_pointwise(const PointwiseGradient<T, M>& p, int64_t H, int64_t first, int64_t last) {
-  for (int64_t unit = first; unit < last; unit += 64 / sizeof(T)) {
-    for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(p.gates + gate * H + unit);
-    __builtin_prefetch(p.c_prev + unit);
-    if (p.d_out) __builtin_prefetch(p.d_out + unit);
-  }
+// Fetches what the pointwise part for one vector of units is going to read of the layer's own tensors, into the first-level cache (3)
+// or the second (2).
+template <int kCache, class T, class M>
+INLINE void fetch_operands(const PointwiseGradient<T, M>& p, int64_t H, int64_t unit) {
+  for (int64_t gate = 0; gate < 4; ++gate) __builtin_prefetch(p.gates + gate * H + unit, 0, kCache);
+  __builtin_prefetch(p.c_prev + unit, 0, kCache);
+  if (p.d_out) __builtin_prefetch(p.d_out + unit, 0, kCache);
 }
+
+// Fetches the lines that its results go to.
+template <class T, class M>
+INLINE void fetch_results(const PointwiseGradient<T, M>& p, int64_t unit) {
+  constexpr int64_t W = kLanes<T>, line = 64 / sizeof(M);
+  for (int64_t gate = 0; gate < 4 * W; gate += line) fetch_for_writing(p.dgates + unit / W * p.panel + gate);
+}
+
+#include "lstm_gradient_products.h"
 
 // What one direction's backward works with besides the layer's own tensors.
 template <class T, class M>
@@ -84,9 +90,10 @@ struct GradientBuffers {
   }
 
   int64_t panel() const { return tokens * 4 * kLanes<T>; }
+  const M* of_token(int64_t token) const { return dgates.get() + token * 4 * kLanes<T>; }
   M* of_token(int64_t token) { return dgates.get() + token * 4 * kLanes<T>; }
   // Every `stride`-th token from `token` on.
-  GateRows<M> rows(int64_t token, int64_t stride) { return {of_token(token), stride * 4 * kLanes<T>, panel(), unit_panels}; }
+  GateRows<M> rows(int64_t token, int64_t stride) const { return {of_token(token), stride * 4 * kLanes<T>, panel(), unit_panels}; }
 };
 
 // Where sequence `row` was before step t in the order direction d walks: the token, or -1 at its first step.
@@ -117,33 +124,25 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   }
   const T* gates = layer.gates + d * shape.tokens * G;
   const T* cells = layer.cells + d * shape.tokens * H;
-  const auto product = [&](const TileTask& task, int64_t t, int64_t first, int64_t last) {
+  const auto product = [&](const TileTask& task, int64_t t, int64_t first, int64_t last, const FetchAhead<T, M>& ahead) {
     const int64_t active = rows.count(shape.batch_sizes[t]);
     const GateRows<M> dgates = buffers.rows(shape.offsets[t] + rows.first, rows.stride);
     if constexpr (std::is_same_v<S, T>)
       if (direct) return gate_product_direct(active, dgates, layer.weights[d].w_hh, H, dh.get(), dh_row, P, first, last);
-    gate_product(task, active, dgates, buffers.w_hh.get(), dh.get(), dh_row, dh_row, first, last, false);
+    gate_product(task, active, dgates, buffers.w_hh.get(), dh.get(), dh_row, dh_row, first, last, false, ahead);
   };
-  const auto pointwise = [&](int64_t t, int64_t first_unit, int64_t last_unit) {
-    const int64_t active = rows.count(shape.batch_sizes[t]);
-    const auto of_row = [&](int64_t r) {
-      const int64_t row = rows[r], token = shape.offsets[t] + row, previous = previous_token(shape, d, t, row);
-      PointwiseGradient<T, M> p;
-      p.gates = gates + token * G;
-      p.c = cells + token * H;
-      p.c_prev = previous < 0 ? buffers.c0 + row * H : cells + previous * H;
-      p.du = shape.projected ? du + r * H : dh + r * dh_row;
-      p.d_out = shape.projected ? nullptr : layer.d_output + token * shape.width() + d * P;
-      p.dc = dc + r * H;
-      p.dgates = buffers.of_token(token);
-      p.panel = buffers.panel();
-      return p;
-    };
-    for (int64_t r = 0; r < active; ++r) {
-      const PointwiseGradient<T, M> p = of_row(r);
-      if (r + 1 < active) fetch_pointwise(of_row(r + 1), H, first_unit, last_unit);
-      for (int64_t unit = first_unit; unit < last_unit; unit += W) pointwise_gradient(p, H, unit, std::min<int64_t>(W, last_unit - unit));
-    }
+  const auto pointwise_of = [&](int64_t t, int64_t r) {
+    const int64_t row = rows[r], token = shape.offsets[t] + row, previous = previous_token(shape, d, t, row);
+    PointwiseGradient<T, M> p;
+    p.gates = gates + token * G;
+    p.c = cells + token * H;
+    p.c_prev = previous < 0 ? buffers.c0 + row * H : cells + previous * H;
+    p.du = shape.projected ? du + r * H : dh + r * dh_row;
+    p.d_out = shape.projected ? nullptr : layer.d_output + token * shape.width() + d * P;
+    p.dc = dc + r * H;
+    p.dgates = buffers.of_token(token);
+    p.panel = buffers.panel();
+    return p;
   };
   // With a projection: du = (dh + d_output) W_hr, and the whole dh is kept for dW_hr.
   const auto unproject = [&](int64_t t) {
@@ -159,11 +158,23 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   // the panels meet once a step. The rows of the step before have all ended or go on: dh keeps what others start from.
   for_team(share_panels, panels, [&](int64_t first, int64_t last, auto meet) {
     const TileTask task(cell_in_tiles<M>(shape));
+    std::vector<PointwiseGradient<T, M>> pointwise;  // of the sequences of a step
+    pointwise.reserve(count);
+    const int64_t first_unit = shape.projected ? 0 : first * N, last_unit = shape.projected ? H : std::min(last * N, H);
     for (int64_t s = 0; s <= shape.steps; ++s) {
       const auto step_at = [&](int64_t i) { return d == 0 ? shape.steps - 1 - i : i; };
-      if (s > 0) product(task, step_at(s - 1), first, last);
+      pointwise.clear();
+      for (int64_t r = 0; s < shape.steps && r < rows.count(shape.batch_sizes[step_at(s)]); ++r)
+        pointwise.push_back(pointwise_of(step_at(s), r));
+      const FetchAhead<T, M> ahead{pointwise.data(), pointwise.data() + (share_panels ? 0 : pointwise.size()), H, first_unit, last_unit};
+      if (s > 0) product(task, step_at(s - 1), first, last, ahead);
       if (s < shape.steps && shape.projected) unproject(step_at(s));
-      if (s < shape.steps) pointwise(step_at(s), shape.projected ? 0 : first * N, shape.projected ? H : std::min(last * N, H));
+      for (size_t r = 0; r < pointwise.size(); ++r) {
+        const PointwiseGradient<T, M>& p = pointwise[r];
+        if (share_panels && r + 1 < pointwise.size())
+          for (int64_t unit = first_unit; unit < last_unit; unit += W) fetch_operands<3>(pointwise[r + 1], H, unit);
+        for (int64_t unit = first_unit; unit < last_unit; unit += W) pointwise_gradient(p, H, unit, std::min<int64_t>(W, last_unit - unit));
+      }
       meet();
     }
   });
@@ -174,84 +185,114 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
   }
 }
 
+// Gradients of the weights of one direction, in tasks: a panel of [h x] times some panels of units each, whole sums.
 template <class S, class M>
-void lstm_weight_gradients(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
-                           int64_t d) {
+class WeightGradients {
+ public:
   using T = compute_t<S>;
-  const int64_t I = shape.input, P = shape.state, H = shape.hidden, G = shape.gates();
-  const LstmWeights<S>& out = layer.d_weights[d];
-  {
-    Scratch<const S*> before(shape.tokens);  // where h_(t-1) of a token is
+
+  WeightGradients(const LstmShape& shape, const LstmBackward<S, T>& layer, const GradientBuffers<T, M>& buffers, int64_t d)
+      : shape_(shape), layer_(layer), buffers_(buffers), out_(layer.d_weights[d]), before_(shape.tokens) {
     for (int64_t t = 0; t < shape.steps; ++t)
       for (int64_t row = 0; row < shape.batch_sizes[t]; ++row) {
         const int64_t previous = previous_token(shape, d, t, row);
-        before[shape.offsets[t] + row] =
-            previous < 0 ? layer.h0 + (d * shape.batch + row) * P : layer.output + previous * shape.width() + d * P;
+        before_[shape.offsets[t] + row] = previous < 0 ? layer.h0 + (d * shape.batch + row) * shape.state
+                                                       : layer.output + previous * shape.width() + d * shape.state;
       }
-    // A panel of [h x] times some panels of units is a task, whole sums each.
-    constexpr int64_t N = GradientTile<T>::kColumns;
-    const int64_t h_panels = GradientTile<T>::panels(P), inputs = h_panels + GradientTile<T>::panels(I), units = buffers.unit_panels;
-    const int64_t threads = torch::stable::get_num_threads();
-    const int64_t share = std::clamp<int64_t>(units * inputs / (4 * threads), 1, kUnitPanels), parts = (units + share - 1) / share;
-    const bool small = shape.tokens * G * (I + P) < 65536;
-    torch::stable::parallel_for(0, inputs * parts, small ? inputs * parts : 1, [&](int64_t begin, int64_t end) {
-      const TileTask tiles(cell_in_tiles<M>(shape));
-      for (int64_t task = begin; task < end; ++task) {
-        const int64_t input = task / parts, first = task % parts * share, last = std::min(first + share, units);
-        const bool biases = input == 0 && out.b_ih;
-        const auto gradient = [&](int64_t columns, int64_t column, auto row, S* d_w) {
-          weight_gradient<T>(tiles, static_cast<const M*>(buffers.dgates.get()), buffers.panel(), shape.tokens, first, last, H, columns,
-                             column, row, d_w, biases ? out.b_ih : nullptr, biases ? out.b_hh : nullptr);
-        };
-        if (input < h_panels)
-          gradient(P, input * N, [&](int64_t token) { return before.get()[token]; }, out.w_hh);
-        else
-          gradient(I, (input - h_panels) * N, [&](int64_t token) { return layer.x + token * I; }, out.w_ih);
-      }
-    });
+    const int64_t inputs = h_panels_ + GradientTile<T>::panels(shape.input), units = buffers.unit_panels;
+    share_ = std::clamp<int64_t>(units * inputs / (2 * torch::stable::get_num_threads()), 1, kUnitPanels);
+    parts_ = (units + share_ - 1) / share_;
+    share_ = (units + parts_ - 1) / parts_;
+    tasks_ = inputs * parts_;
   }
-  if (shape.projected) {
-    Scratch<T> u(shape.tokens * H), sums(P * H);
-    const T* gates = layer.gates + d * shape.tokens * G;
-    const T* cells = layer.cells + d * shape.tokens * H;
-    for (int64_t token = 0; token < shape.tokens; ++token)
-      for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
-        const int64_t units = std::min<int64_t>(kLanes<T>, H - unit);
-        const vec<T> o = load_partial(gates + token * G + 3 * H + unit, units), c = load_partial(cells + token * H + unit, units);
-        store_partial(u + token * H + unit, o * tanh(c), units);
-      }
-    Scratch<T> packed(packed_size<T>(shape.tokens, H));
-    pack_b<T>(packed.get(), u.get(), H, 1, shape.tokens, H);
-    gemm_packed<T>(P, H, shape.tokens, buffers.dh.get(), 1, P, packed.get(), sums.get(), H, false, kTokenChain);
-    store_row(out.w_hr, sums.get(), P * H);
+
+  int64_t tasks() const { return tasks_; }
+
+  void run(const TileTask& tiles, int64_t task) {
+    const int64_t input = task / parts_, first = task % parts_ * share_, last = std::min(first + share_, buffers_.unit_panels);
+    const bool biases = input == 0 && out_.b_ih;
+    const auto gradient = [&](int64_t columns, int64_t panel, auto row, S* d_w) {
+      weight_gradient<T>(tiles, buffers_.dgates.get(), buffers_.panel(), shape_.tokens, first, last, shape_.hidden, columns,
+                         panel * GradientTile<T>::kColumns, row, d_w, biases ? out_.b_ih : nullptr, biases ? out_.b_hh : nullptr);
+    };
+    if (input < h_panels_)
+      gradient(shape_.state, input, [&](int64_t token) { return before_.get()[token]; }, out_.w_hh);
+    else
+      gradient(shape_.input, input - h_panels_, [&](int64_t token) { return layer_.x + token * shape_.input; }, out_.w_ih);
   }
+
+ private:
+  const LstmShape& shape_;
+  const LstmBackward<S, T>& layer_;
+  const GradientBuffers<T, M>& buffers_;
+  const LstmWeights<S>& out_;
+  Scratch<const S*> before_;  // where h_(t-1) of a token is
+  const int64_t h_panels_ = GradientTile<T>::panels(shape_.state);
+  int64_t share_, parts_, tasks_;
+};
+
+// dW_hr = dh^T (o tanh(c))
+template <class S, class M>
+void lstm_projection_gradient(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer,
+                              const GradientBuffers<compute_t<S>, M>& buffers, int64_t d) {
+  using T = compute_t<S>;
+  const int64_t P = shape.state, H = shape.hidden;
+  Scratch<T> u(shape.tokens * H), sums(P * H);
+  const T* gates = layer.gates + d * shape.tokens * shape.gates();
+  const T* cells = layer.cells + d * shape.tokens * H;
+  for (int64_t token = 0; token < shape.tokens; ++token)
+    for (int64_t unit = 0; unit < H; unit += kLanes<T>) {
+      const int64_t units = std::min<int64_t>(kLanes<T>, H - unit);
+      const vec<T> o = load_partial(gates + token * shape.gates() + 3 * H + unit, units), c = load_partial(cells + token * H + unit, units);
+      store_partial(u + token * H + unit, o * tanh(c), units);
+    }
+  Scratch<T> packed(packed_size<T>(shape.tokens, H));
+  pack_b<T>(packed.get(), u.get(), H, 1, shape.tokens, H);
+  gemm_packed<T>(P, H, shape.tokens, buffers.dh.get(), 1, P, packed.get(), sums.get(), H, false, kTokenChain);
+  store_row(layer.d_weights[d].w_hr, sums.get(), P * H);
 }
 
-// dx (+)= dgates W_ih
+// dx = dgates W_ih, added up over the directions; in tasks: a block of tokens each, or a panel of columns where weights are read
+// as they lie.
 template <class S, class M>
-void lstm_input_gradient(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer, GradientBuffers<compute_t<S>, M>& buffers,
-                         int64_t d, bool direct) {
+class InputGradient {
+ public:
   using T = compute_t<S>;
-  constexpr int64_t kBlock = 192 / sizeof(M);  // tokens: a chain of their gradients stays in the first-level cache
-  const int64_t I = shape.input, panels = GradientTile<T>::panels(I);
-  const bool small = shape.tokens * shape.gates() * I < 65536;
-  if constexpr (std::is_same_v<S, T>)
-    if (direct && d == 0) {
-      torch::stable::parallel_for(0, panels, small ? panels : 1, [&](int64_t begin, int64_t end) {
-        gate_product_direct(shape.tokens, buffers.rows(0, 1), layer.weights[d].w_ih, shape.hidden, layer.d_x, I, I, begin, end);
-      });
-      return;
+
+  InputGradient(const LstmShape& shape, const LstmBackward<S, T>& layer, std::optional<GradientBuffers<T, M>>* buffers, bool direct)
+      : shape_(shape), layer_(layer), buffers_(buffers), direct_(direct) {
+    for (int64_t d = 0; d < shape.directions && !direct; ++d) {
+      w_ih_[d].emplace(padded<T>(shape.input) * 4 * padded<T>(shape.hidden));
+      pack_gate_rows<T>(w_ih_[d]->get(), layer.weights[d].w_ih, shape.hidden, shape.input);
     }
-  Scratch<M> w_ih(padded<T>(I) * 4 * padded<T>(shape.hidden));
-  pack_gate_rows<T>(w_ih.get(), layer.weights[d].w_ih, shape.hidden, I);
-  const int64_t blocks = (shape.tokens + kBlock - 1) / kBlock;
-  torch::stable::parallel_for(0, blocks, small ? blocks : 1, [&](int64_t begin, int64_t end) {
-    const TileTask task(cell_in_tiles<M>(shape));
-    for (int64_t token = begin * kBlock; token < std::min(end * kBlock, shape.tokens); token += kBlock)
-      gate_product(task, std::min(kBlock, shape.tokens - token), buffers.rows(token, 1), w_ih.get(), layer.d_x + token * I, I, I, 0, panels,
-                   d > 0);
-  });
-}
+  }
+
+  int64_t tasks() const { return direct_ ? panels_ : (shape_.tokens + kBlock - 1) / kBlock; }
+
+  void run(const TileTask& tiles, int64_t task) {
+    const int64_t I = shape_.input;
+    for (int64_t d = 0; d < shape_.directions; ++d) {
+      if constexpr (std::is_same_v<S, T>)
+        if (direct_) {
+          gate_product_direct(shape_.tokens, buffers_[d]->rows(0, 1), layer_.weights[d].w_ih, shape_.hidden, layer_.d_x, I, I, task, task + 1,
+                              d > 0);
+          continue;
+        }
+      const int64_t token = task * kBlock;
+      gate_product(tiles, std::min(kBlock, shape_.tokens - token), buffers_[d]->rows(token, 1), w_ih_[d]->get(), layer_.d_x + token * I, I, I,
+                   0, panels_, d > 0);
+    }
+  }
+
+ private:
+  static constexpr int64_t kBlock = 192 / sizeof(M);  // tokens: a chain of their gradients stays in the first-level cache
+  const LstmShape& shape_;
+  const LstmBackward<S, T>& layer_;
+  std::optional<GradientBuffers<T, M>>* buffers_;
+  const bool direct_;
+  const int64_t panels_ = GradientTile<T>::panels(shape_.input);
+  std::optional<Scratch<M>> w_ih_[2];
+};
 
 template <class S, class M>
 void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t<S>>& layer) {
@@ -263,11 +304,26 @@ void lstm_layer_backward(const LstmShape& shape, const LstmBackward<S, compute_t
     buffers[d].emplace(shape, layer.weights[d], layer.c0 + d * shape.batch * shape.hidden, direct);
   for_tasks(shape, plan,
             [&](int64_t d, Rows rows) { lstm_rows_backward<S, M>(shape, layer, *buffers[d], d, rows, plan.share_panels, direct); });
-  for (int64_t d = 0; d < shape.directions; ++d) {
-    // w_ih may be empty, and then has no address.
-    if (layer.d_weights[d].w_hh) lstm_weight_gradients<S, M>(shape, layer, *buffers[d], d);
-    if (layer.d_x) lstm_input_gradient<S, M>(shape, layer, *buffers[d], d, direct);
-  }
+
+  std::optional<WeightGradients<S, M>> weights[2];
+  std::optional<InputGradient<S, M>> input;
+  int64_t weight_tasks = 0;
+  for (int64_t d = 0; d < shape.directions && layer.d_weights[d].w_hh; ++d)  // w_ih may be empty, and then has no address
+    weight_tasks += weights[d].emplace(shape, layer, *buffers[d], d).tasks();
+  if (layer.d_x) input.emplace(shape, layer, buffers, direct);
+  // The long tasks first: the short ones even out what the threads differ by.
+  const bool small = shape.tokens * shape.gates() * (shape.input + shape.state) < 65536;
+  const int64_t members = small ? 1 : torch::stable::get_num_threads();
+  Claims weight_claims(weight_tasks, members), input_claims(input ? input->tasks() : 0, members);
+  torch::stable::parallel_for(0, members, 1, [&](int64_t member, int64_t) {
+    const TileTask tiles(cell_in_tiles<M>(shape));
+    weight_claims.run(member, [&](int64_t task) {
+      weights[task * shape.directions / weight_tasks]->run(tiles, task % (weight_tasks / shape.directions));
+    });
+    input_claims.run(member, [&](int64_t task) { input->run(tiles, task); });
+  });
+  for (int64_t d = 0; d < shape.directions; ++d)
+    if (layer.d_weights[d].w_hr) lstm_projection_gradient<S, M>(shape, layer, *buffers[d], d);
 }
 
 // Dot products round the gradients of the gates: where few of them are added up, twice the rounding of the result is left.

@@ -2,10 +2,16 @@
 
 template <int R, int NV>
 __attribute__((target("avx512bf16"))) void gate_product_tile(const bfloat16* a, int64_t a_row, int64_t a_panel, const bfloat16* packed,
-                                                             int64_t panels, float* out, int64_t out_row, int64_t columns, bool add) {
+                                                             int64_t panels, float* out, int64_t out_row, int64_t columns, bool add,
+                                                             FetchAhead<float, bfloat16>& ahead) {
   constexpr int W = kLanes<float>;
+  const int64_t run = ahead.run(4 * W);
   vec<float> acc[R][NV] = {};
-  for (int64_t p = 0; p < panels; ++p) multiply_pairs<R, NV>(acc, a + p * a_panel, a_row, 2, packed + p * 4 * W * NV * W, 2 * W);
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t k = 0; k < 4 * W; k += run) {
+      multiply_pairs<R, NV>(acc, a + p * a_panel + k, a_row, 2, packed + (p * 4 * W + k) * NV * W, run / 2);
+      ahead.some();
+    }
   store_tile<R, NV, float>(acc, out, out_row, columns, add);
 }
 

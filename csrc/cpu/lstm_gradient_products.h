@@ -10,6 +10,35 @@ using GradientTile = PanelTile<T>;
 // Torch adds up the tokens of one step, then the steps: sums over all tokens need short chains to round as well.
 inline constexpr int64_t kTokenChain = 48;
 
+inline constexpr int64_t kFetches = 4;  // calls of FetchAhead::some in a panel of gates
+
+// Fetches what the next pointwise part reads and writes, one sequence's vector of units after the other: a little at a time while
+// products are computed, since many misses at once would hold up those as well.
+template <class T, class M>
+struct FetchAhead {
+  const PointwiseGradient<T, M>*row = nullptr, *end = nullptr;
+  int64_t hidden = 0, first = 0, last = 0;  // units
+  int64_t at_a_time = 0;
+  int64_t unit = first;
+
+  // Before all: how often `some` will be called.
+  void expect(int64_t calls) {
+    const int64_t vectors = (end - row) * ((last - first + kLanes<T> - 1) / kLanes<T>);
+    at_a_time = (vectors + calls - 1) / std::max<int64_t>(calls, 1);
+  }
+
+  // Steps of a product from one call of `some` to the next, of `steps` in a panel.
+  INLINE int64_t run(int64_t steps) const { return row < end ? steps / kFetches : steps; }
+
+  INLINE void some() {
+    for (int64_t i = 0; i < at_a_time && row < end; ++i) {
+      fetch_operands<2>(*row, hidden, unit);
+      fetch_results(*row, unit);
+      unit += kLanes<T>;
+      if (unit >= last) unit = first, ++row;
+    }
+  }
+};
 #if ISA_VECTOR_BYTES == 64
 #include "lstm_gradient_dots.h"
 #endif
@@ -55,21 +84,26 @@ struct GateRows {
 
 template <int R, int NV, class T>
 void gate_product_tile(const T* a, int64_t a_row, int64_t a_panel, const T* packed, int64_t panels, T* out, int64_t out_row,
-                       int64_t columns, bool add) {
+                       int64_t columns, bool add, FetchAhead<T, T>& ahead) {
   constexpr int W = kLanes<T>;
+  const int64_t run = ahead.run(4 * W);
   vec<T> acc[R][NV] = {};
-  for (int64_t p = 0; p < panels; ++p) multiply_chain<R, NV, T>(acc, a + p * a_panel, a_row, 1, packed + p * 4 * W * NV * W, NV * W, 4 * W);
+  for (int64_t p = 0; p < panels; ++p)
+    for (int64_t k = 0; k < 4 * W; k += run) {
+      multiply_chain<R, NV, T>(acc, a + p * a_panel + k, a_row, 1, packed + (p * 4 * W + k) * NV * W, NV * W, run);
+      ahead.some();
+    }
   store_tile<R, NV, T>(acc, out, out_row, columns, add);
 }
 
 template <int R, int NV, class T, class M>
 INLINE void gate_product_rows(int64_t rows, const M* a, int64_t a_row, int64_t a_panel, const M* packed, int64_t panels, T* out,
-                              int64_t out_row, int64_t columns, bool add) {
+                              int64_t out_row, int64_t columns, bool add, FetchAhead<T, M>& ahead) {
   if constexpr (R > 0) {
     if (rows == R)
-      gate_product_tile<R, NV>(a, a_row, a_panel, packed, panels, out, out_row, columns, add);
+      gate_product_tile<R, NV>(a, a_row, a_panel, packed, panels, out, out_row, columns, add, ahead);
     else
-      gate_product_rows<R - 1, NV>(rows, a, a_row, a_panel, packed, panels, out, out_row, columns, add);
+      gate_product_rows<R - 1, NV>(rows, a, a_row, a_panel, packed, panels, out, out_row, columns, add, ahead);
   }
 }
 
@@ -86,7 +120,7 @@ INLINE void fetch_panel(const GateRows<M>& a, int64_t panel, int64_t row, int64_
 // of W as long as a chain stays in the first-level cache over all rows.
 template <class T, class M>
 void gate_product(const TileTask& task, int64_t rows, const GateRows<M>& a, const M* packed, T* out, int64_t out_row, int64_t columns,
-                  int64_t first, int64_t last, bool accumulate) {
+                  int64_t first, int64_t last, bool accumulate, FetchAhead<T, M> ahead = {}) {
   constexpr int W = kLanes<T>;
   constexpr int64_t N = GradientTile<T>::kColumns, chain = kSumDepth / (4 * W);
   if constexpr (std::is_same_v<M, bfloat16>)
@@ -103,6 +137,7 @@ void gate_product(const TileTask& task, int64_t rows, const GateRows<M>& a, cons
     with_constant<GradientTile<T>::kVectors>(GradientTile<T>::vectors(columns, column), [&](auto vectors) {
       constexpr int NV = decltype(vectors)::value, R = GradientTile<T>::rows(NV);
       const int64_t tiles = (rows + R - 1) / R;
+      if (column == first * N && ahead.row < ahead.end) ahead.expect((last - first) * tiles * a.panels * kFetches);
       for (int64_t p = 0; p < a.panels; p += chain)
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
@@ -110,7 +145,7 @@ void gate_product(const TileTask& task, int64_t rows, const GateRows<M>& a, cons
             for (int64_t next = p + chain; next < p + 2 * chain; ++next) fetch_panel(a, next, row, count);
           gate_product_rows<R, NV>(count, a.first + row * a.row + p * a.panel, a.row, a.panel,
                                    packed + column * a.depth() + p * 4 * W * NV * W, std::min(chain, a.panels - p),
-                                   out + row * out_row + column, out_row, columns - column, accumulate || p > 0);
+                                   out + row * out_row + column, out_row, columns - column, accumulate || p > 0, ahead);
         }
     });
 }
@@ -118,7 +153,7 @@ void gate_product(const TileTask& task, int64_t rows, const GateRows<M>& a, cons
 // The same with w [4 H, columns] as it lies, columns a multiple of the lanes: for so few rows that packing w would take longer.
 template <class T>
 void gate_product_direct(int64_t rows, const GateRows<T>& a, const T* w, int64_t hidden, T* out, int64_t out_row, int64_t columns,
-                         int64_t first, int64_t last) {
+                         int64_t first, int64_t last, bool accumulate = false) {
   constexpr int W = kLanes<T>, R = 4;
   constexpr int64_t N = GradientTile<T>::kColumns;
   for (int64_t column = first * N; column < std::min(last * N, columns); column += N)
@@ -131,7 +166,7 @@ void gate_product_direct(int64_t rows, const GateRows<T>& a, const T* w, int64_t
             for (int64_t gate = 0; gate < 4; ++gate)
               multiply_tile<C, NV, T>(acc, a.first + row * a.row + p * a.panel + gate * W, a.row, 1,
                                       w + (gate * hidden + p * W) * columns + column, columns, std::min<int64_t>(W, hidden - p * W));
-            store_tile<C, NV, T>(acc, out + row * out_row + column, out_row, NV * W, p > 0);
+            store_tile<C, NV, T>(acc, out + row * out_row + column, out_row, NV * W, accumulate || p > 0);
           }
         });
     });

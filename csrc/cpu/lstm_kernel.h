@@ -92,6 +92,7 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
       if (layer.gates) {
         step.gates = layer.gates + (d * shape.tokens + token) * G;
         step.cells = layer.cells + (d * shape.tokens + token) * H;
+        step.fetch = !share_panels && active >= 8;  // below, weights come slower than lines to write
       }
       if (cell)
         lstm_step(task, shape, *cell, step, first, last);
@@ -126,12 +127,13 @@ void lstm_input_product(const LstmShape& shape, const S* x, const PackedCell<com
   torch::stable::parallel_for(0, cell.panels, small ? cell.panels : 1, [&](int64_t begin, int64_t end) {
     alignas(64) T gates[kRowBlock * 4 * W];
     const TileTask task(cell_in_tiles<M>(shape));
+    StoreAhead<S> none;
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t units = std::min<int64_t>(W, H - panel * W);
       for (int64_t token = 0; token < shape.tokens; token += kRowBlock) {
         const int64_t count = std::min(kRowBlock, shape.tokens - token);
         std::fill_n(gates, count * 4 * W, T(0));
-        add_product(task, count, gates, rows + token * I, I, cell.w_ih.get() + panel * I * 4 * W, I);
+        add_product(task, count, gates, rows + token * I, I, cell.w_ih.get() + panel * I * 4 * W, I, none);
         for (int64_t r = 0; r < count; ++r)
           for (int gate = 0; gate < 4; ++gate)
             store_partial(product + (token + r) * 4 * H + gate * H + panel * W, load(gates + (r * 4 + gate) * W), units);

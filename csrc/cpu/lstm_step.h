@@ -14,6 +14,15 @@ INLINE void store_row(S* out, const compute_t<S>* source, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] = from_compute<S>(source[j]);
 }
 
+// Fetches the line at p, which is about to be written: without it a store that misses waits for the line.
+INLINE void fetch_for_writing(const void* p) {
+#if defined(__x86_64__) && ISA_VECTOR_BYTES > 16
+  asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
+#else
+  __builtin_prefetch(p, 1);
+#endif
+}
+
 // ---- sharing a layer among the threads ---------------------------------------------------------------------------
 
 // Every `stride`-th sequence from `first` on.
@@ -187,6 +196,7 @@ struct CellStep {
   int64_t output_row;
   T* gates;  // by token; null unless a backward follows
   T* cells;
+  bool fetch;  // the lines that are going to be written, see StoreAhead
 };
 
 // How many sequences a tile of four gates takes.
@@ -203,12 +213,45 @@ struct CellTile {
 // part of a panel that such a chain takes also stays in the first-level cache for the kRowBlock sequences it is used for.
 inline constexpr int64_t kSumDepth = 128, kRowBlock = 48;
 
+inline constexpr int64_t kFetchSteps = 16;
+
+// Fetches the lines that cell_pointwise is going to write for a backward, a sequence's at a time, while products are computed: many
+// misses at once would hold up those as well.
+template <class S>
+struct StoreAhead {
+  using T = compute_t<S>;
+  T* gates = nullptr;  // of the first sequence and unit
+  T* cells = nullptr;
+  S* output = nullptr;  // or null
+  int64_t hidden = 0, row = 0, output_row = 0;  // row: from one sequence to the next, in tokens
+  int64_t rows = 0;                             // that are left
+  int64_t at_a_time = 0;
+
+  // Before all: how often `some` will be called.
+  void expect(int64_t calls) { at_a_time = (rows + calls - 1) / std::max<int64_t>(calls, 1); }
+
+  // Steps of a product from one call of `some` to the next, of `steps` in a chain.
+  INLINE int64_t run(int64_t steps) const { return rows > 0 ? kFetchSteps : steps; }
+
+  INLINE void some() {
+    for (int64_t i = 0; i < at_a_time && rows > 0; ++i, --rows) {
+      for (int gate = 0; gate < 4; ++gate) fetch_for_writing(gates + gate * hidden);
+      fetch_for_writing(cells);
+      if (output) fetch_for_writing(output), output += output_row;
+      gates += row * 4 * hidden, cells += row * hidden;
+    }
+  }
+};
 // gates[R][4][lanes] += the products of R rows and a panel of weights, over `depth` steps.
-template <int R, class T>
-void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth) {
+template <int R, class T, class S>
+void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t depth, StoreAhead<S>& ahead) {
   constexpr int W = kLanes<T>;
   vec<T> acc[R][4] = {};
-  multiply_chain<R, 4, T>(acc, a, a_row, 1, panel, 4 * W, depth);
+  const int64_t run = ahead.run(depth);
+  for (int64_t k = 0; k < depth; k += run) {
+    multiply_chain<R, 4, T>(acc, a + k, a_row, 1, panel + k * 4 * W, 4 * W, std::min(run, depth - k));
+    ahead.some();
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -222,10 +265,14 @@ void add_products(T* gates, const T* a, int64_t a_row, const T* panel, int64_t d
 // add_products of bfloat16 numbers packed in pairs.
 template <int R>
 __attribute__((target("avx512bf16"))) void add_products(float* gates, const bfloat16* a, int64_t a_row, const bfloat16* panel,
-                                                        int64_t depth) {
+                                                        int64_t depth, StoreAhead<bfloat16>& ahead) {
   constexpr int W = kLanes<float>;
   vec<float> acc[R][4] = {};
-  multiply_pairs<R, 4>(acc, a, a_row, 2, panel, depth / 2);
+  const int64_t run = ahead.run(depth);
+  for (int64_t k = 0; k < depth; k += run) {
+    multiply_pairs<R, 4>(acc, a + k, a_row, 2, panel + k * 4 * W, std::min(run, depth - k) / 2);
+    ahead.some();
+  }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
@@ -236,13 +283,13 @@ __attribute__((target("avx512bf16"))) void add_products(float* gates, const bflo
 }
 #endif
 
-template <int R, class T, class M>
-INLINE void add_products_rows(int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
+template <int R, class T, class M, class S>
+INLINE void add_products_rows(int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth, StoreAhead<S>& ahead) {
   if constexpr (R > 0) {
     if (rows == R)
-      add_products<R>(gates, a, a_row, panel, depth);
+      add_products<R>(gates, a, a_row, panel, depth, ahead);
     else
-      add_products_rows<R - 1>(rows, gates, a, a_row, panel, depth);
+      add_products_rows<R - 1>(rows, gates, a, a_row, panel, depth, ahead);
   }
 }
 
@@ -256,18 +303,21 @@ bool cell_in_tiles(const LstmShape& shape) {
 
 // The same for any number of rows. They are dealt out evenly to the tiles: a tile of one or two rows would wait for its few
 // accumulators.
-template <class T, class M>
-INLINE void add_product(const TileTask& task, int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth) {
+template <class S, class T, class M>
+INLINE void add_product(const TileTask& task, int64_t rows, T* gates, const M* a, int64_t a_row, const M* panel, int64_t depth,
+                        StoreAhead<S>& ahead) {
   constexpr int R = CellTile<T>::kRows, W = kLanes<T>;
   if constexpr (std::is_same_v<M, bfloat16>)
     if (task.tiled() && depth % kTileSteps == 0)
       return task.multiply({.rows = rows, .columns = 4 * W, .steps = depth, .a = a, .a_row = a_row, .b = panel, .b_pair = 8 * W,
                             .b_block = 4 * kTileSide, .c = gates, .c_row = 4 * W, .add = true});
   const int64_t tiles = (rows + R - 1) / R;
+  if (ahead.rows > 0) ahead.expect(tiles * (depth / kFetchSteps));
   for (int64_t k0 = 0; k0 < depth; k0 += kSumDepth)
     for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t row = tile * rows / tiles, count = (tile + 1) * rows / tiles - row;
-      add_products_rows<R>(count, gates + row * 4 * W, a + row * a_row + k0, a_row, panel + k0 * 4 * W, std::min(kSumDepth, depth - k0));
+      add_products_rows<R>(count, gates + row * 4 * W, a + row * a_row + k0, a_row, panel + k0 * 4 * W, std::min(kSumDepth, depth - k0),
+                           ahead);
     }
 }
 
@@ -321,6 +371,7 @@ void lstm_step(const TileTask& task, const LstmShape& shape, const PackedCell<co
   using T = compute_t<S>;
   constexpr int W = kLanes<T>;
   alignas(64) T gates[kRowBlock * 4 * W];
+  StoreAhead<S> ahead{.hidden = shape.hidden, .row = step.row_stride, .output_row = step.output_row};
   const int64_t blocks = (step.rows + kRowBlock - 1) / kRowBlock;
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t units = std::min<int64_t>(W, shape.hidden - panel * W);
@@ -338,8 +389,18 @@ void lstm_step(const TileTask& task, const LstmShape& shape, const PackedCell<co
           store(gates + (r * 4 + g) * W, start);
         }
       if (step.x)
-        add_product(task, rows, gates, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input);
-      add_product(task, rows, gates, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state);
+        add_product(task, rows, gates, step.x + row * step.x_row, step.x_row, cell.w_ih.get() + panel * shape.input * 4 * W, shape.input,
+                    ahead);
+      if (step.fetch) {
+        const int64_t token = row * step.row_stride;
+        ahead.gates = step.gates + token * shape.gates() + panel * W;
+        ahead.cells = step.cells + token * shape.hidden + panel * W;
+        if (step.output) ahead.output = step.output + row * step.output_row + panel * W;
+        ahead.rows = rows;
+      }
+      add_product(task, rows, gates, step.h + row * step.h_row, step.h_row, cell.w_hh.get() + panel * shape.state * 4 * W, shape.state,
+                  ahead);
+      ahead.rows = 0;
       cell_pointwise(shape, step, row, rows, panel, gates);
     }
   }

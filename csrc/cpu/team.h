@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 // Of the OpenMP runtime that torch brings; null where it has none.
 extern "C" __attribute__((weak)) int omp_in_parallel();
@@ -61,5 +62,25 @@ void run_team(int64_t count, F f) {
   });
   if (!done.load()) f(int64_t{0}, count, [] {});
 }
+
+// Tasks that threads take as they come: each those of its own share first, so that neighbours stay together, then what others
+// have not come to yet. Fixed shares alone would leave threads waiting for the last where tasks differ in length.
+class Claims {
+ public:
+  Claims(int64_t tasks, int64_t members) : tasks_(tasks), taken_(members) {}
+
+  template <class F>
+  void run(int64_t member, F f) {
+    const auto members = static_cast<int64_t>(taken_.size());
+    for (int64_t i = 0; i < members; ++i) {
+      const int64_t share = (member + i) % members, begin = share * tasks_ / members, count = (share + 1) * tasks_ / members - begin;
+      for (int64_t task; (task = taken_[share].fetch_add(1, std::memory_order_relaxed)) < count;) f(begin + task);
+    }
+  }
+
+ private:
+  const int64_t tasks_;
+  std::vector<std::atomic<int64_t>> taken_;
+};
 
 }  // namespace bmk
