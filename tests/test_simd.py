@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-import bigmodel_kernels  # noqa: F401  (loads the native ops)
+import bigmodel_kernels as bmk
 from bigmodel_kernels import testing
 
 native = torch.ops.bigmodel_native
@@ -59,6 +59,28 @@ def test_functions_keep_the_meaning_of_infinities_and_nan(dtype):
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30, -1e30], dtype=dtype)
     for name in ("exp", "tanh", "sigmoid"):
         torch.testing.assert_close(native.unary(x, name), getattr(torch, name)(x), equal_nan=True)
+
+
+@pytest.mark.parametrize(("dtype", "mantissa"), [(torch.float32, 23), (torch.float64, 52)])
+def test_a_nan_stays_one_whatever_its_bits(dtype, mantissa):
+    words = torch.int32 if dtype == torch.float32 else torch.int64
+    size = torch.iinfo(words).bits
+    exponent = ((1 << (size - 1 - mantissa)) - 1) << mantissa
+    generator = torch.Generator().manual_seed(0)
+    payload = torch.randint(1, 1 << mantissa, (20_000,), dtype=words, generator=generator)
+    payload[:mantissa] = 1 << torch.arange(mantissa, dtype=words)
+    signs = torch.where(torch.arange(20_000) % 2 == 0, 0, torch.iinfo(words).min).to(words)
+    x = (payload | exponent | signs).view(dtype)
+    assert x.isnan().all()
+    for name in ("exp", "tanh", "sigmoid"):
+        assert native.unary(x, name).isnan().all(), name
+    x = x.view(-1, 1).expand(-1, 3).clone()
+    x[:, 1:] = 1.0
+    target = torch.zeros(len(x), dtype=torch.int64)
+    assert bmk.cross_entropy(x, target, reduction="none", backend="cpu").isnan().all()
+    keys = x[:, :1].reshape(40, 1, 500, 1)
+    ones = torch.ones(40, 1, 2, 1, dtype=dtype)
+    assert bmk.attention(ones, keys, torch.ones_like(keys), backend="cpu").isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

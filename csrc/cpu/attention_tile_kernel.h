@@ -212,9 +212,9 @@ INLINE vec<T> exp_nonpositive(vec<T> x) {
   vec<T> p = f * E::kTerms[0] + E::kTerms[1];
 #pragma GCC unroll 16
   for (int i = 2; i < terms; ++i) p = p * f + E::kTerms[i];
-  const ints<T> power = reinterpret_cast<ints<T>>(shifted) << E::kMantissa;
-  const vec<T> scaled = reinterpret_cast<vec<T>>(reinterpret_cast<ints<T>>(p) + power);
-  return x < E::kLow ? vec<T>{} : scaled;
+  using bits = typename bits_of<vec<T>>::type;
+  const vec<T> scaled = reinterpret_cast<vec<T>>(reinterpret_cast<bits>(p) + (reinterpret_cast<bits>(shifted) << E::kMantissa));
+  return x >= E::kLow ? scaled : maximum(vec<T>{}, x);  // a NaN stays one, whatever its bits
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------

@@ -201,21 +201,22 @@ INLINE V minimum(V a, V b) {
 // The bits of a vector, as integers of its lanes' size.
 template <class V>
 struct bits_of {
-  using lane = std::conditional_t<sizeof(lane_t<V>) == 4, int32_t, int64_t>;
+  using lane = std::conditional_t<sizeof(lane_t<V>) == 4, uint32_t, uint64_t>;
+  static constexpr lane sign = ~(std::numeric_limits<lane>::max() >> 1);
   typedef lane type __attribute__((vector_size(ISA_VECTOR_BYTES)));
 };
 
 template <class V>
 INLINE V absolute(V x) {
   using bits = bits_of<V>;
-  return reinterpret_cast<V>(reinterpret_cast<typename bits::type>(x) & std::numeric_limits<typename bits::lane>::max());
+  return reinterpret_cast<V>(reinterpret_cast<typename bits::type>(x) & ~bits::sign);
 }
 // `size` (not negative) with the sign of `sign`.
 template <class V>
 INLINE V with_sign(V size, V sign) {
   using bits = bits_of<V>;
   return reinterpret_cast<V>(reinterpret_cast<typename bits::type>(size) |
-                             (reinterpret_cast<typename bits::type>(sign) & std::numeric_limits<typename bits::lane>::min()));
+                             (reinterpret_cast<typename bits::type>(sign) & bits::sign));
 }
 
 template <class V>
@@ -335,7 +336,8 @@ INLINE V exp(V x) {
   const V mantissa = 1 + e.minus_one;
   const V value =
       reinterpret_cast<V>(reinterpret_cast<bits>(mantissa) + (reinterpret_cast<bits>(e.scale) - reinterpret_cast<bits>(broadcast(T(1)))));
-  return x > kOverflow ? broadcast(std::numeric_limits<T>::infinity()) : (x < kExpLow<T> ? V{} : value);
+  // What is not above the lowest x is below it or a NaN, of whose bits, added to, a number could have been left.
+  return x > kOverflow ? broadcast(std::numeric_limits<T>::infinity()) : (x >= kExpLow<T> ? value : maximum(V{}, x));
 }
 
 template <class V>
