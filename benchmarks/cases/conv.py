@@ -71,6 +71,17 @@ class CausalProducts(nn.Conv1d):
         return present @ x + (past @ F.pad(x[..., :-shift], (shift, 0))) + self.bias[:, None]
 
 
+def accelerated(stack: nn.Sequential) -> nn.Sequential:
+    """What a user of this library has in the place of `stack`: for one layer the layer of the same name."""
+    if len(stack) > 1:
+        return Fused(stack)
+    (layer,) = copy.deepcopy(stack)
+    model = nn.Sequential(layer)
+    report = bmk.optimize(model)
+    assert report.replaced, report
+    return model
+
+
 def draw(shape, dtype, *, grid: bool, train: bool) -> Tensor:
     x = torch.randn(shape)
     return (on_grid(x, 1 / 8) if grid else x).to(dtype).requires_grad_(train)
@@ -99,7 +110,7 @@ def build(dtype, pass_, *, layers, shape, last=False) -> Problem:
     eager = Contestant("eager", stack, (draw(shape, dtype, grid=grid, train=pass_ == TRAIN),))
     with torch.no_grad():
         flops = conv_flops(stack[0], eager.inputs[0], stack[0](eager.inputs[0]))
-    ours = Contestant("ours", Fused(stack), eager.inputs)
+    ours = Contestant("ours", accelerated(stack), eager.inputs)
     return Problem(
         ours=ours.converted("ours", memory_format=torch.channels_last) if last else ours,
         stock=[eager, channels_last(eager)],

@@ -16,7 +16,6 @@ from torch import Tensor
 from bigmodel_kernels import _registry
 
 _MOST_KINDS = 256
-_NONE_YET: dict[tuple, bool] = {}
 
 
 def is_torchs(layer: torch.nn.Module, x: Tensor, weight: Tensor | None, *more: Hashable) -> bool | None:
@@ -25,16 +24,20 @@ def is_torchs(layer: torch.nn.Module, x: Tensor, weight: Tensor | None, *more: H
 
     `weight` says whether there will be a gradient (None: if any is recorded), `more` what else tells kinds of calls apart.
     """
-    if not _may_remember(layer, x):
+    if type(x) is not Tensor or torch.compiler.is_compiling():
         return None
-    return layer.__dict__.get("_choices", _NONE_YET).get(_kind(x, weight, more))
+    choices = layer.__dict__.get("_choices")
+    if choices is None or x.is_nested or not _registry.is_free(layer.backend):
+        return None
+    return choices.get(_kind(x, weight, more))
 
 
 def remembering(layer: torch.nn.Module, x: Tensor, weight: Tensor | None, *more: Hashable) -> Callable[..., Any]:
     """`run` such that run(call, *args, **kwargs) is call(*args, **kwargs), whose choices `is_torchs` knows from then on."""
 
     def run(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not _may_remember(layer, x):
+        plain = type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_nested
+        if not plain or not _registry.is_free(layer.backend):
             return call(*args, **kwargs)
         names: set[str] = set()
         with _registry.listening(lambda op, chosen, *rest: names.add(chosen)):
@@ -47,11 +50,6 @@ def remembering(layer: torch.nn.Module, x: Tensor, weight: Tensor | None, *more:
         return result
 
     return run
-
-
-def _may_remember(layer: torch.nn.Module, x: Tensor) -> bool:
-    plain = type(x) is Tensor and not torch.compiler.is_compiling() and not x.is_nested
-    return plain and _registry.is_free(layer.backend)
 
 
 def _kind(x: Tensor, weight: Tensor | None, more: tuple) -> tuple:
