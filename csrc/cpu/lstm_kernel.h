@@ -13,6 +13,7 @@
 // own panels (hidden units) instead and meet after every step (team.h). A number is computed by the same operations in the same
 // order either way: results do not depend on the number of threads.
 #include "lstm_step.h"
+#include "lstm_step_direct.h"
 
 // h_n and c_n are the states each sequence has after the step it ends with.
 template <class S>
