@@ -57,6 +57,11 @@ def _child() -> ProcessPoolExecutor:
     return executor
 
 
+def _seeded(function, args, kwargs):
+    torch.manual_seed(0)  # as conftest.py does for each test in its own process
+    return function(*args, **kwargs)
+
+
 def interpreted(function, *args, **kwargs):
     """function(*args, **kwargs), a function of an importable module, in the child; exceptions come back as they were."""
-    return _child().submit(function, *args, **kwargs).result()
+    return _child().submit(_seeded, function, args, kwargs).result()
