@@ -17,6 +17,7 @@
 #include "conv_depthwise_gradient.h"
 #include "conv_winograd.h"
 #include "conv_phases.h"
+#include "conv_wgrad_winograd.h"
 #include "conv_scatter.h"
 #include "few_rows.h"
 #include "conv_few_pixels.h"
@@ -24,45 +25,78 @@
 #include "conv_gradient.h"
 // clang-format on
 
-// dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale) and dscale (<weight, dw>).
+// dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale), which is contiguous.
 template <class T, class S>
-inline void finish_weight_gradient(const ConvBackward& call, const T* dw, const T* dshift) {
+inline void store_weight_gradient(const ConvBackward& call, const T* dw) {
+  constexpr int64_t W = kLanes<T>;
+  const Conv& conv = call.conv;
+  const int64_t narrow = conv.narrow_channels / conv.groups, wide = conv.wide_channels / conv.groups, padded = padded_channels<T>(narrow);
+  const int64_t taps = conv.h.taps * conv.w.taps, depth = taps * wide, vectors = padded / W, pieces = (depth + W - 1) / W;
+  const auto dweight = call.dweight.as<S>();
+  const S* scale = static_cast<const S*>(call.scale);
+  torch::stable::parallel_for(0, conv.groups * vectors * pieces, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t g = i / (vectors * pieces), first = i / pieces % vectors * W, k = i % pieces * W;
+      const int64_t lanes = std::min(W, narrow - first), count = std::min(W, depth - k);
+      const vec<T> factors = scale && !call.transposed ? read_lanes<T>(scale + g * narrow + first, lanes) : vec<T>{} + T(1);
+      vec<T> m[W];
+      int64_t c = k / taps, tap = k % taps;
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j) {
+        if (j >= count) {
+          m[j] = vec<T>{};
+          continue;
+        }
+        const vec<T> factor = scale && call.transposed ? broadcast(to_compute(scale[g * wide + c])) : factors;
+        m[j] = load(dw + (g * depth + tap * wide + c) * padded + first) * factor;
+        if (++tap == taps) tap = 0, ++c;
+      }
+      transpose<T>(m);
+#pragma GCC unroll 16
+      for (int j = 0; j < W; ++j)
+        if (j < lanes) write_lanes<T>(dweight.data + (g * narrow + first + j) * dweight.n + k, m[j], count);
+    }
+  });
+}
+
+// dscale = <weight, dw> + bias * dshift.
+template <class T, class S>
+inline void scale_gradient(const ConvBackward& call, const T* dw, const T* dshift) {
   const Conv& conv = call.conv;
   const int64_t narrow = conv.narrow_channels / conv.groups, wide = conv.wide_channels / conv.groups;
   const int64_t padded = padded_channels<T>(narrow), taps_w = conv.w.taps, depth = conv.h.taps * taps_w * wide;
   const auto weight = call.weight.as<const S>();
-  const auto dweight = call.dweight.as<S>();
-  const S *scale = static_cast<const S*>(call.scale), *bias = static_cast<const S*>(call.bias);
+  const S* bias = static_cast<const S*>(call.bias);
   const int64_t outputs = call.transposed ? wide : narrow, inputs = call.transposed ? narrow : wide;
   torch::stable::parallel_for(0, conv.groups * outputs, 8, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {  // an output channel
       const int64_t g = i / outputs, o = i % outputs;
-      const T factor = scale ? to_compute(scale[i]) : T(1);
       T product = 0;
       for (int64_t c = 0; c < inputs; ++c) {
         const int64_t first = call.transposed ? c : o, second = call.transposed ? o : c;  // of the weight's two channel dimensions
+        const S* of_channels = weight.data + (g * narrow + first) * weight.n + second * weight.c;
         T row = 0;
         for (int64_t kh = 0; kh < conv.h.taps; ++kh)
-          for (int64_t kw = 0; kw < taps_w; ++kw) {
-            const T value = dw[(g * depth + (kh * taps_w + kw) * wide + second) * padded + first];
-            const int64_t n = g * narrow + first;
-            if (call.dscale) row += to_compute(weight.data[n * weight.n + second * weight.c + kh * weight.h + kw * weight.w]) * value;
-            if (dweight.data)
-              dweight.data[n * dweight.n + second * dweight.c + kh * dweight.h + kw * dweight.w] = from_compute<S>(factor * value);
-          }
+          for (int64_t kw = 0; kw < taps_w; ++kw)
+            row += to_compute(of_channels[kh * weight.h + kw * weight.w]) * dw[(g * depth + (kh * taps_w + kw) * wide + second) * padded + first];
         product += row;
       }
-      if (call.dscale) static_cast<S*>(call.dscale)[i] = from_compute<S>(product + (bias ? to_compute(bias[i]) : T(0)) * dshift[i]);
+      static_cast<S*>(call.dscale)[i] = from_compute<S>(product + (bias ? to_compute(bias[i]) : T(0)) * dshift[i]);
     }
   });
 }
 
 template <class T, class WideSource, class NarrowSource>
-inline void weight_gradient_of(const Conv& conv, const WideSource& wide, const NarrowSource& narrow, T* dw, T* sums) {
-  if (is_depthwise(gather_pass(conv)))
+inline void weight_gradient_of(const Conv& conv, bool gated, const WideSource& wide, const NarrowSource& narrow, T* dw, T* sums) {
+  if (is_depthwise(gather_pass(conv))) {
     depthwise_weight_gradient<T>(conv, wide, narrow, dw, sums, padded_channels<T>(1));
-  else
-    weight_gradient<T>(conv, wide, narrow, dw, sums);
+    return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    const FilteredGradient kind = filtered_gradient<T>(conv);
+    if (kind.taps > 0 && !gated && filtered_weight_gradient<T>(conv, kind, wide, narrow, dw, sums)) return;
+  }
+  weight_gradient<T>(conv, wide, narrow, dw, sums);
 }
 
 template <class S>
@@ -114,13 +148,14 @@ void conv_backward(const ConvBackward& call) {
     const int64_t narrow = conv.narrow_channels / conv.groups, padded = padded_channels<T>(narrow);
     Scratch<T> dw(conv.groups * gather_pass(conv).depth() * padded), group_sums(conv.groups * padded);
     if (call.transposed) {
-      weight_gradient_of<T>(conv, gradient, input, dw.get(), nullptr);
+      weight_gradient_of<T>(conv, gradient.gated(), gradient, input, dw.get(), nullptr);
       if (want_sums) channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
     } else {
-      weight_gradient_of<T>(conv, input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
+      weight_gradient_of<T>(conv, gradient.gated(), input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
       for (int64_t c = 0; want_sums && c < channels; ++c) sums[c] = group_sums[c / narrow * padded + c % narrow];
     }
-    finish_weight_gradient<T, S>(call, dw.get(), sums.get());
+    if (call.dweight.data) store_weight_gradient<T, S>(call, dw.get());
+    if (call.dscale) scale_gradient<T, S>(call, dw.get(), sums.get());
   } else if (want_sums) {
     channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
   }

@@ -67,10 +67,12 @@ INLINE void weight_points(const vec<T> (&g)[kTaps], vec<T> (&u)[kTaps + 1]) {
 }
 template <int kTaps, class T>
 INLINE void source_points(const vec<T> (&d)[kTaps + 1], vec<T> (&v)[kTaps + 1]) {
-  if constexpr (kTaps == 2)
-    v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1];
-  else
+  if constexpr (kTaps == 1) {
     v[0] = d[0] - d[1], v[1] = d[1];
+  } else {
+    v[0] = d[0] - d[2], v[1] = d[1] + d[2], v[2] = d[2] - d[1];
+    if constexpr (kTaps == 3) v[3] = d[3] - d[1];
+  }
 }
 template <int kTaps, class T>
 INLINE void outputs_of_points(const vec<T> (&m)[kTaps + 1], vec<T> (&y)[2]) {
@@ -130,20 +132,20 @@ template <int kH, int kW, class T>
 NOINLINE void phase_sources(const T* x, int64_t row_step, int64_t pixel_step, int64_t channels, T* v, int64_t v_step) {
   for (int64_t c = 0; c < channels; c += kLanes<T>) {
     vec<T> t[kW + 1][kH + 1];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int j = 0; j <= kW; ++j) {
       vec<T> d[kH + 1];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int i = 0; i <= kH; ++i) d[i] = load(x + i * row_step + j * pixel_step + c);
       source_points<kH, T>(d, t[j]);
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 4
     for (int a = 0; a <= kH; ++a) {
       vec<T> d[kW + 1], row[kW + 1];
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int j = 0; j <= kW; ++j) d[j] = t[j][a];
       source_points<kW, T>(d, row);
-#pragma GCC unroll 3
+#pragma GCC unroll 4
       for (int b = 0; b <= kW; ++b) store(v + (a * (kW + 1) + b) * v_step + c, row[b]);
     }
   }

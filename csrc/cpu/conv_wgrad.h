@@ -77,9 +77,9 @@ INLINE void gradient_rows(int64_t rows, const T* a, const int64_t* offset, const
 // How the units of work (bands of images) fall into chunks.
 struct Chunks {
   int64_t units, count;
-  Chunks(int64_t units, int64_t partial_bytes) : units(units) {
-    constexpr int64_t kMost = 16, kBytes = 64 << 20;
-    count = std::max<int64_t>(1, std::min({kMost, units, kBytes / std::max<int64_t>(1, partial_bytes)}));
+  Chunks(int64_t units, int64_t partial_bytes, int64_t most = 16) : units(units) {
+    constexpr int64_t kBytes = 64 << 20;
+    count = std::max<int64_t>(1, std::min({most, units, kBytes / std::max<int64_t>(1, partial_bytes)}));
   }
   int64_t begin(int64_t chunk) const { return units * chunk / count; }
 };
