@@ -1,8 +1,8 @@
 """The ops, one line each."""
 
 from bigmodel_kernels.ops.attention import attention as attention
-from bigmodel_kernels.ops.attention import attention_varlen as attention_varlen
 from bigmodel_kernels.ops.attention_decode import attention_decode as attention_decode
+from bigmodel_kernels.ops.attention_varlen import attention_varlen as attention_varlen
 from bigmodel_kernels.ops.bias_act import bias_act as bias_act
 from bigmodel_kernels.ops.conv import conv as conv
 from bigmodel_kernels.ops.conv_step import ConvState as ConvState

@@ -1,8 +1,8 @@
-// Native ops attention_fwd and attention_bwd on the CPU: checks, allocation, registration. The kernels, with formulas
+// Native ops attention_fwd and _bwd, attention_varlen_fwd and _bwd, and attention_decode_fwd on the CPU: checks, allocation, registration. The kernels, with formulas
 // and who owns what, are in attention_*_kernel.h.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of _mm512_undefined_ps inside _mm512_max_ps
 #define KERNEL_SOURCE "attention_kernel.h"
-#include "attention_args.h"
+#include "attention_tasks.h"
 #include "for_each_isa.h"
 
 #include <torch/csrc/stable/library.h>
@@ -43,6 +43,19 @@ void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slopes) {
   a.alibi_batch_stride = slope_batch == 1 ? 0 : heads;
 }
 
+void read_options(AttentionArgs& a, const std::optional<Tensor>& seed, double scale, double dropout_p, double softcap,
+                  int64_t window_left, int64_t window_right) {
+  a.scale = scale, a.dropout_p = dropout_p, a.softcap = softcap;
+  a.left = window_left, a.right = window_right;
+  if (dropout_p > 0) {
+    STD_TORCH_CHECK(seed.has_value(), "seed must be given when dropout_p is not 0");
+    CHECK_CPU(*seed);
+    CHECK_DTYPE_IS(*seed, ScalarType::Long);
+    STD_TORCH_CHECK(seed->numel() == 1, "seed must have one element, got shape ", shape_string(*seed));
+    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
+  }
+}
+
 AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale, double dropout_p,
                         double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
@@ -65,9 +78,8 @@ AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const
   STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q must have a multiple of the heads of k, got ", heads, " and ",
                   kv_heads);
   a.q = strided(q), a.k = strided(k), a.v = strided(v);
-  a.scale = scale, a.dropout_p = dropout_p, a.softcap = softcap;
-  a.left = window_left, a.right = window_right;
   a.offset = lower_right ? k_len - q_len : 0;
+  a.lse_stride = q_len;
   if (attn_mask) {
     const Tensor& mask = *attn_mask;
     CHECK_CPU(mask);
@@ -90,14 +102,117 @@ AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const
     }
   }
   read_slopes(a, alibi_slopes);
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed.has_value(), "seed must be given when dropout_p is not 0");
-    CHECK_CPU(*seed);
-    CHECK_DTYPE_IS(*seed, ScalarType::Long);
-    STD_TORCH_CHECK(seed->numel() == 1, "seed must have one element, got shape ", shape_string(*seed));
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  }
+  read_options(a, seed, scale, dropout_p, softcap, window_left, window_right);
   return a;
+}
+
+// Tokens [tokens, H, D] as one batch entry [H, tokens, D]; of [H, tokens] likewise, with one column.
+Strided strided_tokens(const Tensor& t) {
+  Strided out;
+  out.data = t.const_data_ptr();
+  out.stride[1] = t.stride(1), out.stride[2] = t.stride(0), out.stride[3] = t.stride(2);
+  return out;
+}
+
+Strided strided_lse(const Tensor& t) {
+  Strided out;
+  out.data = t.const_data_ptr();
+  out.stride[1] = t.stride(0), out.stride[2] = t.stride(1);
+  return out;
+}
+
+template <class T>
+T* advanced(T* data, int64_t elements, int64_t element_size) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  return static_cast<Byte*>(data) + elements * element_size;
+}
+
+Strided from_token(Strided t, int64_t token, int64_t element_size) {
+  t.data = advanced(t.data, token * t.stride[2], element_size);
+  return t;
+}
+
+// Where the sequences end, checked.
+const int64_t* read_ends(const char* name, const Tensor& cu_seqlens, int64_t sequences, int64_t total, int64_t longest) {
+  CHECK_CPU(cu_seqlens);
+  CHECK_DTYPE_IS(cu_seqlens, ScalarType::Long);
+  CHECK_CONTIGUOUS(cu_seqlens);
+  const int64_t ends_count = sequences + 1;
+  CHECK_SHAPE(cu_seqlens, ends_count);
+  const auto* ends = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
+  for (int64_t b = 0; b <= sequences; ++b) {
+    const bool fits = (b > 0 ? ends[b] >= ends[b - 1] : ends[b] == 0) && (b < sequences || ends[b] == total);
+    STD_TORCH_CHECK(fits, "cu_seqlens_", name, " must rise from 0 to the ", total, " tokens, got ", ends[b], " at [", b, "]");
+  }
+  for (int64_t b = 0; b < sequences; ++b)
+    STD_TORCH_CHECK(ends[b + 1] - ends[b] <= longest, "max_seqlen_", name, " must be at least the longest sequence, got ", longest,
+                    " and one of ", ends[b + 1] - ends[b]);
+  return ends;
+}
+
+// What the sequences of attention_varlen have in common, and where each of them lies.
+struct Sequences {
+  AttentionArgs all;  // of all tokens, as if they were one sequence
+  int64_t count, element_size;
+  const int64_t *q_ends, *k_ends;
+  bool lower_right;
+
+  AttentionArgs at(int64_t b) const {
+    AttentionArgs a = all;
+    a.q_len = q_ends[b + 1] - q_ends[b], a.k_len = k_ends[b + 1] - k_ends[b];
+    a.q = from_token(all.q, q_ends[b], element_size);
+    a.k = from_token(all.k, k_ends[b], element_size), a.v = from_token(all.v, k_ends[b], element_size);
+    a.offset = lower_right ? a.k_len - a.q_len : 0;
+    a.first_batch = b;
+    if (a.alibi) a.alibi += b * a.alibi_batch_stride;
+    return a;
+  }
+};
+
+Sequences read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, int64_t max_seqlen_q,
+                         int64_t max_seqlen_k, double scale, double dropout_p, double softcap, int64_t window_left, int64_t window_right,
+                         bool lower_right) {
+  CHECK_CPU(q);
+  CHECK_CPU(k);
+  CHECK_CPU(v);
+  CHECK_DIM(q, 3);
+  CHECK_DIM(k, 3);
+  CHECK_DIM(v, 3);
+  CHECK_SAME_DTYPE(k, q);
+  CHECK_SAME_DTYPE(v, q);
+  CHECK_DIM(cu_seqlens_q, 1);
+  Sequences s;
+  AttentionArgs& a = s.all;
+  a.batch = s.count = cu_seqlens_q.size(0) - 1;  // read_slopes asks for so many
+  STD_TORCH_CHECK(s.count >= 0, "cu_seqlens_q must have an element more than there are sequences, got none");
+  a.q_len = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
+  a.k_len = k.size(0), a.kv_heads = k.size(1), a.value_dim = v.size(2);
+  const int64_t kv_heads = a.kv_heads, k_len = a.k_len, head_dim = a.head_dim, value_dim = a.value_dim;
+  CHECK_SHAPE(k, k_len, kv_heads, head_dim);
+  CHECK_SHAPE(v, k_len, kv_heads, value_dim);
+  STD_TORCH_CHECK(kv_heads > 0 ? a.heads % kv_heads == 0 : a.heads == 0, "q must have a multiple of the heads of k, got ", a.heads, " and ",
+                  kv_heads);
+  a.q = strided_tokens(q), a.k = strided_tokens(k), a.v = strided_tokens(v);
+  a.lse_stride = a.q_len;
+  read_slopes(a, alibi_slopes);
+  read_options(a, seed, scale, dropout_p, softcap, window_left, window_right);
+  a.batch = 1;
+  s.q_ends = read_ends("q", cu_seqlens_q, s.count, a.q_len, max_seqlen_q);
+  s.k_ends = read_ends("k", cu_seqlens_k, s.count, a.k_len, max_seqlen_k);
+  s.element_size = q.element_size();
+  s.lower_right = lower_right;
+  return s;
+}
+
+// Calls run(first, count) for problems that are multiplied alike: see kFewestPairedRows.
+template <class Problem, class Run>
+void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
+  auto many = problems.end();
+  if (dtype == ScalarType::BFloat16)
+    many = std::partition(problems.begin(), problems.end(), [](const Problem& p) { return p.a.group_rows() < kFewestPairedRows; });
+  if (many != problems.begin()) run(problems.data(), many - problems.begin());
+  if (many != problems.end()) run(&*many, problems.end() - many);
 }
 
 }  // namespace
@@ -105,12 +220,13 @@ AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const
 std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                                          const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
                                          double dropout_p, double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
-  const AttentionArgs a =
-      read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right);
+  AttentionForward problem{
+      read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
+  const AttentionArgs& a = problem.a;
   Tensor out = torch::stable::new_empty(q, {a.batch, a.q_len, a.heads, a.value_dim});
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len}, lse_dtype(q));
-  DISPATCH_FLOATING(q.scalar_type(), "attention",
-                    [&] { ISA_CALL(attention_forward<scalar_t>, a, out.mutable_data_ptr(), lse.mutable_data_ptr()); });
+  problem.out = out.mutable_data_ptr(), problem.lse = lse.mutable_data_ptr();
+  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
   return {torch::stable::transpose(out, 1, 2), lse};
 }
 
@@ -120,8 +236,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
                                                          const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed,
                                                          double scale, double dropout_p, double softcap, int64_t window_left,
                                                          int64_t window_right, bool lower_right) {
-  const AttentionArgs a =
-      read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right);
+  AttentionBackward problem{
+      read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
+  const AttentionArgs& a = problem.a;
+  AttentionGradArgs& g = problem.g;
   const int64_t batch = a.batch, heads = a.heads, q_len = a.q_len, value_dim = a.value_dim;
   CHECK_CPU(grad_out);
   CHECK_CPU(out);
@@ -132,7 +250,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   CHECK_SHAPE(grad_out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
-  AttentionGradArgs g;
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
   if (grad_lse) {
     CHECK_CPU(*grad_lse);
@@ -150,13 +267,79 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
                 : torch::stable::new_empty(q, {0});
   g.dmask = mask_grad ? dmask.mutable_data_ptr() : nullptr;
   for (int64_t i = 0; i < 4; ++i) g.mask_size[i] = mask_grad ? attn_mask->size(i) : 0;
-  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_backward<scalar_t>, a, g); });
+  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_backward<scalar_t>, &problem, 1); });
   if (mask_grad) {
     torch::stable::zero_(dmask);
     if (a.batch * a.heads * a.q_len * a.k_len != 0)
-      DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_dbias<scalar_t>, a, g); });
+      DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_dbias<scalar_t>, problem); });
   }
   return {torch::stable::transpose(dq, 1, 2), torch::stable::transpose(dk, 1, 2), torch::stable::transpose(dv, 1, 2), dmask};
+}
+
+std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                                const Tensor& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
+                                                const std::optional<Tensor>& seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                double scale, double dropout_p, double softcap, int64_t window_left,
+                                                int64_t window_right, bool lower_right) {
+  const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
+                                     softcap, window_left, window_right, lower_right);
+  Tensor out = torch::stable::new_empty(q, {s.all.q_len, s.all.heads, s.all.value_dim});
+  Tensor lse = torch::stable::new_empty(q, {s.all.heads, s.all.q_len}, lse_dtype(q));
+  std::vector<AttentionForward> problems(s.count);
+  for (int64_t b = 0; b < s.count; ++b)
+    problems[b] = {s.at(b), advanced(out.mutable_data_ptr(), s.q_ends[b] * s.all.heads * s.all.value_dim, s.element_size),
+                   advanced(lse.mutable_data_ptr(), s.q_ends[b], lse.element_size())};
+  each_kind(problems, q.scalar_type(), [&](const AttentionForward* first, int64_t count) {
+    DISPATCH_FLOATING(q.scalar_type(), "attention_varlen", [&] { ISA_CALL(attention_forward<scalar_t>, first, count); });
+  });
+  return {out, lse};
+}
+
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
+                                                        const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                                        const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed,
+                                                        int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double dropout_p,
+                                                        double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
+  const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
+                                     softcap, window_left, window_right, lower_right);
+  const int64_t tokens = s.all.q_len, heads = s.all.heads, value_dim = s.all.value_dim;
+  CHECK_CPU(grad_out);
+  CHECK_CPU(out);
+  CHECK_CPU(lse);
+  CHECK_SAME_DTYPE(grad_out, q);
+  CHECK_SAME_DTYPE(out, q);
+  CHECK_DTYPE_IS(lse, lse_dtype(q));
+  CHECK_SHAPE(grad_out, tokens, heads, value_dim);
+  CHECK_SHAPE(out, tokens, heads, value_dim);
+  CHECK_SHAPE(lse, heads, tokens);
+  AttentionGradArgs all{};
+  all.grad_out = strided_tokens(grad_out), all.out = strided_tokens(out), all.lse = strided_lse(lse);
+  if (grad_lse) {
+    CHECK_CPU(*grad_lse);
+    CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
+    CHECK_SHAPE(*grad_lse, heads, tokens);
+    all.grad_lse = strided_lse(*grad_lse);
+  }
+  Tensor dq = torch::stable::new_empty(q, {tokens, heads, s.all.head_dim});
+  Tensor dk = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, s.all.head_dim});
+  Tensor dv = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, value_dim});
+  const int64_t size = s.element_size, lse_size = lse.element_size();
+  std::vector<AttentionBackward> problems(s.count);
+  for (int64_t b = 0; b < s.count; ++b) {
+    const int64_t q0 = s.q_ends[b], k0 = s.k_ends[b];
+    AttentionGradArgs g = all;
+    g.grad_out = from_token(all.grad_out, q0, size), g.out = from_token(all.out, q0, size), g.lse = from_token(all.lse, q0, lse_size);
+    if (grad_lse) g.grad_lse = from_token(all.grad_lse, q0, lse_size);
+    g.dq = advanced(dq.mutable_data_ptr(), q0 * heads * s.all.head_dim, size);
+    g.dk = advanced(dk.mutable_data_ptr(), k0 * s.all.kv_heads * s.all.head_dim, size);
+    g.dv = advanced(dv.mutable_data_ptr(), k0 * s.all.kv_heads * value_dim, size);
+    problems[b] = {s.at(b), g};
+  }
+  each_kind(problems, q.scalar_type(), [&](const AttentionBackward* first, int64_t count) {
+    DISPATCH_FLOATING(q.scalar_type(), "attention_varlen", [&] { ISA_CALL(attention_backward<scalar_t>, first, count); });
+  });
+  return {dq, dk, dv};
 }
 
 std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
@@ -182,7 +365,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   STD_TORCH_CHECK(a.group_rows() <= kFewRows, "q must have at most ", kFewRows, " rows for each head of k_cache, got ", a.group_rows());
   a.q = strided(q), a.k = strided(k_cache), a.v = strided(v_cache);
   a.scale = scale, a.softcap = softcap, a.dropout_p = 0;
-  a.left = window_left, a.right = window_right, a.offset = 0;
+  a.left = window_left, a.right = window_right, a.offset = 0, a.lse_stride = a.q_len;
   read_slopes(a, alibi_slopes);
 
   AttentionCache cache;
@@ -246,6 +429,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, float softcap, int window_left, "
       "int window_right, bool lower_right) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
+      "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
+      "int max_seqlen_q, int max_seqlen_k, float scale, float dropout_p, float softcap, int window_left, int window_right, "
+      "bool lower_right) -> (Tensor, Tensor)");
+  m.def(
+      "attention_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
+      "Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, int max_seqlen_q, int max_seqlen_k, float scale, float dropout_p, "
+      "float softcap, int window_left, int window_right, bool lower_right) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, float scale, float softcap, int window_left, int window_right) -> (Tensor, Tensor)");
 }
@@ -253,5 +444,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(bigmodel_native, CPU, m) {
   m.impl("attention_fwd", TORCH_BOX(&bmk::attention_fwd));
   m.impl("attention_bwd", TORCH_BOX(&bmk::attention_bwd));
+  m.impl("attention_varlen_fwd", TORCH_BOX(&bmk::attention_varlen_fwd));
+  m.impl("attention_varlen_bwd", TORCH_BOX(&bmk::attention_varlen_bwd));
   m.impl("attention_decode_fwd", TORCH_BOX(&bmk::attention_decode_fwd));
 }

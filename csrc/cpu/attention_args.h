@@ -31,14 +31,19 @@ struct AttentionArgs {
   int64_t alibi_batch_stride = 0;
   int64_t batch, heads, kv_heads, q_len, k_len, head_dim, value_dim;
   double scale, dropout_p, softcap;
-  int64_t left, right;  // keys attended before and after the query's own position; -1: all
-  int64_t offset;       // position of query 0 among the keys
+  int64_t left, right;      // keys attended before and after the query's own position; -1: all
+  int64_t offset;           // position of query 0 among the keys
+  int64_t lse_stride;       // from a head to the next in lse
+  int64_t first_batch = 0;  // what dropout counts batch entry 0 as
   uint64_t seed = 0;
 
   int64_t groups() const { return batch * kv_heads; }
   int64_t group_rows() const { return heads / (kv_heads > 0 ? kv_heads : 1) * q_len; }
 };
 
+// A group with fewer rows of bfloat16 is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys
+// or rows there, and their rounding would show beside that of the result.
+inline constexpr int64_t kFewestPairedRows = 32;
 inline constexpr int64_t kFewRows = 16;  // of a group; with at most so many, keys and values can be read where they lie
 
 struct Float8 {

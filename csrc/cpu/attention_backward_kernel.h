@@ -9,12 +9,15 @@
 
 // delta of every query, [B, Hq, Sq]: a vector of queries at a time, so that their rows are on the way from memory together.
 template <class S, class T>
-void row_deltas(const AttentionArgs& a, const AttentionGradArgs& g, T* deltas) {
+void row_deltas(const AttentionBackward* problems, int64_t count, T* const* deltas) {
   constexpr int64_t W = kLanes<T>, kTaskValues = 65536;
-  const int64_t grain = std::max<int64_t>(1, kTaskValues / std::max<int64_t>(a.q_len * a.value_dim, 1));
-  const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
-  torch::stable::parallel_for(0, a.batch * a.heads, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) {
+  CostedTasks costed;
+  for (int64_t i = 0; i < count; ++i)
+    costed.add(problems[i].a.batch * problems[i].a.heads, problems[i].a.q_len * problems[i].a.value_dim);
+  torch::stable::parallel_for(0, costed.total(), kTaskValues / CostedTasks::kUnit, [&](int64_t begin, int64_t end) {
+    costed.each(begin, end, [&](int64_t problem, int64_t head) {
+      const auto& [a, g] = problems[problem];
+      const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
       const int64_t b = head / a.heads, h = head % a.heads;
       for (int64_t i0 = 0; i0 < a.q_len; i0 += W) {
         const int64_t rows = std::min(W, a.q_len - i0);
@@ -30,9 +33,9 @@ void row_deltas(const AttentionArgs& a, const AttentionGradArgs& g, T* deltas) {
         T row_sums[W];
         store(row_sums, sum_each<T>(sums));
         for (int64_t i = 0; i < rows; ++i)
-          deltas[head * a.q_len + i0 + i] = row_sums[i] - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i0 + i) : T(0));
+          deltas[problem][head * a.q_len + i0 + i] = row_sums[i] - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i0 + i) : T(0));
       }
-    }
+    });
   });
 }
 
@@ -45,8 +48,8 @@ struct GradBlock {
   static constexpr bool kPaired = step == 2;
   const bool tiled = kPaired && in_tiles();
   const int64_t strip_tiles = tiled ? 4 : 2, strip_rows = strip_tiles * kTileRows<T>;
-  const AttentionArgs& a;
-  const AttentionGradArgs& g;
+  const AttentionArgs* a;
+  const AttentionGradArgs* g;
   const T* deltas;                                 // [B, Hq, Sq]
   const int64_t depth, width, depth_ld, value_ld;  // D and Dv in whole steps, and in whole vectors
   Scratch<A> keys_t, values_t, keys;               // panels of [depth][kPanel] and [width][kPanel]; rows [kKeys][depth_ld]
@@ -64,13 +67,13 @@ struct GradBlock {
   const TileTask tile_task{tiled};
 
   GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads, const T* all_deltas)
-      : a(args),
-        g(grads),
+      : a(&args),
+        g(&grads),
         deltas(all_deltas),
-        depth(round_up(a.head_dim, tiled ? kTileSteps : step)),
-        width(round_up(a.value_dim, tiled ? kTileSteps : step)),
-        depth_ld(row_elements<T>(a.head_dim, tiled)),
-        value_ld(row_elements<T>(a.value_dim, tiled)),
+        depth(round_up(a->head_dim, tiled ? kTileSteps : step)),
+        width(round_up(a->value_dim, tiled ? kTileSteps : step)),
+        depth_ld(row_elements<T>(a->head_dim, tiled)),
+        value_ld(row_elements<T>(a->value_dim, tiled)),
         keys_t(kKeys * depth),
         values_t(kKeys * width),
         keys(kKeys * depth_ld),
@@ -87,19 +90,24 @@ struct GradBlock {
         ds_strip(kPaired ? strip_rows * kLd : 0),
         scores(args) {}
 
+  // Goes on with another attention of the same widths and options.
+  void enter(const AttentionBackward& problem, const T* its_deltas) {
+    a = scores.a = &problem.a, g = &problem.g, deltas = its_deltas;
+  }
+
   // What is left of the scale of q in dk.
-  T dk_factor() const { return kPaired ? static_cast<T>(a.scale) : scores.capped ? static_cast<T>(a.softcap) : T(1); }
+  T dk_factor() const { return kPaired ? static_cast<T>(a->scale) : scores.capped ? static_cast<T>(a->softcap) : T(1); }
 
   template <class S>
   NOINLINE void load_keys(int64_t group, int64_t first_key) {
-    k0 = first_key, n = std::min(kKeys, a.k_len - k0);
-    const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
-    const S *k = a.k.at<S>(b, h, k0), *v = a.v.at<S>(b, h, k0);
-    pack_transposed(keys_t.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth);
-    pack_transposed(values_t.get(), v, a.v.stride[2], a.v.stride[3], n, a.value_dim, width);
+    k0 = first_key, n = std::min(kKeys, a->k_len - k0);
+    const int64_t b = group / a->kv_heads, h = group % a->kv_heads;
+    const S *k = a->k.at<S>(b, h, k0), *v = a->v.at<S>(b, h, k0);
+    pack_transposed(keys_t.get(), k, a->k.stride[2], a->k.stride[3], n, a->head_dim, depth);
+    pack_transposed(values_t.get(), v, a->v.stride[2], a->v.stride[3], n, a->value_dim, width);
     // A key that is attended and not finite has made ds NaN already, which it stays times 0: nothing is to be added afterwards.
     SetAside<T> aside;
-    pack_rows(keys.get(), k, a.k.stride[2], a.k.stride[3], n, a.head_dim, depth_ld, 0, aside);
+    pack_rows(keys.get(), k, a->k.stride[2], a->k.stride[3], n, a->head_dim, depth_ld, 0, aside);
     if constexpr (kPaired) pad_rows(keys, n, depth_ld);
   }
 
@@ -124,17 +132,17 @@ struct GradBlock {
     vec<T> poison = {};
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
-      const S *query = a.q.at<S>(b, h, i), *grad = g.grad_out.at<S>(b, h, i);
+      const S *query = a->q.at<S>(b, h, i), *grad = g->grad_out.at<S>(b, h, i);
       if constexpr (kPaired) {
-        copy_row(q + r * depth_ld, query, a.q.stride[3], a.head_dim, depth_ld);
-        copy_row(grad_out + r * value_ld, grad, g.grad_out.stride[3], a.value_dim, value_ld);
+        copy_row(q + r * depth_ld, query, a->q.stride[3], a->head_dim, depth_ld);
+        copy_row(grad_out + r * value_ld, grad, g->grad_out.stride[3], a->value_dim, value_ld);
       } else {
-        poison += pack_row<S, T>(q + r * depth_ld, query, a.q.stride[3], a.head_dim, depth_ld, scores.factor);
-        poison += pack_row<S, T>(grad_out + r * value_ld, grad, g.grad_out.stride[3], a.value_dim, value_ld, T(1));
+        poison += pack_row<S, T>(q + r * depth_ld, query, a->q.stride[3], a->head_dim, depth_ld, scores.factor);
+        poison += pack_row<S, T>(grad_out + r * value_ld, grad, g->grad_out.stride[3], a->value_dim, value_ld, T(1));
       }
-      const T saved = *g.lse.at<T>(b, h, i);
+      const T saved = *g->lse.at<T>(b, h, i);
       lse[r] = saved == -infinity ? infinity : saved;
-      delta[r] = deltas[(b * a.heads + h) * a.q_len + i];
+      delta[r] = deltas[(b * a->heads + h) * a->q_len + i];
     }
     if constexpr (kPaired) {
       pack_rows(q_pairs.get(), q.get(), depth_ld, 1, rows.count, depth_ld, depth_ld, 0, q_aside);
@@ -233,7 +241,7 @@ struct GradBlock {
   INLINE void probability_row(T* p_row, T* ds_row, int64_t first, int64_t last, int64_t row_lo, int64_t row_hi, T row_lse, T row_delta,
                               bool cap_slope) const {
     constexpr int64_t W = kLanes<T>;
-    const T kept = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
+    const T kept = a->dropout_p < 1 ? static_cast<T>(1 / (1 - a->dropout_p)) : T(0);
     const auto one = [&](int64_t j, bool edge) __attribute__((always_inline)) {
       vec<T> x = load(p_row + j), dp = load(ds_row + j), slope = broadcast(T(1));
       if constexpr (featured) {
@@ -366,31 +374,52 @@ INLINE void write_scaled(S* out, const T* row, int64_t n, T factor) {
   for (int64_t d = 0; d < n; d += kLanes<T>) store_any(out + d, load(row + d) * factor, n - d);
 }
 
+// Problems differ in sizes and addresses only.
 template <class S, class A>
-void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
+void attention_backward_of(const AttentionBackward* problems, int64_t count) {
   using T = compute_t<S>;
   constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
-  const int64_t groups = a.groups(), group_rows = a.group_rows(), blocks = (group_rows + kRows - 1) / kRows;
-  const int64_t key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
-  if (groups == 0) return;
-  const int64_t parts = std::clamp<int64_t>((kWantedTasks + groups - 1) / groups, 1, std::max<int64_t>(1, key_blocks));
+  const AttentionArgs& any = problems[0].a;
   const bool tiled = std::is_same_v<A, bfloat16> && in_tiles();
-  const int64_t padded_rows = round_up(group_rows, tiled ? kTileSide : kTileRows<T>);
-  const int64_t depth_ld = row_elements<T>(a.head_dim, tiled), value_ld = row_elements<T>(a.value_dim, tiled);
-  const int64_t work = group_rows * std::min(a.k_len, kBlockKeys) * (a.head_dim + a.value_dim);
-  const int64_t grain = std::max<int64_t>(1, 100000 / std::max<int64_t>(work, 1));
-  Scratch<T> deltas(a.batch * a.heads * a.q_len);
-  row_deltas<S>(a, g, deltas.get());
-  // dq of every part, [groups][parts][rows][depth_ld]
-  Scratch<T> dq(groups * parts * padded_rows * depth_ld);
-  torch::stable::parallel_for(0, groups * parts, grain, [&](int64_t begin, int64_t end) {
-    GradBlock<T, A> x(a, g, deltas);
+  const int64_t depth_ld = row_elements<T>(any.head_dim, tiled), value_ld = row_elements<T>(any.value_dim, tiled);
+  int64_t all_groups = 0, all_deltas = 0, all_dq = 0;
+  for (int64_t i = 0; i < count; ++i) all_groups += problems[i].a.groups();
+  if (all_groups == 0) return;
+  struct Plan {
+    int64_t blocks, key_blocks, parts, padded_rows;
+    int64_t first_dq;  // its dq of every part, [groups][parts][rows][depth_ld], among all problems'
+  };
+  std::vector<Plan> plans(count);
+  CostedTasks costed, summed;
+  for (int64_t i = 0; i < count; ++i) {
+    const AttentionArgs& a = problems[i].a;
+    const int64_t groups = a.groups(), rows = a.group_rows(), key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
+    const int64_t parts = std::clamp<int64_t>((kWantedTasks + all_groups - 1) / all_groups, 1, std::max<int64_t>(1, key_blocks));
+    plans[i] = {(rows + kRows - 1) / kRows, key_blocks, parts, round_up(rows, tiled ? kTileSide : kTileRows<T>), all_dq};
+    all_dq += groups * parts * plans[i].padded_rows * depth_ld;
+    all_deltas += a.batch * a.heads * a.q_len;
+    costed.add(groups * parts, 2 * rows * ((a.k_len + parts - 1) / parts) * (a.head_dim + a.value_dim));
+    summed.add(groups * plans[i].blocks, std::min(kRows, rows) * parts * depth_ld);
+  }
+  Scratch<T> delta_values(all_deltas), dq_values(all_dq);
+  std::vector<T*> deltas(count);
+  for (int64_t i = 0, first = 0; i < count; ++i) {
+    deltas[i] = delta_values + first;
+    first += problems[i].a.batch * problems[i].a.heads * problems[i].a.q_len;
+  }
+  row_deltas<S, T>(problems, count, deltas.data());
+  constexpr int64_t kGrain = 200000 / CostedTasks::kUnit;
+  torch::stable::parallel_for(0, costed.total(), kGrain, [&](int64_t begin, int64_t end) {
+    GradBlock<T, A> x(any, problems[0].g, deltas[0]);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
     Scratch<T> dk_rows(tiled ? padded_keys * depth_ld : 0), dv_rows(tiled ? padded_keys * value_ld : 0);
-    for (int64_t task = begin; task < end; ++task) {
+    costed.each(begin, end, [&](int64_t problem, int64_t task) {
+      const auto& [a, g] = problems[problem];
+      const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
+      x.enter(problems[problem], deltas[problem]);
       const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
-      T* part_dq = dq + task * padded_rows * depth_ld;
+      T* part_dq = dq_values + first_dq + task * padded_rows * depth_ld;
       std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
       for (int64_t i = part * key_blocks / parts; i < (part + 1) * key_blocks / parts; ++i) {
         x.template load_keys<S>(group, from_both_ends(i, key_blocks) * kBlockKeys);
@@ -414,14 +443,16 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
           write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
       }
-    }
+    });
   });
-  torch::stable::parallel_for(0, groups * blocks, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / blocks;
-      const RowBlock<T> rows(a, group, i % blocks * kRows);
+  torch::stable::parallel_for(0, summed.total(), kGrain, [&](int64_t begin, int64_t end) {
+    summed.each(begin, end, [&](int64_t problem, int64_t task) {
+      const auto& [a, g] = problems[problem];
+      const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
+      const int64_t group = task / blocks;
+      const RowBlock<T> rows(a, group, task % blocks * kRows);
       for (int64_t r = 0; r < rows.count; ++r) {
-        T* sum = dq + (group * parts * padded_rows + rows.first + r) * depth_ld;
+        T* sum = dq_values + first_dq + (group * parts * padded_rows + rows.first + r) * depth_ld;
         for (int64_t part = 1; part < parts; ++part) {
           const T* other = sum + part * padded_rows * depth_ld;
           for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
@@ -429,15 +460,15 @@ void attention_backward_of(const AttentionArgs& a, const AttentionGradArgs& g) {
         const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
         write_scaled(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
       }
-    }
+    });
   });
 }
 
 template <class S>
-void attention_backward(const AttentionArgs& a, const AttentionGradArgs& g) {
+void attention_backward(const AttentionBackward* problems, int64_t count) {
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, bfloat16>)
-    if (multiplied_in_pairs(a)) return attention_backward_of<S, bfloat16>(a, g);
+    if (multiplied_in_pairs(problems[0].a)) return attention_backward_of<S, bfloat16>(problems, count);
 #endif
-  attention_backward_of<S, compute_t<S>>(a, g);
+  attention_backward_of<S, compute_t<S>>(problems, count);
 }

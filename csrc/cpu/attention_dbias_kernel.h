@@ -18,9 +18,11 @@ inline void write_dmask(const AttentionArgs& a, void* dmask, int64_t first, cons
 }
 
 template <class S>
-void attention_dbias(const AttentionArgs& a, const AttentionGradArgs& g) {
+void attention_dbias(const AttentionBackward& problem) {
   using T = compute_t<S>;
   constexpr int64_t kRows = kBlockRows<T>, kChunk = 4 * kRows;
+  const AttentionArgs& a = problem.a;
+  const AttentionGradArgs& g = problem.g;
   const auto* size = g.mask_size;
   const int64_t key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
   const bool each_row = size[2] > 1 || a.q_len == 1, each_key = size[3] > 1 || a.k_len == 1;
@@ -28,7 +30,8 @@ void attention_dbias(const AttentionArgs& a, const AttentionGradArgs& g) {
   const int64_t task_keys = each_key ? 1 : key_blocks, key_tasks = (key_blocks + task_keys - 1) / task_keys;
   const int64_t sum_rows = each_row ? chunk_rows : 1, sum_keys = each_key ? kBlockKeys : 1;
   Scratch<T> deltas(a.batch * a.heads * a.q_len);
-  row_deltas<S>(a, g, deltas.get());
+  T* const all = deltas.get();
+  row_deltas<S, T>(&problem, 1, &all);
   torch::stable::parallel_for(0, size[0] * size[1] * chunks * key_tasks, 1, [&](int64_t begin, int64_t end) {
     GradBlock<T> x(a, g, deltas);
     Scratch<T> sum(sum_rows * sum_keys);

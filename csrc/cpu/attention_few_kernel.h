@@ -389,7 +389,7 @@ inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* 
         if (weights[i] != 0) sum += weights[i] * load(states + i * step + 2 * kFewRows + r * value_ld + d);
       store_any(row + d, sum / divisor, a.value_dim - d);
     }
-    lse[(rows.batch * a.heads + rows.head[r]) * a.q_len + rows.query[r]] =
+    lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
         l == 0 ? -infinity : static_cast<T>(m + std::log(static_cast<double>(l)));  // rounded once, as in write_rows
   }
 }

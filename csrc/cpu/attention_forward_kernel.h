@@ -267,7 +267,7 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
     S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
     const T* o = x.o.get() + r * x.padded_value;
     for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
-    lse[(rows.batch * a.heads + rows.head[r]) * a.q_len + rows.query[r]] =
+    lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
         empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(x.m[r] + std::log(static_cast<double>(x.l[r])));
   }
 }
@@ -289,29 +289,60 @@ inline void merge(ForwardScratch<T, A>& x, const T* m, const T* l, const T* o, i
   }
 }
 
+// How the tasks of one problem are laid out: blocks of rows of each group, times parts of the keys.
+struct ForwardPlan {
+  int64_t blocks = 0, parts = 1, part_keys = 0, k_first = 0, k_last = 0;
+  int64_t first_task = 0;  // among all problems'
+
+  int64_t most_keys() const { return std::min(part_keys, k_last - k_first); }
+};
+
+// Problems differ in sizes and addresses only.
 template <class S, class A>
-void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
+void attention_forward_of(const AttentionForward* problems, int64_t count) {
   using T = compute_t<S>;
   constexpr int64_t kRows = kBlockRows<T>, kWantedTasks = 32;
-  const int64_t blocks = (a.group_rows() + kRows - 1) / kRows, block_tasks = a.groups() * blocks;
-  if (block_tasks == 0) return;
-  const KeyRange first = key_range(a, 0), last = key_range(a, a.q_len - 1);
-  const int64_t k_first = first.lo / kBlockKeys * kBlockKeys, k_last = std::max(k_first, last.hi);
-  const int64_t key_blocks = std::max<int64_t>(1, (k_last - k_first + kBlockKeys - 1) / kBlockKeys);
-  const int64_t wanted_parts = std::min((kWantedTasks + block_tasks - 1) / block_tasks, std::max<int64_t>(1, key_blocks / 3));
-  const int64_t part_keys = (key_blocks + wanted_parts - 1) / wanted_parts * kBlockKeys;
-  const int64_t parts = (key_blocks * kBlockKeys + part_keys - 1) / part_keys;
-  const int64_t tasks = block_tasks * parts;
-  const int64_t state = kRows * (2 + round_up(a.value_dim, kLanes<T>));
-  Scratch<T> partial(parts > 1 ? tasks * state : 0);
+  std::vector<ForwardPlan> plans(count);
+  int64_t all_blocks = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    plans[i].blocks = (problems[i].a.group_rows() + kRows - 1) / kRows;
+    all_blocks += problems[i].a.groups() * plans[i].blocks;
+  }
+  if (all_blocks == 0) return;
+  const AttentionArgs& any = problems[0].a;
+  CostedTasks costed, merged;
+  int64_t tasks = 0, most_keys = 0, most_parts = 1;
+  for (int64_t i = 0; i < count; ++i) {
+    const AttentionArgs& a = problems[i].a;
+    ForwardPlan& plan = plans[i];
+    const int64_t block_tasks = a.groups() * plan.blocks;
+    if (block_tasks != 0) {
+      const KeyRange first = key_range(a, 0), last = key_range(a, a.q_len - 1);
+      plan.k_first = first.lo / kBlockKeys * kBlockKeys, plan.k_last = std::max(plan.k_first, last.hi);
+      const int64_t key_blocks = std::max<int64_t>(1, (plan.k_last - plan.k_first + kBlockKeys - 1) / kBlockKeys);
+      const int64_t wanted_parts = std::min((kWantedTasks + all_blocks - 1) / all_blocks, std::max<int64_t>(1, key_blocks / 3));
+      plan.part_keys = (key_blocks + wanted_parts - 1) / wanted_parts * kBlockKeys;
+      plan.parts = (key_blocks * kBlockKeys + plan.part_keys - 1) / plan.part_keys;
+    }
+    plan.first_task = tasks;
+    tasks += block_tasks * plan.parts;
+    most_keys = std::max(most_keys, plan.most_keys()), most_parts = std::max(most_parts, plan.parts);
+    const int64_t work = std::min(kRows, a.group_rows()) * (a.head_dim + a.value_dim);
+    costed.add(block_tasks * plan.parts, work * plan.most_keys());
+    merged.add(block_tasks, work * plan.parts);
+  }
+  const int64_t state = kRows * (2 + round_up(any.value_dim, kLanes<T>));
+  Scratch<T> partial(most_parts > 1 ? tasks * state : 0);
   // A task below some 10 microseconds of work is not worth a thread.
-  const int64_t work = std::min(kRows, a.group_rows()) * std::min(part_keys, k_last - k_first) * (a.head_dim + a.value_dim);
-  const int64_t grain = std::max<int64_t>(1, 200000 / std::max<int64_t>(work, 1));
-  torch::stable::parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
-    ForwardScratch<T, A> x(a);
-    Scores<T> scores(a);
-    PackedGroup<T, A> packed(a, std::min(part_keys, k_last - k_first));
-    for (int64_t task = begin; task < end; ++task) {
+  constexpr int64_t kGrain = 200000 / CostedTasks::kUnit;
+  torch::stable::parallel_for(0, costed.total(), kGrain, [&](int64_t begin, int64_t end) {
+    ForwardScratch<T, A> x(any);
+    Scores<T> scores(any);
+    PackedGroup<T, A> packed(any, most_keys);
+    costed.each(begin, end, [&](int64_t problem, int64_t task) {
+      const auto& [a, out, lse] = problems[problem];
+      const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
+      if (scores.a != &a) scores.a = &a, packed.group = -1;
       const int64_t group = task / (blocks * parts), part = task / blocks % parts;
       const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       const int64_t k_begin = std::min(k_last, k_first + part * part_keys), k_end = std::min(k_last, k_begin + part_keys);
@@ -320,35 +351,38 @@ void attention_forward_of(const AttentionArgs& a, void* out, void* lse) {
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
       } else {
-        T* saved = partial + task * state;
+        T* saved = partial + (first_task + task) * state;
         std::copy(x.m, x.m + kRows, saved);
         std::copy(x.l, x.l + kRows, saved + kRows);
         std::copy(x.o.get(), x.o.get() + kRows * x.padded_value, saved + 2 * kRows);
       }
-    }
+    });
   });
-  if (parts == 1) return;
-  torch::stable::parallel_for(0, block_tasks, grain, [&](int64_t begin, int64_t end) {
-    ForwardScratch<T, A> x(a);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t group = i / blocks;
-      const RowBlock<T> rows(a, group, from_both_ends(i % blocks, blocks) * kRows);
+  if (most_parts == 1) return;
+  torch::stable::parallel_for(0, merged.total(), kGrain, [&](int64_t begin, int64_t end) {
+    ForwardScratch<T, A> x(any);
+    merged.each(begin, end, [&](int64_t problem, int64_t task) {
+      const auto& [a, out, lse] = problems[problem];
+      const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
+      if (parts == 1) return;
+      const int64_t group = task / blocks;
+      const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       x.start();
       for (int64_t part = 0; part < parts; ++part) {
-        const T* saved = partial + ((group * parts + part) * blocks + i % blocks) * state;
+        const T* saved = partial + (first_task + (group * parts + part) * blocks + task % blocks) * state;
         merge(x, saved, saved + kRows, saved + 2 * kRows, rows.count);
       }
       write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
-    }
+    });
   });
 }
 
 template <class S>
-void attention_forward(const AttentionArgs& a, void* out, void* lse) {
-  if (read_in_place(a)) return attention_few<S>(a, nullptr, out, lse);
+void attention_forward(const AttentionForward* problems, int64_t count) {
+  if (count == 1 && read_in_place(problems[0].a)) return attention_few<S>(problems[0].a, nullptr, problems[0].out, problems[0].lse);
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, bfloat16>)
-    if (multiplied_in_pairs(a)) return attention_forward_of<S, bfloat16>(a, out, lse);
+    if (multiplied_in_pairs(problems[0].a)) return attention_forward_of<S, bfloat16>(problems, count);
 #endif
-  attention_forward_of<S, compute_t<S>>(a, out, lse);
+  attention_forward_of<S, compute_t<S>>(problems, count);
 }

@@ -97,7 +97,7 @@ template <class T>
 NOINLINE void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
   const uint32_t threshold = static_cast<uint32_t>(std::min(a.dropout_p * 4294967296.0, 4294967295.0));
   const uint32_t row = static_cast<uint32_t>(rows.query[r]);
-  const uint32_t head = static_cast<uint32_t>(rows.batch * a.heads + rows.head[r]);
+  const uint32_t head = static_cast<uint32_t>((a.first_batch + rows.batch) * a.heads + rows.head[r]);
   for (int64_t j = 0; j < n; j += 64) {
     uint32_t c0[16], c1[16], c2[16], c3[16];
     for (int i = 0; i < 16; ++i) c0[i] = static_cast<uint32_t>((k0 + j) / 4 + i), c1[i] = row, c2[i] = head, c3[i] = 0;
@@ -123,27 +123,27 @@ NOINLINE void read_dropout(T* keep, const AttentionArgs& a, const RowBlock<T>& r
 // Queries are packed times `factor`: the product is then the score already, or with softcap the argument of tanh.
 template <class T>
 struct Scores {
-  const AttentionArgs& a;
+  const AttentionArgs* a;  // may be replaced by another of the same options
   const bool capped, biased, dropped;
   const T factor, cap;
   T bias[kBlockKeys], keep[kBlockKeys];
 
   explicit Scores(const AttentionArgs& args)
-      : a(args),
-        capped(a.softcap > 0),
-        biased(a.mask_type != MaskType::none || a.alibi),
-        dropped(a.dropout_p > 0),
-        factor(capped ? a.scale / a.softcap : a.scale),
-        cap(a.softcap) {}
+      : a(&args),
+        capped(args.softcap > 0),
+        biased(args.mask_type != MaskType::none || args.alibi),
+        dropped(args.dropout_p > 0),
+        factor(capped ? args.scale / args.softcap : args.scale),
+        cap(args.softcap) {}
 
   bool plain() const { return !capped && !biased; }
 
   // Read what row r needs for keys k0 + [begin, end) of a block.
   void read_biases(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t begin, int64_t end) {
-    if (biased) read_bias(bias + begin, a, rows, r, k0 + begin, std::min(end, a.k_len - k0) - begin);
+    if (biased) read_bias(bias + begin, *a, rows, r, k0 + begin, std::min(end, a->k_len - k0) - begin);
   }
   void read_kept(const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t end) {
-    if (dropped) read_dropout(keep, a, rows, r, k0, std::min(end, a.k_len - k0));
+    if (dropped) read_dropout(keep, *a, rows, r, k0, std::min(end, a->k_len - k0));
   }
 
   // The scores of one vector of products at key `j` of the block.

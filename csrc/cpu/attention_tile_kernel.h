@@ -15,9 +15,6 @@ inline constexpr int64_t kPanel = kTileVectors * kLanes<T>;  // columns of a pan
 // Steps of a product that an operand of type A is read by at a time: bfloat16 numbers come in pairs.
 template <class A>
 inline constexpr int64_t kStep = std::is_same_v<A, bfloat16> ? 2 : 1;
-// A group with fewer rows is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys or rows
-// there, and their rounding would show beside that of the result.
-inline constexpr int64_t kFewestPairedRows = 32;
 // Whether bfloat16 tensors are multiplied by the CPU's dot products, or in tiles.
 inline bool multiplied_in_pairs(const AttentionArgs& a) {
   return selected_isa() == Isa::avx512_bf16 && a.group_rows() >= kFewestPairedRows;

@@ -1,5 +1,7 @@
 """One attention call as a test needs it: inputs in a dtype, the exact results in float64, and the error rule on all of them."""
 
+import itertools
+
 import torch
 
 import bigmodel_kernels as bmk
@@ -120,13 +122,15 @@ class Problem:
 
     def check(self, backend="cpu", baseline=True):
         """The error rule for out, lse and every gradient."""
-        actual = self.run(backend)
+        self.judge(self.run(backend), self.run(backend, with_grad_lse=False) if baseline else None)
+
+    def judge(self, actual, plain=None):
+        """The same for results found elsewhere; `plain` are those without a gradient to lse, for the comparison with PyTorch."""
         exact, sizes = self.exact()
         # PyTorch's own op has no lse: its gradients are compared where lse has none either.
-        theirs = plain = None
-        if baseline and self.dtype != torch.float64 and exact[0].numel():
+        theirs = None
+        if plain is not None and self.dtype != torch.float64 and exact[0].numel():
             theirs = self.run("torch", return_lse=False)
-            plain = self.run(backend, with_grad_lse=False)
             plain_exact, _ = self.exact(with_grad_lse=False)
         for i, (name, a, e) in enumerate(zip(NAMES, actual, exact)):
             if i == 1:
@@ -154,3 +158,54 @@ class Problem:
                     "name": f"{name} against torch",
                 }
                 assert_matches(plain[i], plain_exact[i], theirs[i], **options)
+
+
+class Sequences:
+    """Some of them laid end to end, each a Problem of its own; lengths: (Sq, Sk) of each; sizes: Hq, Hkv, D, Dv."""
+
+    def __init__(self, lengths, sizes, flags="plain", dtype=torch.float32, seed=0, layout="contiguous"):
+        Hq, Hkv, D, Dv = sizes
+        self.problems = [
+            Problem((1, Hq, Hkv, *both, D, Dv), flags, dtype, seed + 1000 * b) for b, both in enumerate(lengths)
+        ]
+        self.cu_seqlens = [
+            torch.tensor([0, *itertools.accumulate(n)], dtype=kind)
+            for n, kind in zip(zip(*lengths), (torch.int32, torch.int64))
+        ]
+        self.longest = [max(n) for n in zip(*lengths)]
+        self.tensors = [self._joined(name, layout) for name in ("q", "k", "v")]
+        self.options = dict(self.problems[0].options)
+        if self.options["alibi_slopes"] is not None:  # other slopes for each sequence
+            self.options["alibi_slopes"] = torch.stack([p.options["alibi_slopes"] for p in self.problems])
+
+    def _joined(self, name, layout):
+        t = torch.cat([getattr(p, name)[0].transpose(0, 1) for p in self.problems])  # [tokens, H, D]
+        if layout == "heads first":
+            return t.transpose(0, 1).contiguous().transpose(0, 1)
+        if layout == "packed":  # q, k and v of one projection
+            return torch.stack([t, t + 1, t + 2], 1)[:, 0]
+        return t
+
+    def call(self, q, k, v, **options):
+        return bmk.attention_varlen(q, k, v, *self.cu_seqlens, *self.longest, **self.options, **options)
+
+    def run(self, backend="cpu", with_grad_lse=True):
+        """What Problem.run gives for each sequence."""
+        tensors = [t.detach().requires_grad_() for t in self.tensors]
+        out, lse = self.call(*tensors, return_lse=True, backend=backend)
+        outputs = [out]
+        grads = [torch.cat([p.grad_out[0].transpose(0, 1) for p in self.problems])]
+        if with_grad_lse:
+            outputs.append(torch.where(torch.isfinite(lse), lse, 0.0))
+            grads.append(torch.cat([p.grad_lse[0] for p in self.problems], 1).to(lse.dtype))
+        found = torch.autograd.grad(outputs, tensors, grads)
+        ends_q, ends_k = (ends[1:-1].long() for ends in self.cu_seqlens)
+        by_sequence = [out.detach().tensor_split(ends_q), lse.detach().tensor_split(ends_q, 1)]
+        by_sequence += [t.tensor_split(ends) for t, ends in zip(found, (ends_q, ends_k, ends_k))]
+        return [[(t if i == 1 else t.transpose(0, 1))[None] for i, t in enumerate(one)] for one in zip(*by_sequence)]
+
+    def check(self, backend="cpu", baseline=True):
+        """The error rule for each sequence."""
+        plain = self.run(backend, with_grad_lse=False) if baseline else [None] * len(self.problems)
+        for problem, actual, without_lse in zip(self.problems, self.run(backend), plain):
+            problem.judge(actual, without_lse)

@@ -1,4 +1,4 @@
-"""bmk.attention_varlen and bmk.attention_decode: each sequence as bmk.attention gives it alone."""
+"""bmk.attention_decode: each sequence as bmk.attention gives it alone."""
 
 import math
 
@@ -22,7 +22,6 @@ OPTIONS = {
     "alibi_by_sequence": {"alibi_slopes": torch.arange(12.0).view(3, 4) / 10},
     "softcap": {"softcap": 1.5, "scale": 0.7},
 }
-ENDS_Q, ENDS_K = torch.tensor([0, 3, 3, 12]), torch.tensor([0, 5, 9, 16])
 
 
 def alone(q, k, v, options, b, **more):
@@ -33,38 +32,6 @@ def alone(q, k, v, options, b, **more):
     return bmk.attention(
         q, k, v, enable_gqa=True, return_lse=True, alibi_slopes=slopes, backend="cpu", **options, **more
     )
-
-
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("alignment", ["upper_left", "lower_right"])
-@pytest.mark.parametrize("name", OPTIONS)
-def test_varlen_is_attention_in_each_sequence(name, alignment, compiled):
-    q, k, v = (make(*s, seed=i).requires_grad_() for i, s in enumerate([(12, 4, 8), (16, 2, 8), (16, 2, 6)]))
-
-    def varlen(q, k, v):
-        return bmk.attention_varlen(
-            q, k, v, ENDS_Q, ENDS_K, 9, 7, enable_gqa=True, return_lse=True, alignment=alignment, **OPTIONS[name]
-        )
-
-    run = torch.compile(varlen, fullgraph=True, backend="aot_eager") if compiled else varlen
-    out, lse = run(q, k, v)
-    parts = []
-    for b in range(3):
-        rows, keys = slice(ENDS_Q[b], ENDS_Q[b + 1]), slice(ENDS_K[b], ENDS_K[b + 1])
-        one = [t[s].transpose(0, 1)[None] for t, s in ((q, rows), (k, keys), (v, keys))]
-        parts.append(alone(*one, OPTIONS[name], b, alignment=alignment))
-    expected = torch.cat([o[0].transpose(0, 1) for o, _ in parts])
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(lse, torch.cat([x[0] for _, x in parts], 1), rtol=1e-5, atol=1e-5)
-    grad = make(*out.shape, seed=9)
-    for a, e in zip(torch.autograd.grad(out, (q, k, v), grad), torch.autograd.grad(expected, (q, k, v), grad)):
-        torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-
-
-def test_varlen_of_no_sequences():
-    q, k = torch.zeros(0, 4, 8), torch.zeros(0, 2, 8)
-    ends = torch.tensor([0])
-    assert bmk.attention_varlen(q, k, k, ends, ends, 0, 0, enable_gqa=True).shape == (0, 4, 8)
 
 
 @pytest.mark.parametrize("paged", [False, True])
@@ -100,26 +67,6 @@ def test_decode_is_attention_to_the_valid_keys(name, lengths, compiled, paged):
 
 
 Q, CACHE = make(3, 4, 8), make(3, 2, 20, 8)
-VARLEN_ERRORS = [
-    (lambda: bmk.attention_varlen(Q[0], Q, Q, ENDS_Q, ENDS_K, 9, 7), RuntimeError, "q must have 3 dimensions"),
-    (lambda: bmk.attention_varlen(1, Q, Q, ENDS_Q, ENDS_K, 9, 7), TypeError, "q must be a tensor"),
-    (lambda: bmk.attention_varlen(Q, Q, Q, ENDS_Q.float(), ENDS_K, 9, 7), TypeError, "cu_seqlens_q must be"),
-    (lambda: bmk.attention_varlen(Q, Q, Q, torch.tensor([0, 3]), ENDS_K, 9, 7), RuntimeError, "cu_seqlens_k must have"),
-    (lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 2])] * 2, 9, 7), RuntimeError, "rise from 0 to the 3"),
-    (lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 4, 3])] * 2, 9, 7), RuntimeError, "rise from 0 to the 3"),
-    (lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 3])] * 2, 2, 7), RuntimeError, "max_seqlen_q must be"),
-    (
-        lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 3])] * 2, 3, 3, alignment="x"),
-        ValueError,
-        "alignment must be",
-    ),
-    (lambda: bmk.attention_varlen(Q, Q, Q[:2], *[torch.tensor([0, 3])] * 2, 3, 3), RuntimeError, "v must have the 3"),
-    (
-        lambda: bmk.attention_varlen(Q, Q, Q, *[torch.tensor([0, 3])] * 2, 3, 3.5),
-        TypeError,
-        "max_seqlen_k must be an int",
-    ),
-]
 PAGES = make(4, 2, 5, 8)
 DECODE_ERRORS = [
     (
@@ -156,7 +103,7 @@ DECODE_ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "error", "message"), VARLEN_ERRORS + DECODE_ERRORS)
+@pytest.mark.parametrize(("function", "error", "message"), DECODE_ERRORS)
 def test_wrong_input_is_named(function, error, message):
     with pytest.raises(error, match=message):
         function()

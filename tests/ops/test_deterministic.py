@@ -84,7 +84,7 @@ CALLS = {
     "attention": ("attention", attention(is_causal=True), (*QKV, (1, 3, 300, 300))),
     "attention dropout": ("attention", attention(dropout_p=0.3), (*QKV, (300, 300))),
     "attention one query": ("attention", attention(), ((1, 4, 1, 33), (1, 4, 1500, 33), (1, 4, 1500, 33), (1, 1500))),
-    "attention varlen": ("attention", varlen, ((400, 3, 33),) * 3),
+    "attention varlen": ("attention_varlen", varlen, ((400, 3, 33),) * 3),
     "attention_decode": ("attention_decode", decode, ((2, 4, 1, 33), (2, 2, 2000, 33), (2, 2, 2000, 33))),
     "conv 1-d": ("conv", on_cpu(bmk.conv, padding="causal", dilation=3), ((2, 17, 700), (20, 17, 3), (20,))),
     "conv 2-d": ("conv", on_cpu(bmk.conv, padding=2, stride=2), ((3, 9, 40, 41), (20, 9, 5, 5), (20,))),

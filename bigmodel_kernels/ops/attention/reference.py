@@ -33,6 +33,29 @@ def allowed(q: Tensor, k: Tensor, window_left: int, window_right: int, lower_rig
     return inside
 
 
+def mask_of_lengths(
+    in_q: Tensor,  # [B or 1, Sq], which places hold a query
+    in_k: Tensor,  # [B, Sk], and which a key
+    offset: Tensor | int,  # [B, 1, 1], position of query 0 among the keys
+    window_left: int,
+    window_right: int,
+    slopes: Tensor | None,  # [B or 1, Hq], in the dtype of the result
+) -> Tensor:
+    """Causality, window and ALiBi of sequences of different lengths as attn_mask, [B, 1 or Hq, Sq, Sk]."""
+    i = torch.arange(in_q.shape[1], device=in_q.device)[:, None]
+    distance = i + offset - torch.arange(in_k.shape[1], device=in_q.device)
+    distance = distance if distance.dim() == 3 else distance[None]
+    mask = in_q[:, :, None] & in_k[:, None, :]
+    if window_left >= 0:
+        mask = mask & (distance <= window_left)
+    if window_right >= 0:
+        mask = mask & (distance >= -window_right)
+    mask = mask[:, None]
+    if slopes is None:
+        return mask
+    return (-slopes[:, :, None, None] * distance.abs()[:, None]).masked_fill(~mask, -math.inf)
+
+
 def alibi(q: Tensor, k: Tensor, alibi_slopes: Tensor, lower_right: bool) -> Tensor:
     """What ALiBi adds to the scores, [B or 1, Hq, Sq, Sk], in the dtype of alibi_slopes."""
     return -alibi_slopes[:, :, None, None] * positions(q, k, lower_right).abs()

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels.ops.attention.op import attention
-from bigmodel_kernels.ops.attention.varlen import position_mask
+from bigmodel_kernels.ops.attention.op import attention, lse_dtype
+from bigmodel_kernels.ops.attention.reference import mask_of_lengths
 
 
 def supports(*args) -> str | None:
@@ -65,7 +65,8 @@ def call(
         k_cache, v_cache = (t.masked_fill(~in_k[:, None, :, None], 0) for t in (k_cache, v_cache))
     in_q = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
     offset = (cache_seqlens - q.shape[2])[:, None, None]
-    mask = position_mask(q, in_q, in_k, offset, False, window, slopes)
+    slopes = None if slopes is None else slopes.to(lse_dtype(q))
+    mask = mask_of_lengths(in_q, in_k, offset, window_left, window_right, slopes)
     return attention(q, k_cache, v_cache, attn_mask=mask, **options)
 
 

@@ -1,0 +1,1 @@
+from bigmodel_kernels.ops.attention_varlen.op import attention_varlen as attention_varlen

@@ -1,0 +1,200 @@
+"""bmk.attention_varlen: what it takes, what it gives, which backend runs it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from bigmodel_kernels import _cpu, _registry
+from bigmodel_kernels._arguments import flag, integer, number
+from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels.ops.attention.op import ALIGNMENTS, lse_dtype, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention_varlen import reference
+
+
+def attention_varlen(
+    q: Tensor,  # [total_q, Hq, D]
+    k: Tensor,  # [total_k, Hkv, D]
+    v: Tensor,  # [total_k, Hkv, Dv]
+    cu_seqlens_q: Tensor,  # [B + 1]
+    cu_seqlens_k: Tensor,  # [B + 1]
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    alignment: str = "upper_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,  # [Hq] or [B, Hq]
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention within each of B sequences laid end to end: tokens cu_seqlens[b] .. cu_seqlens[b + 1] of q, and of k and v.
+
+    No place is padded and nothing of the size of the scores is held; one launch for all sequences.
+
+    Args:
+        cu_seqlens_q, cu_seqlens_k: int32 or int64, rising from 0 to the total.
+            Others raise, except by "triton" on a GPU, which would have to wait for it to look: there no other memory is
+            read, and rows of no sequence hold anything.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence.
+        The others: as bmk.attention.
+
+    Returns:
+        [total_q, Hq, Dv]; with return_lse also the log-sum-exp [Hq, total_q], float32 (float64 for float64 inputs).
+
+    Raises:
+        RuntimeError, ValueError, TypeError: as bmk.attention, and for cu_seqlens that do not fit the tokens.
+    """
+    args = prepare(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, is_causal=is_causal, alignment=alignment,
+        scale=scale, dropout_p=dropout_p, enable_gqa=enable_gqa, window=window, softcap=softcap,
+        alibi_slopes=alibi_slopes, return_lse=return_lse, deterministic=deterministic,
+    )  # fmt: skip
+    if dropout_p > 0 and (
+        torch.compiler.is_compiling() or _registry.select(OP.name, backend, prefer, args) != "torch"
+    ):  # PyTorch's own op draws its own numbers
+        seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
+        args = (*args[:6], seed, *args[7:])
+    out, lse = OP(*args, backend=backend)
+    return (out, lse) if return_lse else out
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    is_causal: bool = False,
+    alignment: str = "upper_left",
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    enable_gqa: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    return_lse: bool = False,
+    deterministic: bool | None = None,
+) -> tuple:
+    """Validates a call of `attention_varlen`; returns the arguments of the op."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if t.dim() != 3:
+            raise RuntimeError(f"{name} must have 3 dimensions [tokens, heads, features], got shape {list(t.shape)}")
+        if not t.is_floating_point():
+            raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
+    q, k, v = autocast(q, k, v)
+    for name, t in (("k", k), ("v", v)):
+        if t.dtype != q.dtype or t.device != q.device:
+            raise RuntimeError(f"{name} must be {q.dtype} on {q.device} as q is, got {t.dtype} on {t.device}")
+    for name, t in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if not isinstance(t, Tensor) or t.dtype not in (torch.int32, torch.int64) or t.dim() != 1 or t.numel() == 0:
+            raise TypeError(
+                f"{name} must be a one-dimensional int32 or int64 tensor with one element more than sequences"
+            )
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise RuntimeError(
+            f"cu_seqlens_k must have the length of cu_seqlens_q, {len(cu_seqlens_q)}, got {len(cu_seqlens_k)}"
+        )
+    if v.shape[0] != k.shape[0]:
+        raise RuntimeError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
+    if k.shape[2] != q.shape[2]:
+        raise RuntimeError(f"k must have the head dimension of q, {q.shape[2]}, got {k.shape[2]}")
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    left, right = window_sides(window)
+    q = _check_heads(q, k, v, flag("enable_gqa", enable_gqa))
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[2]) if q.shape[2] else 1.0
+    batch = cu_seqlens_q.shape[0] - 1
+    return (
+        q, k, v, cu_seqlens_q.to(q.device), cu_seqlens_k.to(q.device),
+        None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, q.shape[1], q.device),
+        None, integer("max_seqlen_q", max_seqlen_q), integer("max_seqlen_k", max_seqlen_k), number("scale", scale),
+        dropout_p, softcap, left,
+        0 if flag("is_causal", is_causal) else right, alignment == "lower_right", flag("return_lse", return_lse),
+        torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
+    )  # fmt: skip
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
+    """q, with as many heads as k where it has only one."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if v.shape[1] != kv_heads:
+        raise RuntimeError(f"v must have as many heads as k, {kv_heads}, got {v.shape[1]}")
+    if heads == kv_heads or kv_heads == 1:
+        return q
+    if enable_gqa:
+        if kv_heads == 0 or heads % kv_heads:
+            raise RuntimeError(f"q must have a multiple of the {kv_heads} heads of k, got {heads} heads")
+    elif heads == 1:
+        return q.expand(-1, kv_heads, -1)
+    else:
+        raise RuntimeError(f"k must have the {heads} heads of q unless enable_gqa=True, got {kv_heads} heads")
+    return q
+
+
+SCHEMA = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
+    "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float dropout_p, float softcap, int window_left, int window_right, "
+    "bool lower_right, bool return_lse, bool deterministic"
+)
+
+
+def _fake_fwd(q, k, v, *rest):
+    total, heads, _ = q.shape
+    return q.new_empty(total, heads, v.shape[2]), q.new_empty(heads, total, dtype=lse_dtype(q))
+
+
+def _fake_bwd(grad_out, grad_lse, out, lse, q, k, v, *rest):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+def prefer(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p, softcap,
+    window_left, window_right, lower_right, return_lse, deterministic,
+) -> tuple[str, ...]:  # fmt: skip
+    """By the table of docs/decisions.md: "cpu" is ahead of PyTorch's op on each sequence, which is what "torch" is, for all
+    but bfloat16 on AMX tiles, where PyTorch keeps what bmk.attention leaves to it."""
+    plain = not (dropout_p > 0 or softcap > 0 or return_lse) and window_left < 0 and alibi_slopes is None
+    if q.dtype == torch.bfloat16 and plain and window_right < 0 and max_seqlen_q >= 32:
+        theirs = torch.cpu._is_amx_tile_supported() and not _cpu.tiles_preferred("attention")
+        return ("torch",) if theirs else ("cpu", "torch")
+    return ("cpu", "torch")
+
+
+def _backward(op, args, outputs, grads, needs, backend):
+    out, lse = outputs
+    grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
+    return [*op.bwd(grad_out, grads[1], out, lse, *args, backend)] + [None] * (len(args) - 3)
+
+
+OP = Op(
+    "attention_varlen",
+    f"({SCHEMA}) -> (Tensor out, Tensor lse)",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake_fwd=_fake_fwd,
+    fake_bwd=_fake_bwd,
+    prefer=prefer,
+    backward=_backward,
+    differentiable=reference.fwd,
+    results=2,
+)
+attention_varlen.prepare = prepare
+attention_varlen.op = OP
