@@ -95,7 +95,7 @@ def _cases() -> Iterator[Case]:
         lambda *t, backend: bmk.attention(*t[:3], attn_mask=t[3], backend=backend),
         (q, q, q, (1, 4, 97, 97)),
     )
-    yield Case("attention", "varlen", _varlen, ((97, 4, 40),) * 3)
+    yield Case("attention_varlen", "causal", _varlen, ((97, 4, 40),) * 3)
     one_query = ((2, 4, 1, 40), kv, kv)
     yield Case("attention", "decode", _decode, one_query)
     yield Case("attention_decode", "without gradients", torch.no_grad()(_decode), one_query)

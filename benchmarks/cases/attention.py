@@ -108,6 +108,47 @@ def build_paged(dtype, pass_, *, b, heads, kv_heads, sk, d, page_size) -> Proble
     )
 
 
+def end_to_end(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *, longest: int) -> Tensor:  # [tokens, H, D]
+    return bmk.attention_varlen(q, k, v, ends, ends, longest, longest)
+
+
+def each_sequence(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    lengths = ends.diff().tolist()
+    parts = zip(*[[one.transpose(0, 1) for one in t.split(lengths)] for t in (q, k, v)])
+    outs = [F.scaled_dot_product_attention(*one) for one in parts]
+    return torch.cat([out.transpose(0, 1) for out in outs])
+
+
+def padded(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, *, longest: int) -> Tensor:
+    """Copied to the longest and back, with a mask for what follows the sequences."""
+    lengths = ends.diff()
+    place = torch.arange(longest)
+    inside = place < lengths[:, None]
+    rows = (ends[:-1, None] + place).clamp(max=q.shape[0] - 1)
+    out = F.scaled_dot_product_attention(*[t[rows].transpose(1, 2) for t in (q, k, v)], attn_mask=inside[:, None, None])
+    return out.transpose(1, 2)[inside]
+
+
+def nested(q: Tensor, k: Tensor, v: Tensor, ends: Tensor) -> Tensor:
+    jagged = [torch.nested.nested_tensor_from_jagged(t, ends).transpose(1, 2) for t in (q, k, v)]
+    return F.scaled_dot_product_attention(*jagged).transpose(1, 2).values()
+
+
+def build_varlen(dtype, pass_, *, b, shortest, longest, heads, d) -> Problem:
+    """Self-attention of sequences of evenly spread lengths, in no order."""
+    lengths = torch.linspace(shortest, longest, b).long()[torch.randperm(b)]
+    ends = F.pad(lengths.cumsum(0), (1, 0))
+    q, k, v = (torch.randn(int(ends[-1]), heads, d).to(dtype).requires_grad_(pass_ == TRAIN) for _ in range(3))
+    inputs = (q, k, v, ends)
+    stock = {"one by one": each_sequence, "padded": partial(padded, longest=longest), "nested tensors": nested}
+    return Problem(
+        ours=Contestant("ours", partial(end_to_end, longest=longest), inputs),
+        stock=[Contestant(name, function, inputs) for name, function in stock.items()],
+        flops=4.0 * heads * int((lengths * lengths).sum()) * d,
+        backward=BACKWARD,
+    )
+
+
 class SelfAttention(nn.Module):
     """A multi-head layer on one sequence."""
 
@@ -150,6 +191,12 @@ CASES = [
         "decode in pages of 16 B8 H32:4 KV2048-4096 D128",
         partial(build_paged, b=8, heads=32, kv_heads=4, sk=4096, d=128, page_size=16),
         (FWD,),
+    ),
+    Case(
+        "attention",
+        "varlen B32 H8 S16-256 D64",
+        partial(build_varlen, b=32, shortest=16, longest=256, heads=8, d=64),
+        dtypes=BOTH,
     ),
     Case("attention", "MultiheadAttention B8 S256 E512 H8", partial(build_layer, b=8, s=256, e=512, heads=8)),
 ]
