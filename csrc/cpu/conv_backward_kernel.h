@@ -31,30 +31,32 @@ inline void store_weight_gradient(const ConvBackward& call, const T* dw) {
   constexpr int64_t W = kLanes<T>;
   const Conv& conv = call.conv;
   const int64_t narrow = conv.narrow_channels / conv.groups, wide = conv.wide_channels / conv.groups, padded = padded_channels<T>(narrow);
-  const int64_t taps = conv.h.taps * conv.w.taps, depth = taps * wide, vectors = padded / W, pieces = (depth + W - 1) / W;
+  const int64_t taps = conv.h.taps * conv.w.taps, depth = taps * wide, pieces = (depth + W - 1) / W;
+  constexpr int64_t kRun = 4 * W;  // of adjacent numbers of dw, so that its rows are not read a cache line at a time
+  const int64_t runs = (padded + kRun - 1) / kRun;
   const auto dweight = call.dweight.as<S>();
   const S* scale = static_cast<const S*>(call.scale);
-  torch::stable::parallel_for(0, conv.groups * vectors * pieces, 64, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, conv.groups * runs * pieces, 16, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i / (vectors * pieces), first = i / pieces % vectors * W, k = i % pieces * W;
-      const int64_t lanes = std::min(W, narrow - first), count = std::min(W, depth - k);
-      const vec<T> factors = scale && !call.transposed ? read_lanes<T>(scale + g * narrow + first, lanes) : vec<T>{} + T(1);
-      vec<T> m[W];
-      int64_t c = k / taps, tap = k % taps;
+      const int64_t g = i / (runs * pieces), run = i / pieces % runs * kRun, k = i % pieces * W, count = std::min(W, depth - k);
+      for (int64_t first = run; first < std::min(run + kRun, padded); first += W) {
+        const int64_t lanes = std::min(W, narrow - first);
+        const vec<T> factors = scale && !call.transposed ? read_lanes<T>(scale + g * narrow + first, lanes) : vec<T>{} + T(1);
+        vec<T> m[W];
+        int64_t c = k / taps, tap = k % taps;
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j) {
-        if (j >= count) {
+        for (int j = 0; j < W; ++j) {
           m[j] = vec<T>{};
-          continue;
+          if (j >= count) continue;
+          const vec<T> factor = scale && call.transposed ? broadcast(to_compute(scale[g * wide + c])) : factors;
+          m[j] = load(dw + (g * depth + tap * wide + c) * padded + first) * factor;
+          if (++tap == taps) tap = 0, ++c;
         }
-        const vec<T> factor = scale && call.transposed ? broadcast(to_compute(scale[g * wide + c])) : factors;
-        m[j] = load(dw + (g * depth + tap * wide + c) * padded + first) * factor;
-        if (++tap == taps) tap = 0, ++c;
-      }
-      transpose<T>(m);
+        transpose<T>(m);
 #pragma GCC unroll 16
-      for (int j = 0; j < W; ++j)
-        if (j < lanes) write_lanes<T>(dweight.data + (g * narrow + first + j) * dweight.n + k, m[j], count);
+        for (int j = 0; j < W; ++j)
+          if (j < lanes) write_lanes<T>(dweight.data + (g * narrow + first + j) * dweight.n + k, m[j], count);
+      }
     }
   });
 }
@@ -75,10 +77,11 @@ inline void scale_gradient(const ConvBackward& call, const T* dw, const T* dshif
       for (int64_t c = 0; c < inputs; ++c) {
         const int64_t first = call.transposed ? c : o, second = call.transposed ? o : c;  // of the weight's two channel dimensions
         const S* of_channels = weight.data + (g * narrow + first) * weight.n + second * weight.c;
+        const T* gradients = dw + (g * depth + second) * padded + first;
         T row = 0;
         for (int64_t kh = 0; kh < conv.h.taps; ++kh)
           for (int64_t kw = 0; kw < taps_w; ++kw)
-            row += to_compute(of_channels[kh * weight.h + kw * weight.w]) * dw[(g * depth + (kh * taps_w + kw) * wide + second) * padded + first];
+            row += to_compute(of_channels[kh * weight.h + kw * weight.w]) * gradients[(kh * taps_w + kw) * wide * padded];
         product += row;
       }
       static_cast<S*>(call.dscale)[i] = from_compute<S>(product + (bias ? to_compute(bias[i]) : T(0)) * dshift[i]);

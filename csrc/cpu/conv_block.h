@@ -64,9 +64,10 @@ INLINE S narrow_one(T x) {
     return from_compute<S>(x);
 }
 
-// `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride].
+// `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride]. No hardware prefetcher
+// follows the channels, so the row that is `next` elements further is asked for.
 template <class T, class S>
-NOINLINE void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count) {
+NOINLINE void load_planar(T* out, int64_t stride, const S* row, int64_t channel_step, int64_t channels, int64_t count, int64_t next) {
   constexpr int W = kLanes<T>;
   constexpr int64_t kScalar = W / 4;  // fewer channels than this are not worth a transposition
   int64_t c = 0;
@@ -77,6 +78,9 @@ NOINLINE void load_planar(T* out, int64_t stride, const S* row, int64_t channel_
       vec<T> m[W];
 #pragma GCC unroll 16
       for (int i = 0; i < W; ++i) m[i] = i < nc ? read_lanes<T>(row + (c + i) * channel_step + p, np) : vec<T>{};
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i)
+        if (i < nc) __builtin_prefetch(row + (c + i) * channel_step + p + next, 0, 2);
       transpose<T>(m);
       if (np == W && c + W <= stride) {  // lanes past the channels are 0, as the block wants them
 #pragma GCC unroll 16
@@ -129,7 +133,7 @@ NOINLINE void load_block(T* block, int64_t stride, int64_t block_columns, const 
         for (int64_t i = 0; i < length; i += W)
           write_lanes<T>(out + p * stride + i, read_lanes<T>(source + p * x.w + i, length - i), length - i);
     } else if (x.w == 1) {
-      load_planar<T>(out, stride, source, x.c, channels, count);
+      load_planar<T>(out, stride, source, x.c, channels, count, r + 1 < rows ? x.h : 0);
     } else {
       for (int64_t p = 0; p < count; ++p)
         for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = read_one<T>(source + p * x.w + c * x.c);

@@ -131,39 +131,36 @@ INLINE void with_phase_taps(int64_t h, int64_t w, F f) {
 
 // As weight_gradient, for what filtered_gradient applies to. False: not computed, there is a value that is not finite, or no pixel.
 template <class T, class WideSource, class NarrowSource>
-inline bool filtered_weight_gradient(const Conv& conv, const FilteredGradient& kind, const WideSource& wide, const NarrowSource& narrow, T* dw,
-                                     T* sums) {
-  constexpr int64_t W = kLanes<T>, kColumns = ConvTile<T>::kColumns, kTiles = 64, kPart = 64, kTasks = 16;
+inline bool filtered_weight_gradient(const Conv& conv, const FilteredGradient& kind, const WideSource& wide, const NarrowSource& narrow,
+                                     T* dw, T* sums) {
+  constexpr int64_t W = kLanes<T>, kColumns = ConvTile<T>::kColumns, kTiles = 96, kBandTiles = 64, kPart = 64, kTasks = 16;
   const Pass pass = gather_pass(conv);
   const int64_t C = pass.channels, O = pass.out_channels, padded = padded_channels<T>(O), depth = pass.depth(), stride = conv.h.stride;
-  const auto part_of = [](int64_t channels) {
-    const int64_t parts = (channels + kPart - 1) / kPart;
+  const auto part_of = [](int64_t channels, int64_t most) {
+    const int64_t parts = (channels + most - 1) / most;
     return round_up((channels + parts - 1) / parts, W);
   };
-  const int64_t wide_part = part_of(C), narrow_part = part_of(O);
+  const int64_t wide_part = part_of(C, kPart), narrow_part = part_of(O, kPart * kind.phases);
   const int64_t wide_parts = (C + wide_part - 1) / wide_part, narrow_parts = (O + narrow_part - 1) / narrow_part;
   const int64_t parts = conv.groups * wide_parts * narrow_parts;
 
-  const Bands bands = make_bands(conv.h.narrow, conv.w.narrow, Window{}, conv.batch, 1, 4 * kTiles, 2);
-  const int64_t across = (bands.columns + 1) / 2, down = (bands.rows + 1) / 2, most = std::max(kTiles, across * down);
-  const int64_t units = conv.batch * bands.count();
+  const Bands bands = make_bands(conv.h.narrow, conv.w.narrow, Window{}, conv.batch, 1, 4 * kBandTiles, 2);
+  const int64_t across = (bands.columns + 1) / 2, down = (bands.rows + 1) / 2, units = conv.batch * bands.count();
   if (units == 0) return false;
   const Chunks chunks(units, conv.groups * depth * padded * sizeof(T),
                       std::clamp<int64_t>(units * across * down / kTiles, 1, (kTasks + parts - 1) / parts));
-  // Blocks of the wide side: of one unit at least, of kTiles tiles with a rim as large as they are otherwise.
-  const int64_t columns = 2 * stride * across + 2, room = std::max((2 * stride * down + 2) * columns, kTiles * 8 * stride * stride);
+  const int64_t columns = 2 * stride * across + 2, rows = 2 * stride * down + 2;  // of the wide side in a block
   // One vector more than the data, so that the points do not fall onto the same sets of the first-level cache.
-  const int64_t v_step = most * wide_part + W, z_step = most * narrow_part + W, u_step = wide_part * narrow_part + W;
-  const int64_t points = kind.points() * kind.points(), sums_of_phases = (conv.h.taps + kind.phases) * (conv.w.taps + kind.phases);
+  const int64_t v_step = kTiles * wide_part + W, z_step = kTiles * narrow_part + W, u_step = wide_part * narrow_part + W;
+  const int64_t points = kind.points() * kind.points(), points_of_phases = (conv.h.taps + kind.phases) * (conv.w.taps + kind.phases);
 
   const int64_t dw_size = conv.groups * depth * padded, sums_size = conv.groups * padded;
   const bool partial = chunks.count > 1;
   Scratch<T> partial_dw(partial ? chunks.count * dw_size : 0), partial_sums(partial ? chunks.count * sums_size : 0);
   std::vector<char> finite(chunks.count * parts, true);
   torch::stable::parallel_for(0, chunks.count * parts, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(room * wide_part), pixels(4 * across * down * narrow_part), lost(narrow_part);
-    Scratch<T> v(points * v_step), z(points * z_step), u(sums_of_phases * u_step);
-    std::vector<const T*> from(most);  // where tiles begin in the block
+    Scratch<T> block(rows * columns * wide_part), pixels(4 * across * down * narrow_part), lost(narrow_part);
+    Scratch<T> v(points_of_phases * v_step), z(points * z_step), u(points_of_phases * u_step);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / parts, part = task % parts, g = part / (wide_parts * narrow_parts);
       const int64_t c0 = part / narrow_parts % wide_parts * wide_part, wide_count = std::min(wide_part, C - c0);
@@ -173,66 +170,73 @@ inline bool filtered_weight_gradient(const Conv& conv, const FilteredGradient& k
       T* out_sums = !sums || c0 > 0 ? nullptr : (partial ? partial_sums.get() + chunk * sums_size : sums) + g * padded + o0;
       if (out_sums) std::fill_n(out_sums, width, T(0)), std::fill_n(lost.get(), width, T(0));
 
-      // f(taps of the rows, of the columns, the first tap of each, the sums) for every phase.
+      // f(taps of the rows, of the columns, the first tap of each, the points before those of the phase) for every phase.
       const auto each_phase = [&](auto f) {
-        T* sums_of_phase = u.get();
+        int64_t first = 0;
         for (int64_t ph = 0; ph < kind.phases; ++ph)
           for (int64_t pw = 0; pw < kind.phases; ++pw) {
             const int64_t taps_h = (conv.h.taps - ph + stride - 1) / stride, taps_w = (conv.w.taps - pw + stride - 1) / stride;
-            with_phase_taps(taps_h, taps_w, [&](auto h, auto w) { f(h, w, ph, pw, sums_of_phase); });
-            sums_of_phase += (taps_h + 1) * (taps_w + 1) * u_step;
+            with_phase_taps(taps_h, taps_w, [&](auto h, auto w) { f(h, w, ph, pw, first); });
+            first += (taps_h + 1) * (taps_w + 1);
           }
       };
-      int64_t tiles = 0, filled = 0;  // of the batch: tiles, and pixels of the block
+      int64_t tiles = 0;
       bool add = false;
       const auto multiply = [&] {
-        each_phase([&](auto taps_h, auto taps_w, int64_t ph, int64_t pw, T* sums_of_phase) {
+        each_phase([&](auto taps_h, auto taps_w, int64_t, int64_t, int64_t first) {
           constexpr int kH = taps_h.value, kW = taps_w.value;
-          for (int64_t t = 0; t < tiles; ++t)
-            phase_sources<kH, kW, T>(from[t] + (ph * columns + pw) * wide_part, stride * columns * wide_part, stride * wide_part, vectors,
-                                     v.get() + t * wide_part, v_step);
           for (int64_t i = 0; i < (kH + 1) * (kW + 1); ++i) {
             // Of fewer taps the points of the narrow side are the first of those of more.
             const T* of_point = z.get() + (i / (kW + 1) * kind.points() + i % (kW + 1)) * z_step;
-            T* sums_of_point = sums_of_phase + i * u_step;
+            const T* wide_point = v.get() + (first + i) * v_step;
+            T* sums_of_point = u.get() + (first + i) * u_step;
             for (int64_t o = 0; o < width; o += kColumns)
               if (width - o >= kColumns)
-                point_sums<2, T>(tiles, v + i * v_step, wide_part, wide_count, of_point + o, narrow_part, sums_of_point + o, narrow_part, add);
+                point_sums<2, T>(tiles, wide_point, wide_part, wide_count, of_point + o, narrow_part, sums_of_point + o, narrow_part, add);
               else
-                point_sums<1, T>(tiles, v + i * v_step, wide_part, wide_count, of_point + o, narrow_part, sums_of_point + o, narrow_part, add);
+                point_sums<1, T>(tiles, wide_point, wide_part, wide_count, of_point + o, narrow_part, sums_of_point + o, narrow_part, add);
           }
         });
-        tiles = filled = 0;
+        tiles = 0;
         add = true;
       };
       for (int64_t unit = chunks.begin(chunk); unit < chunks.begin(chunk + 1) && finite[task]; ++unit) {
         const int64_t n = unit / bands.count();
         const Band band = bands.full(unit % bands.count());
-        const int64_t h = (band.rows() + 1) / 2, w = (band.columns() + 1) / 2, rows = 2 * stride * h + 2;
-        if (tiles + h * w > most || filled + rows * columns > room) multiply();
-        T* corner = block + filled * wide_part;
-        wide.load(corner, wide_part, columns, n, g * C + c0, wide_count, pass.h.lowest(band.top), rows, pass.w.lowest(band.left), columns);
+        const int64_t h = (band.rows() + 1) / 2, w = (band.columns() + 1) / 2;
+        const int64_t used_rows = 2 * stride * h + 2, used_columns = 2 * stride * w + 2;
+        wide.load(block.get(), wide_part, used_columns, n, g * C + c0, wide_count, pass.h.lowest(band.top), used_rows,
+                  pass.w.lowest(band.left), used_columns);
         narrow.load(pixels.get(), narrow_part, 2 * w, n, g * O + o0, narrow_count, band.top, 2 * h, band.left, 2 * w);
-        finite[task] = all_finite(corner, rows * columns * wide_part) && all_finite(pixels.get(), 4 * h * w * narrow_part);
+        finite[task] = all_finite(block.get(), used_rows * used_columns * wide_part) && all_finite(pixels.get(), 4 * h * w * narrow_part);
         if (out_sums) add_pixels<T>(out_sums, lost, pixels, band, 2 * w, width, narrow_part);
-        for (int64_t i = 0; i < h * w; ++i, ++tiles) {
-          from[tiles] = corner + 2 * stride * (i / w * columns + i % w) * wide_part;
-          const T* y = pixels + 2 * (i / w * 2 * w + i % w) * narrow_part;
-          if (kind.taps == 3)
-            tile_of_gradient<3, T>(y, 2 * w * narrow_part, narrow_part, width, z + tiles * narrow_part, z_step);
-          else
-            tile_of_gradient<2, T>(y, 2 * w * narrow_part, narrow_part, width, z + tiles * narrow_part, z_step);
+        for (int64_t i = 0; i < h * w;) {
+          const int64_t count = std::min(kTiles - tiles, h * w - i);
+          for (int64_t t = 0; t < count; ++t) {
+            const T* y = pixels + 2 * ((i + t) / w * 2 * w + (i + t) % w) * narrow_part;
+            if (kind.taps == 3)
+              tile_of_gradient<3, T>(y, 2 * w * narrow_part, narrow_part, width, z + (tiles + t) * narrow_part, z_step);
+            else
+              tile_of_gradient<2, T>(y, 2 * w * narrow_part, narrow_part, width, z + (tiles + t) * narrow_part, z_step);
+          }
+          each_phase([&](auto taps_h, auto taps_w, int64_t ph, int64_t pw, int64_t first) {
+            for (int64_t t = 0; t < count; ++t)
+              phase_sources<taps_h.value, taps_w.value, T>(
+                  block + (2 * stride * ((i + t) / w * used_columns + (i + t) % w) + ph * used_columns + pw) * wide_part,
+                  stride * used_columns * wide_part, stride * wide_part, vectors, v + first * v_step + (tiles + t) * wide_part, v_step);
+          });
+          tiles += count, i += count;
+          if (tiles == kTiles) multiply();
         }
-        filled += rows * columns;
       }
       if (!finite[task]) continue;
-      multiply();
-      each_phase([&](auto taps_h, auto taps_w, int64_t ph, int64_t pw, const T* sums_of_phase) {
+      if (tiles > 0) multiply();
+      each_phase([&](auto taps_h, auto taps_w, int64_t ph, int64_t pw, int64_t first) {
         T* taps[taps_h.value][taps_w.value];
         for (int64_t kh = 0; kh < taps_h.value; ++kh)
           for (int64_t kw = 0; kw < taps_w.value; ++kw)
             taps[kh][kw] = out + ((ph + kh * stride) * conv.w.taps + pw + kw * stride) * C * padded;
-        taps_of_sums<taps_h.value, taps_w.value, T>(sums_of_phase, u_step, narrow_part, wide_count, width, taps, padded);
+        taps_of_sums<taps_h.value, taps_w.value, T>(u + first * u_step, u_step, narrow_part, wide_count, width, taps, padded);
       });
     }
   });

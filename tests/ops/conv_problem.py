@@ -108,6 +108,25 @@ PHASES = {
     "c3": (2, 32, 64, (34, 36), (3, 3), {"stride": 2, "padding": 1}),
     "c4x3": (4, 32, 33, (17, 24), (4, 3), {"stride": 2, "padding": (1, 2)}),
 }
+# Where the gradient of the weights is filtered, from 16 channels on: one batch of tiles (96) and several, which end between
+# bands and inside of them; channels that fill no vector, several parts (64) and a short last one; sizes with and without whole
+# tiles.
+FILTERED = {
+    "k3": (2, 16, 16, (9, 7), (3, 3), {"padding": 1}),
+    "k3_tails": (1, 17, 21, (5, 8), (3, 3), {"padding": 2}),
+    "k3_parts": (3, 70, 145, (14, 14), (3, 3), {"padding": 1}),
+    "k3_chunks": (40, 32, 17, (7, 7), (3, 3), {"padding": 1}),
+    "k3_wide": (2, 18, 33, (5, 301), (3, 3), {"padding": (0, 1)}),
+    "k3_row": (3, 16, 16, (1, 300), (3, 3), {"padding": 1}),
+    "k3_groups": (2, 40, 68, (11, 10), (3, 3), {"padding": 1, "groups": 2}),
+    "k3_transposed": (2, 66, 19, (12, 13), (3, 3), {"transposed": True, "padding": 1}),
+    "k4s2": (3, 70, 16, (22, 26), (4, 4), {"stride": 2, "padding": 1}),
+    "k4s2_groups": (1, 34, 64, (13, 16), (4, 4), {"stride": 2, "groups": 2}),
+    "k4s2_transposed": (5, 150, 40, (8, 9), (4, 4), {"transposed": True, "stride": 2, "padding": 1}),
+    "k3s2": (9, 19, 80, (15, 17), (3, 3), {"stride": 2, "padding": 1}),
+    "k4x3s2": (2, 16, 24, (30, 29), (4, 3), {"stride": 2, "padding": (2, 0)}),
+}
+FILTERED_BY_NAME = {f"filtered_{name}": geometry for name, geometry in FILTERED.items()}
 PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
 
 DEPTHWISE_BY_NAME = {f"depthwise_{name}": geometry for name, geometry in DEPTHWISE.items()}
@@ -141,7 +160,9 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME)[geometry]
+        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME)[
+            geometry
+        ]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
         self.options = dict(options)
