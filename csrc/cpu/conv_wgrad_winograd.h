@@ -17,10 +17,14 @@
 // from there over all taps: the caller is told, and sums up directly.
 //
 // For each pair of a point (z, v) of the rows and one of the columns the sum over tiles is a matrix product [wide channels, tiles] x
-// [tiles, narrow channels]. A task owns a chunk of the batch, up to kPart wide and kPart narrow channels and their sums u, which stay in
-// the second-level cache: of each batch of up to kTiles tiles it copies both sides into blocks, transforms them and multiplies, point
-// after point, with both operands and the sums of a point in the first-level cache. At its end it takes its sums back to taps, so that
-// the partial sums of the chunks are no larger than those of weight_gradient. Floor: the products at the multiply-add peak.
+// [tiles, narrow channels]. A task owns a chunk of the batch, up to kPart wide and kPart (stride 2: twice that) narrow channels and their
+// sums u, which stay in the second-level cache: band by band it copies both sides into blocks and transforms them, and for every kTiles
+// tiles multiplies, point after point, with both operands and the sums of a point in the first-level cache. At its end it takes its sums
+// back to taps, so that the partial sums of the chunks are no larger than those of weight_gradient. Sums begin anew with every batch of
+// tiles, hence an error below that of PyTorch's gradient.
+//
+// Floor: the products at the multiply-add peak. 32 -> 64 channels on 14 x 14, per image on one Zen 5 core: floor 50,200 cycles, predicted
+// 65,000, measured 94,000 with the way back through the pool (169,000 by weight_gradient); the products take 61,000 of them.
 
 // The product pays for the transforms from this many channels on either side.
 inline constexpr int64_t kFilteredChannels = 16;

@@ -24,12 +24,15 @@ def _bfloat16_is_ours(last, axes, taps, second, outputs, weights, groups, transp
     return outputs >= 16 or not last
 
 
-def _in_phases(x_shape, weight_shape, stride, dilation, groups, transposed) -> tuple[bool, int]:
-    """Whether the kernels sum the phases of a stride of 2 by Winograd's filtering, and how many tiles share a weight."""
+def _filtered(x_shape, weight_shape, stride, dilation, groups, transposed) -> tuple[bool, int]:
+    """Whether Winograd's filtering finds the gradient of the weights (and, from 32 channels on, the rest): 3x3, or 3 or 4 taps an
+    axis with a stride of 2. And how many tiles share a weight."""
     first, second, *kernel = weight_shape
-    fits = len(kernel) == 2 and set(kernel) <= {3, 4} and set(stride) == {2} and set(dilation) == {1} and groups == 1
-    side = 2 if transposed else 4
-    return fits and min(first, second) >= 32, x_shape[0] * math.prod(-(-n // side) for n in x_shape[2:])
+    strides = set(stride)
+    fits = kernel == [3, 3] if strides == {1} else len(kernel) == 2 and set(kernel) <= {3, 4} and strides == {2}
+    fits = fits and set(dilation) == {1} and groups == 1 and min(first, second) >= 16
+    side = 4 if strides == {2} and not transposed else 2
+    return fits, x_shape[0] * math.prod(-(-n // side) for n in x_shape[2:])
 
 
 @functools.lru_cache(maxsize=4096)
@@ -40,8 +43,9 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     places = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride))
     few = places <= (96 if last else 256)
     strided = any(v > 1 for v in stride)
-    in_phases, tiles = _in_phases(x_shape, weight_shape, stride, dilation, groups, transposed)
-    in_phases = in_phases and dtype == torch.float32
+    filtered, tiles = _filtered(x_shape, weight_shape, stride, dilation, groups, transposed)
+    filtered = filtered and dtype == torch.float32
+    in_phases = filtered and strided and min(first, second) >= 32
     beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
@@ -61,9 +65,10 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
         ours = ours and first == groups and second == 1
     elif in_phases and tiles >= 128 and not save:
         ours = taps == 16 or weights <= 128 * 256
-    elif in_phases and tiles >= 128 and save:
-        ours = weights <= 128 * 128 or (weights <= 128 * 256 and tiles >= 1024)
-        ours = ours and (taps == 16 or transposed)
+    elif filtered and save and strided:
+        ours = tiles >= 128 and weights <= 512 * tiles and (taps == 16 or transposed or weights <= 128 * 256)
+    elif filtered and save:
+        ours = weights <= max(128 * 128, 700 * tiles)
     elif transposed:
         ours = not save and not last and weights <= 128 * 128
     elif taps == pixels == 1:  # a matrix product
@@ -72,8 +77,8 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
         ours = True
     elif len(kernel) == 1:
         ours = taps > 1 and weights <= 128 * 128
-    elif kernel == [3, 3] and all(v == 1 for v in (*stride, *dilation)) and min(first, second) >= 32:  # Winograd
-        ours = weights <= (128 * 128 if save else 256 * 256)
+    elif filtered and not strided and min(first, second) >= 32:
+        ours = weights <= 256 * 256
     elif save:
         ours = taps <= 9 and taps > 1 and second <= 16
     elif taps == 1:
