@@ -8,14 +8,37 @@ struct Bytes {
   typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> lane;
   typedef lane wide __attribute__((vector_size(ISA_VECTOR_BYTES)));
   typedef uint8_t narrow __attribute__((vector_size(W)));
+  static INLINE vec<T> widen(narrow bytes) { return __builtin_convertvector(__builtin_convertvector(bytes, wide), vec<T>); }
+  static INLINE narrow shorten(vec<T> v) { return __builtin_convertvector(__builtin_convertvector(v, wide), narrow); }
   static INLINE vec<T> read(const uint8_t* p) {
     narrow bytes;
     std::memcpy(&bytes, p, W);
-    return __builtin_convertvector(__builtin_convertvector(bytes, wide), vec<T>);
+    return widen(bytes);
   }
   static INLINE void write(uint8_t* p, vec<T> v) {
-    const narrow bytes = __builtin_convertvector(__builtin_convertvector(v, wide), narrow);
+    const narrow bytes = shorten(v);
     std::memcpy(p, &bytes, W);
+  }
+  // n < W of them.
+  static INLINE vec<T> read_partial(const uint8_t* p, int64_t n) {
+    narrow bytes = {};
+#if ISA_VECTOR_BYTES == 64
+    const __m128i some = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << n) - 1), p);
+    std::memcpy(&bytes, &some, W);
+#else
+    std::memcpy(&bytes, p, n);
+#endif
+    return widen(bytes);
+  }
+  static INLINE void write_partial(uint8_t* p, vec<T> v, int64_t n) {
+    const narrow bytes = shorten(v);
+#if ISA_VECTOR_BYTES == 64
+    __m128i all = _mm_setzero_si128();
+    std::memcpy(&all, &bytes, W);
+    _mm_mask_storeu_epi8(p, static_cast<__mmask16>((1u << n) - 1), all);
+#else
+    std::memcpy(p, &bytes, n);
+#endif
   }
 };
 
@@ -24,10 +47,7 @@ template <class T, class S>
 INLINE vec<T> read_lanes(const S* p, int64_t n) {
   constexpr int W = kLanes<T>;
   if constexpr (std::is_same_v<S, uint8_t>) {
-    if (n >= W) return Bytes<T>::read(p);
-    uint8_t bytes[W] = {};
-    std::memcpy(bytes, p, n);
-    return Bytes<T>::read(bytes);
+    return n >= W ? Bytes<T>::read(p) : Bytes<T>::read_partial(p, n);
   } else {
     return n >= W ? load(p) : load_partial(p, n);
   }
@@ -37,9 +57,10 @@ template <class T, class S>
 INLINE void write_lanes(S* p, vec<T> v, int64_t n) {
   constexpr int W = kLanes<T>;
   if constexpr (std::is_same_v<S, uint8_t>) {
-    uint8_t bytes[W];
-    Bytes<T>::write(n >= W ? p : bytes, v);
-    if (n < W) std::memcpy(p, bytes, n);
+    if (n >= W)
+      Bytes<T>::write(p, v);
+    else
+      Bytes<T>::write_partial(p, v, n);
   } else {
     if (n >= W)
       store(p, v);

@@ -23,26 +23,52 @@ struct GradientSource {
       activation_gradient(block, stride, block_columns, n, c0, count, row, rows, column, columns);
       return;
     }
-    clear(block, stride, block_columns, rows, columns);
     int64_t top, bottom, left, right;
     windows_over(row + window.pad_h, rows, window.h, window.stride_h, grad.height, &top, &bottom);
     windows_over(column + window.pad_w, columns, window.w, window.stride_w, grad.width, &left, &right);
-    if (top >= bottom || left >= right) return;
+    if (top >= bottom || left >= right) {
+      clear(block, stride, block_columns, rows, columns);
+      return;
+    }
+    // Windows side by side write each of their elements once; only what lies beside all of them has to be cleared.
+    const bool overlapping = window.stride_h < window.h || window.stride_w < window.w;
+    const bool adjacent = window.stride_h == window.h && window.stride_w == window.w && stride == count;
+    const int64_t r_first = top * window.stride_h - window.pad_h - row, q_first = left * window.stride_w - window.pad_w - column;
+    if (adjacent) {
+      const int64_t r_begin = std::max<int64_t>(r_first, 0), r_end = std::min(r_first + (bottom - top) * window.h, rows);
+      const int64_t q_begin = std::max<int64_t>(q_first, 0), q_end = std::min(q_first + (right - left) * window.w, columns);
+      clear(block, stride, block_columns, r_begin, columns);
+      clear(block + r_begin * block_columns * stride, stride, block_columns, r_end - r_begin, q_begin);
+      clear(block + (r_begin * block_columns + q_end) * stride, stride, block_columns, r_end - r_begin, columns - q_end);
+      clear(block + r_end * block_columns * stride, stride, block_columns, rows - r_end, columns);
+    } else {
+      clear(block, stride, block_columns, rows, columns);
+    }
     const int64_t padded = round_up(count, W), pixels = (bottom - top) * (right - left);
     Scratch<T> g(pixels * padded), chosen(pixels * padded);
     load_pooled(g, chosen, padded, n, c0, count, top, bottom - top, left, right - left);
-    const bool overlapping = window.stride_h < window.h || window.stride_w < window.w;
+    const bool squares = adjacent && window.h == 2 && window.w == 2 && count == padded;
     for (int64_t pr = top, p = 0; pr < bottom; ++pr)
       for (int64_t pc = left; pc < right; ++pc, ++p) {
-        const int64_t r0 = pr * window.stride_h - window.pad_h - row, q0 = pc * window.stride_w - window.pad_w - column;
+        const int64_t r0 = r_first + (pr - top) * window.stride_h, q0 = q_first + (pc - left) * window.stride_w;
         const int64_t kh0 = std::max<int64_t>(0, -r0), kh1 = std::min(window.h, rows - r0);
         const int64_t kw0 = std::max<int64_t>(0, -q0), kw1 = std::min(window.w, columns - q0);
+        T* corner = block + (r0 * block_columns + q0) * stride;
+        if (squares && kh1 - kh0 == 2 && kw1 - kw0 == 2) {
+          for (int64_t c = 0; c < count; c += W) {
+            const vec<T> gc = load_vector(g.get() + p * padded + c), kc = load_vector(chosen.get() + p * padded + c);
+#pragma GCC unroll 4
+            for (int k = 0; k < 4; ++k)
+              write_lanes<T>(corner + (k / 2 * block_columns + k % 2) * stride + c, kc == broadcast(static_cast<T>(k)) ? gc : vec<T>{}, W);
+          }
+          continue;
+        }
         for (int64_t c = 0; c < count; c += W) {
           const int64_t lanes = std::min<int64_t>(W, count - c);
           const vec<T> gc = load_vector(g.get() + p * padded + c), kc = load_vector(chosen.get() + p * padded + c);
           for (int64_t kh = kh0; kh < kh1; ++kh)
             for (int64_t kw = kw0; kw < kw1; ++kw) {
-              T* d = block + ((r0 + kh) * block_columns + q0 + kw) * stride + c;
+              T* d = corner + (kh * block_columns + kw) * stride + c;
               vec<T> v = kc == broadcast(static_cast<T>(kh * window.w + kw)) ? gc : vec<T>{};
               if (overlapping) v += read_lanes<T>(d, lanes);
               write_lanes<T>(d, v, lanes);
