@@ -1,5 +1,5 @@
-// Native ops attention_fwd and _bwd, attention_varlen_fwd and _bwd, and attention_decode_fwd on the CPU: checks, allocation, registration. The kernels, with formulas
-// and who owns what, are in attention_*_kernel.h.
+// Native ops attention_fwd and _bwd, attention_varlen_fwd and _bwd, and attention_decode_fwd on the CPU: checks, allocation, registration.
+// The kernels, with formulas and who owns what, are in attention_*_kernel.h.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of _mm512_undefined_ps inside _mm512_max_ps
 #define KERNEL_SOURCE "attention_kernel.h"
 #include "attention_tasks.h"

@@ -7,38 +7,6 @@
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
 // number of parts depends on the shape alone, so the results never depend on the number of threads.
 
-// delta of every query, [B, Hq, Sq]: a vector of queries at a time, so that their rows are on the way from memory together.
-template <class S, class T>
-void row_deltas(const AttentionBackward* problems, int64_t count, T* const* deltas) {
-  constexpr int64_t W = kLanes<T>, kTaskValues = 65536;
-  CostedTasks costed;
-  for (int64_t i = 0; i < count; ++i)
-    costed.add(problems[i].a.batch * problems[i].a.heads, problems[i].a.q_len * problems[i].a.value_dim);
-  torch::stable::parallel_for(0, costed.total(), kTaskValues / CostedTasks::kUnit, [&](int64_t begin, int64_t end) {
-    costed.each(begin, end, [&](int64_t problem, int64_t head) {
-      const auto& [a, g] = problems[problem];
-      const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
-      const int64_t b = head / a.heads, h = head % a.heads;
-      for (int64_t i0 = 0; i0 < a.q_len; i0 += W) {
-        const int64_t rows = std::min(W, a.q_len - i0);
-        vec<T> sums[W];
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < W; ++i) sums[i] = vec<T>{};
-        for (int64_t d = 0; d < a.value_dim; d += W) {
-          const int64_t n = std::min(W, a.value_dim - d);
-          for (int64_t i = 0; i < rows; ++i)
-            sums[i] += load_any(g.grad_out.at<S>(b, h, i0 + i) + d * grad_stride, grad_stride, n) *
-                       load_any(g.out.at<S>(b, h, i0 + i) + d * out_stride, out_stride, n);
-        }
-        T row_sums[W];
-        store(row_sums, sum_each<T>(sums));
-        for (int64_t i = 0; i < rows; ++i)
-          deltas[problem][head * a.q_len + i0 + i] = row_sums[i] - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i0 + i) : T(0));
-      }
-    });
-  });
-}
-
 // A block of rows against a block of keys: operands, products and probabilities. Operands are of type A: T, or bfloat16 where it
 // is multiplied in pairs or in tiles. Then q is not scaled, p and ds are rounded, and what is summed over rows lies in pairs of
 // them. In tiles p and ds are the other operand, whose pairs need no transposition: dv^T = do^T p and dk^T = q^T ds, [d][keys].
@@ -374,7 +342,24 @@ INLINE void write_scaled(S* out, const T* row, int64_t n, T factor) {
   for (int64_t d = 0; d < n; d += kLanes<T>) store_any(out + d, load(row + d) * factor, n - d);
 }
 
-// Problems differ in sizes and addresses only.
+// The sums of `parts` parts of dq of a block of rows, part_step apart, times the scale.
+template <class S, class T>
+inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, T* parts_dq, int64_t parts, int64_t part_step,
+                     int64_t depth_ld) {
+  const auto& [a, g] = problem;
+  for (int64_t r = 0; r < rows.count; ++r) {
+    T* sum = parts_dq + (rows.first + r) * depth_ld;
+    for (int64_t part = 1; part < parts; ++part) {
+      const T* other = sum + part * part_step;
+      for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
+    }
+    const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
+    write_scaled(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
+  }
+}
+
+// Problems differ in sizes and addresses only. A group whose keys are one part has its deltas and its dq to itself: both stay in the
+// cache of the thread that needs them.
 template <class S, class A>
 void attention_backward_of(const AttentionBackward* problems, int64_t count) {
   using T = compute_t<S>;
@@ -382,7 +367,7 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
   const AttentionArgs& any = problems[0].a;
   const bool tiled = std::is_same_v<A, bfloat16> && in_tiles();
   const int64_t depth_ld = row_elements<T>(any.head_dim, tiled), value_ld = row_elements<T>(any.value_dim, tiled);
-  int64_t all_groups = 0, all_deltas = 0, all_dq = 0;
+  int64_t all_groups = 0, delta_count = 0, dq_count = 0, own_dq = 0;
   for (int64_t i = 0; i < count; ++i) all_groups += problems[i].a.groups();
   if (all_groups == 0) return;
   struct Plan {
@@ -390,37 +375,47 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
     int64_t first_dq;  // its dq of every part, [groups][parts][rows][depth_ld], among all problems'
   };
   std::vector<Plan> plans(count);
-  CostedTasks costed, summed;
+  CostedTasks costed, apart, summed;
   for (int64_t i = 0; i < count; ++i) {
     const AttentionArgs& a = problems[i].a;
     const int64_t groups = a.groups(), rows = a.group_rows(), key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
     const int64_t parts = std::clamp<int64_t>((kWantedTasks + all_groups - 1) / all_groups, 1, std::max<int64_t>(1, key_blocks));
-    plans[i] = {(rows + kRows - 1) / kRows, key_blocks, parts, round_up(rows, tiled ? kTileSide : kTileRows<T>), all_dq};
-    all_dq += groups * parts * plans[i].padded_rows * depth_ld;
-    all_deltas += a.batch * a.heads * a.q_len;
+    plans[i] = {(rows + kRows - 1) / kRows, key_blocks, parts, round_up(rows, tiled ? kTileSide : kTileRows<T>), dq_count};
+    const int64_t part_dq = plans[i].padded_rows * depth_ld;
+    delta_count += a.batch * a.heads * a.q_len;
     costed.add(groups * parts, 2 * rows * ((a.k_len + parts - 1) / parts) * (a.head_dim + a.value_dim));
-    summed.add(groups * plans[i].blocks, std::min(kRows, rows) * parts * depth_ld);
+    if (parts == 1) {
+      own_dq = std::max(own_dq, part_dq);
+      apart.add(0, 0), summed.add(0, 0);
+    } else {
+      dq_count += groups * parts * part_dq;
+      add_deltas(apart, a);
+      summed.add(groups * plans[i].blocks, std::min(kRows, rows) * parts * depth_ld);
+    }
   }
-  Scratch<T> delta_values(all_deltas), dq_values(all_dq);
+  Scratch<T> delta_values(delta_count), dq_values(dq_count);
   std::vector<T*> deltas(count);
   for (int64_t i = 0, first = 0; i < count; ++i) {
     deltas[i] = delta_values + first;
     first += problems[i].a.batch * problems[i].a.heads * problems[i].a.q_len;
   }
-  row_deltas<S, T>(problems, count, deltas.data());
+  if (apart.total() > 0) all_deltas<S, T>(apart, problems, deltas.data());
   constexpr int64_t kGrain = 200000 / CostedTasks::kUnit;
   torch::stable::parallel_for(0, costed.total(), kGrain, [&](int64_t begin, int64_t end) {
     GradBlock<T, A> x(any, problems[0].g, deltas[0]);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
-    Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld);
+    Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld), dq(own_dq);
     Scratch<T> dk_rows(tiled ? padded_keys * depth_ld : 0), dv_rows(tiled ? padded_keys * value_ld : 0);
     costed.each(begin, end, [&](int64_t problem, int64_t task) {
       const auto& [a, g] = problems[problem];
       const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
       x.enter(problems[problem], deltas[problem]);
       const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
-      T* part_dq = dq_values + first_dq + task * padded_rows * depth_ld;
+      const int64_t group_heads = a.heads / a.kv_heads;
+      T* part_dq = parts == 1 ? dq.get() : dq_values + first_dq + task * padded_rows * depth_ld;
       std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
+      for (int64_t head = h * group_heads; parts == 1 && head < (h + 1) * group_heads; ++head)
+        head_deltas<S>(problems[problem], b, head, deltas[problem] + (b * a.heads + head) * a.q_len);
       for (int64_t i = part * key_blocks / parts; i < (part + 1) * key_blocks / parts; ++i) {
         x.template load_keys<S>(group, from_both_ends(i, key_blocks) * kBlockKeys);
         std::fill(dk.get(), dk + padded_keys * depth_ld, T(0));
@@ -443,23 +438,17 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
       }
+      for (int64_t block = 0; parts == 1 && block < blocks; ++block)
+        write_dq<S>(problems[problem], RowBlock<T>(a, group, block * kRows), part_dq, 1, 0, depth_ld);
     });
   });
+  if (summed.total() == 0) return;
   torch::stable::parallel_for(0, summed.total(), kGrain, [&](int64_t begin, int64_t end) {
     summed.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [a, g] = problems[problem];
       const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
-      const int64_t group = task / blocks;
-      const RowBlock<T> rows(a, group, task % blocks * kRows);
-      for (int64_t r = 0; r < rows.count; ++r) {
-        T* sum = dq_values + first_dq + (group * parts * padded_rows + rows.first + r) * depth_ld;
-        for (int64_t part = 1; part < parts; ++part) {
-          const T* other = sum + part * padded_rows * depth_ld;
-          for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
-        }
-        const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
-        write_scaled(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
-      }
+      const int64_t group = task / blocks, part_step = padded_rows * depth_ld;
+      const RowBlock<T> rows(problems[problem].a, group, task % blocks * kRows);
+      write_dq<S>(problems[problem], rows, dq_values + first_dq + group * parts * part_step, parts, part_step, depth_ld);
     });
   });
 }

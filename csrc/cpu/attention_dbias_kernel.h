@@ -31,7 +31,9 @@ void attention_dbias(const AttentionBackward& problem) {
   const int64_t sum_rows = each_row ? chunk_rows : 1, sum_keys = each_key ? kBlockKeys : 1;
   Scratch<T> deltas(a.batch * a.heads * a.q_len);
   T* const all = deltas.get();
-  row_deltas<S, T>(&problem, 1, &all);
+  CostedTasks costed;
+  add_deltas(costed, a);
+  all_deltas<S, T>(costed, &problem, &all);
   torch::stable::parallel_for(0, size[0] * size[1] * chunks * key_tasks, 1, [&](int64_t begin, int64_t end) {
     GradBlock<T> x(a, g, deltas);
     Scratch<T> sum(sum_rows * sum_keys);

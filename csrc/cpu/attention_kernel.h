@@ -23,6 +23,8 @@
 
 #include "attention_forward_kernel.h"
 
+#include "attention_deltas_kernel.h"
+
 #include "attention_backward_kernel.h"
 
 #include "attention_dbias_kernel.h"

@@ -162,6 +162,9 @@ FEW_PIXELS = {
     "pointwise": ((2, 256, 14, 14), (260, 256, 1, 1), {"stride": 2}),
     "one_axis": ((3, 65, 50), (512, 65, 4), {"stride": 3, "padding": 2}),
     "one_pixel": ((1, 300, 3, 3), (70, 300, 3, 3), {}),
+    "a_rest_of_five": ((1, 64, 3, 7), (131, 64, 3, 3), {"padding": 1}),
+    "strips_and_a_rest_of_six": ((1, 64, 7, 10), (193, 64, 3, 3), {"padding": 1}),
+    "two_strips_and_a_rest": ((2, 64, 6, 7), (200, 64, 3, 3), {"padding": 1}),
 }
 
 

@@ -1,0 +1,39 @@
+// delta = sum_d do o - dlse, the derivative of the normalisation, and of lse itself: for one head, or for all of some problems.
+
+// delta of the queries of one head, [Sq]: a vector of queries at a time, so that their rows are on the way from memory together.
+template <class S, class T>
+void head_deltas(const AttentionBackward& problem, int64_t b, int64_t h, T* deltas) {
+  constexpr int64_t W = kLanes<T>;
+  const auto& [a, g] = problem;
+  const int64_t grad_stride = g.grad_out.stride[3], out_stride = g.out.stride[3];
+  for (int64_t i0 = 0; i0 < a.q_len; i0 += W) {
+    const int64_t rows = std::min(W, a.q_len - i0);
+    vec<T> sums[W];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < W; ++i) sums[i] = vec<T>{};
+    for (int64_t d = 0; d < a.value_dim; d += W) {
+      const int64_t n = std::min(W, a.value_dim - d);
+      for (int64_t i = 0; i < rows; ++i)
+        sums[i] += load_any(g.grad_out.at<S>(b, h, i0 + i) + d * grad_stride, grad_stride, n) *
+                   load_any(g.out.at<S>(b, h, i0 + i) + d * out_stride, out_stride, n);
+    }
+    T row_sums[W];
+    store(row_sums, sum_each<T>(sums));
+    for (int64_t i = 0; i < rows; ++i) deltas[i0 + i] = row_sums[i] - (g.grad_lse.data ? *g.grad_lse.at<T>(b, h, i0 + i) : T(0));
+  }
+}
+
+// Adds the heads of a problem to what all_deltas runs.
+inline void add_deltas(CostedTasks& costed, const AttentionArgs& a) { costed.add(a.batch * a.heads, a.q_len * a.value_dim); }
+
+// delta of every query of the problems in `costed`, [B, Hq, Sq] each.
+template <class S, class T>
+void all_deltas(const CostedTasks& costed, const AttentionBackward* problems, T* const* deltas) {
+  constexpr int64_t kTaskValues = 65536;
+  torch::stable::parallel_for(0, costed.total(), kTaskValues / CostedTasks::kUnit, [&](int64_t begin, int64_t end) {
+    costed.each(begin, end, [&](int64_t i, int64_t head) {
+      const AttentionArgs& a = problems[i].a;
+      head_deltas<S>(problems[i], head / a.heads, head % a.heads, deltas[i] + head * a.q_len);
+    });
+  });
+}
