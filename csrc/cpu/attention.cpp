@@ -28,6 +28,18 @@ Strided strided(const Tensor& t) {
 
 ScalarType lse_dtype(const Tensor& q) { return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+void check_saved(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out, const Tensor& lse, const Tensor& q) {
+  CHECK_CPU(grad_out);
+  CHECK_CPU(out);
+  CHECK_CPU(lse);
+  CHECK_SAME_DTYPE(grad_out, q);
+  CHECK_SAME_DTYPE(out, q);
+  CHECK_DTYPE_IS(lse, lse_dtype(q));
+  if (!grad_lse) return;
+  CHECK_CPU(*grad_lse);
+  CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
+}
+
 void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slopes) {
   if (!alibi_slopes) return;
   const Tensor& slopes = *alibi_slopes;
@@ -241,19 +253,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   const AttentionArgs& a = problem.a;
   AttentionGradArgs& g = problem.g;
   const int64_t batch = a.batch, heads = a.heads, q_len = a.q_len, value_dim = a.value_dim;
-  CHECK_CPU(grad_out);
-  CHECK_CPU(out);
-  CHECK_CPU(lse);
-  CHECK_SAME_DTYPE(grad_out, q);
-  CHECK_SAME_DTYPE(out, q);
-  CHECK_DTYPE_IS(lse, lse_dtype(q));
+  check_saved(grad_out, grad_lse, out, lse, q);
   CHECK_SHAPE(grad_out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
   if (grad_lse) {
-    CHECK_CPU(*grad_lse);
-    CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);
   }
@@ -304,20 +309,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, 
   const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
                                      softcap, window_left, window_right, lower_right);
   const int64_t tokens = s.all.q_len, heads = s.all.heads, value_dim = s.all.value_dim;
-  CHECK_CPU(grad_out);
-  CHECK_CPU(out);
-  CHECK_CPU(lse);
-  CHECK_SAME_DTYPE(grad_out, q);
-  CHECK_SAME_DTYPE(out, q);
-  CHECK_DTYPE_IS(lse, lse_dtype(q));
+  check_saved(grad_out, grad_lse, out, lse, q);
   CHECK_SHAPE(grad_out, tokens, heads, value_dim);
   CHECK_SHAPE(out, tokens, heads, value_dim);
   CHECK_SHAPE(lse, heads, tokens);
   AttentionGradArgs all{};
   all.grad_out = strided_tokens(grad_out), all.out = strided_tokens(out), all.lse = strided_lse(lse);
   if (grad_lse) {
-    CHECK_CPU(*grad_lse);
-    CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
     CHECK_SHAPE(*grad_lse, heads, tokens);
     all.grad_lse = strided_lse(*grad_lse);
   }

@@ -97,18 +97,9 @@ def prepare(
     deterministic: bool | None = None,
 ) -> tuple:
     """Validates a call of `attention`; returns the arguments of the op."""
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-        if not t.is_floating_point():
-            raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
-    dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    check_floating(q, k, v)
+    dropout_p, softcap = checked_dropout(dropout_p), checked_softcap(softcap)
+    lower_right = is_lower_right(alignment)
     left, right = window_sides(window)
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
     q, k, v = autocast(q, k, v)
@@ -130,10 +121,38 @@ def prepare(
         softcap,
         left,
         0 if is_causal else right,
-        alignment == "lower_right",
+        lower_right,
         flag("return_lse", return_lse),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
     )
+
+
+def check_floating(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
+        if not t.is_floating_point():
+            raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
+
+
+def is_lower_right(alignment: str) -> bool:
+    if alignment not in ALIGNMENTS:
+        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
+    return alignment == "lower_right"
+
+
+def checked_dropout(dropout_p: float) -> float:
+    dropout_p = number("dropout_p", dropout_p)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
+    return dropout_p
+
+
+def checked_softcap(softcap: float) -> float:
+    softcap = number("softcap", softcap)
+    if not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    return softcap
 
 
 def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int, int]:

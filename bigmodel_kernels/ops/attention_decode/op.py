@@ -11,7 +11,7 @@ from torch import Tensor
 from bigmodel_kernels import _registry
 from bigmodel_kernels._arguments import flag, number
 from bigmodel_kernels._library import ForwardOp, in_forward_mode, needs_grad
-from bigmodel_kernels.ops.attention.op import heads_inside, lse_dtype, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention.op import checked_softcap, heads_inside, lse_dtype, slopes_2d, window_sides
 from bigmodel_kernels.ops.attention_decode import cpu, torch_op
 
 QUANTISED = (torch.int8, torch.float8_e4m3fn)  # dtypes of caches that have scales
@@ -135,9 +135,7 @@ def prepare(
     if k_cache.shape[3] != q.shape[3]:
         raise RuntimeError(f"k_cache must have the head dimension of q, {q.shape[3]}, got {k_cache.shape[3]}")
     left, right = window_sides(window)
-    softcap = number("softcap", softcap)
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
+    softcap = checked_softcap(softcap)
     if scale is None:
         scale = 1 / math.sqrt(q.shape[3]) if q.shape[3] else 1.0
     slopes = None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, heads, q.device)

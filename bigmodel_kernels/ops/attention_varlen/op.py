@@ -10,7 +10,15 @@ from torch import Tensor
 from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._arguments import flag, integer, number
 from bigmodel_kernels._library import Op, autocast
-from bigmodel_kernels.ops.attention.op import ALIGNMENTS, lse_dtype, slopes_2d, window_sides
+from bigmodel_kernels.ops.attention.op import (
+    check_floating,
+    checked_dropout,
+    checked_softcap,
+    is_lower_right,
+    lse_dtype,
+    slopes_2d,
+    window_sides,
+)
 from bigmodel_kernels.ops.attention_varlen import reference
 
 
@@ -87,13 +95,10 @@ def prepare(
     deterministic: bool | None = None,
 ) -> tuple:
     """Validates a call of `attention_varlen`; returns the arguments of the op."""
+    check_floating(q, k, v)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
         if t.dim() != 3:
             raise RuntimeError(f"{name} must have 3 dimensions [tokens, heads, features], got shape {list(t.shape)}")
-        if not t.is_floating_point():
-            raise RuntimeError(f"{name} must have a floating dtype, got {t.dtype}")
     q, k, v = autocast(q, k, v)
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype or t.device != q.device:
@@ -111,13 +116,6 @@ def prepare(
         raise RuntimeError(f"v must have the {k.shape[0]} tokens of k, got {v.shape[0]}")
     if k.shape[2] != q.shape[2]:
         raise RuntimeError(f"k must have the head dimension of q, {q.shape[2]}, got {k.shape[2]}")
-    if alignment not in ALIGNMENTS:
-        raise ValueError(f"alignment must be one of {', '.join(ALIGNMENTS)}; got {alignment!r}")
-    dropout_p, softcap = number("dropout_p", dropout_p), number("softcap", softcap)
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p must be a probability in [0, 1], got {dropout_p}")
-    if not 0 <= softcap < math.inf:
-        raise ValueError(f"softcap must be 0 (none) or positive, got {softcap}")
     left, right = window_sides(window)
     q = _check_heads(q, k, v, flag("enable_gqa", enable_gqa))
     if scale is None:
@@ -127,8 +125,8 @@ def prepare(
         q, k, v, cu_seqlens_q.to(q.device), cu_seqlens_k.to(q.device),
         None if alibi_slopes is None else slopes_2d(alibi_slopes, batch, q.shape[1], q.device),
         None, integer("max_seqlen_q", max_seqlen_q), integer("max_seqlen_k", max_seqlen_k), number("scale", scale),
-        dropout_p, softcap, left,
-        0 if flag("is_causal", is_causal) else right, alignment == "lower_right", flag("return_lse", return_lse),
+        checked_dropout(dropout_p), checked_softcap(softcap), left,
+        0 if flag("is_causal", is_causal) else right, is_lower_right(alignment), flag("return_lse", return_lse),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
     )  # fmt: skip
 
