@@ -24,7 +24,7 @@
 // tiles, hence an error below that of PyTorch's gradient.
 //
 // Floor: the products at the multiply-add peak. 32 -> 64 channels on 14 x 14, per image on one Zen 5 core: floor 50,200 cycles, predicted
-// 65,000, measured 94,000 with the way back through the pool (169,000 by weight_gradient); the products take 61,000 of them.
+// 65,000, measured 84,000 with the way back through the pool (169,000 by weight_gradient); the products take 61,000 of them.
 
 // The product pays for the transforms from this many channels on either side.
 inline constexpr int64_t kFilteredChannels = 16;
