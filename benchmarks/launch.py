@@ -63,12 +63,16 @@ def cases() -> dict[str, Callable[[], object]]:
     state = bmk.ConvState.start(2, 64, 2, 4, column)
     weight = tensor(64, 64, 3, 3).contiguous(memory_format=torch.channels_last)
     cache, pages, lengths = tensor(64, 2, 16, 64), torch.zeros(2, 32, dtype=torch.int32), torch.ones(2).int()
+    tokens, ends = tensor(512, 8, 64), torch.tensor([0, 212, 512], dtype=torch.int32)
     step, sequence, parameters = _lstm(16, 4)
     trained = [torch.nn.Parameter(w) for w in parameters]
     normed = _norm_lstm(1)
     image, target = image.contiguous(memory_format=torch.channels_last), torch.zeros(64, dtype=torch.int64)
     return {
         "attention": lambda: bmk.attention(q, q, q, is_causal=True, backend="triton"),
+        "attention_varlen": lambda: bmk.attention_varlen(
+            tokens, tokens, tokens, ends, ends, 300, 300, is_causal=True, backend="triton"
+        ),
         "attention_decode": lambda: bmk.attention_decode(
             q[:, :, :1], cache, cache, lengths, block_table=pages, backend="triton"
         ),

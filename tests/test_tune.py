@@ -109,6 +109,7 @@ def check_problems(op, sizes):
     [
         ("attention", {"BATCH": 1, "HEADS": 1, "LENGTH": 20}, 2 * 3),
         ("attention_decode", {"SEQUENCES": 1, "KEYS": 20}, 2 * 3),
+        ("attention_varlen", {"HEADS": 1, "LENGTHS": (20, 0, 3)}, 2 * 3),
         ("bias_act", {"ROWS": 3, "COLUMNS": (128, 300)}, 2),
         ("conv", {"IMAGES": 1, "CHANNELS": 16, "SIZE": 5}, 3 + 3 + 3 + 1 + 1 + 1),
         ("conv_step", {"SEQUENCES": 1}, 3 + 3),
@@ -125,8 +126,8 @@ def test_problems_come_to_their_rows(op, sizes, rows):
 
 def test_every_op_with_a_table_can_be_tuned():
     assert set(tune.tunable_ops()) == {
-        "attention", "attention_decode", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv", "lstm", "norm",
-        "norm_lstm",
+        "attention", "attention_decode", "attention_varlen", "bias_act", "conv", "conv_step", "cross_entropy", "gated_conv",
+        "lstm", "norm", "norm_lstm",
     }  # fmt: skip
 
 

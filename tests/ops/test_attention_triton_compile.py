@@ -18,6 +18,7 @@ import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.attention import triton_configs, triton_kernels
+from bigmodel_kernels.ops.attention_varlen import triton_kernels as varlen
 from tests.triton_aot import SHARED_LIMIT, compiling
 
 BUDGET = Path(__file__).with_name("attention_triton_budget.json")
@@ -25,6 +26,9 @@ SLACK = 1.15  # of what the budget gives, for versions of the compiler
 NAMES = {"forward_kernel": "forward", "query_kernel": "query", "key_kernel": "key", "mask_kernel": "mask"}
 # Dropout is compiled for one head dimension of every GPU, to save time.
 DROPOUT_DIMS = {"sm_80": (128,), "sm_86": (64,), "sm_90": (256,)}
+# Calls for sequences laid end to end, whose tiles never come by descriptors, are compiled for these.
+VARLEN_ROWS = [(gpu, "bfloat16", head_dim) for gpu in ("sm_80", "sm_90") for head_dim in (64, 128, 256)]
+VARLEN_ROWS += [("sm_90", "float32", head_dim) for head_dim in (64, 128, 256)]
 WGMMA_ROWS = 64  # of the left operand, below which the compiler takes the older instruction
 ROWS = [
     *((gpu, "bfloat16", head_dim) for gpu in ("sm_80", "sm_86", "sm_90") for head_dim in (64, 128, 256)),
@@ -54,6 +58,19 @@ def compile_call(gpu, dtype, head_dim, monkeypatch, only=None, mask=False, alibi
     with compiling(gpu, monkeypatch, only) as binaries:
         out, lse = triton_kernels.fwd(*args)
         triton_kernels.bwd(grad_out, lse, out, lse, mask is not None, *args)
+    return {NAMES[binary.name]: binary for binary in binaries}
+
+
+def compile_varlen(gpu, dtype, head_dim, monkeypatch, sequences=2, alibi=False, length=512, **options):
+    """The same for sequences laid end to end."""
+    q, k, v, grad_out = (torch.empty(sequences * length, 4, head_dim, dtype=getattr(torch, dtype)) for _ in range(4))
+    ends = torch.arange(0, (sequences + 1) * length, length, dtype=torch.int32)
+    slopes = torch.ones(4) if alibi else None
+    args = list(bmk.attention_varlen.prepare(q, k, v, ends, ends, length, length, alibi_slopes=slopes, **options))
+    args[6] = torch.zeros(1, dtype=torch.int64)
+    with compiling(gpu, monkeypatch) as binaries:
+        out, lse = varlen.fwd(*args)
+        varlen.bwd(grad_out, lse, out, lse, *args)
     return {NAMES[binary.name]: binary for binary in binaries}
 
 
@@ -93,8 +110,11 @@ def compile_row(gpu, dtype, head_dim, monkeypatch):
         if not suffix or head_dim in DROPOUT_DIMS[gpu]:
             binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, is_causal=True, **options)
             binaries |= compile_call(gpu, dtype, head_dim, monkeypatch, only="mask_kernel", mask=True, **options)
+        if (gpu, dtype, head_dim) in VARLEN_ROWS and not suffix:
+            of_sequences = compile_varlen(gpu, dtype, head_dim, monkeypatch, is_causal=True)
+            binaries |= {f"{kernel} varlen": binary for kernel, binary in of_sequences.items()}
         for kernel, binary in binaries.items():
-            instruction = product_instruction(gpu, dtype, kernel, binary.constants)
+            instruction = product_instruction(gpu, dtype, kernel.removesuffix(" varlen"), binary.constants)
             found[kernel + suffix] = measure(binary, instruction)
     return found
 
@@ -125,6 +145,25 @@ def test_other_calls_compile(options, gpu, monkeypatch):
     assert len(binaries) == 3 + options.get("mask", False)
     for kernel, binary in binaries.items():
         measure(binary, product_instruction(gpu, "float16", kernel, binary.constants))
+        assert binary.shared <= SHARED_LIMIT[gpu], binary
+
+
+@pytest.mark.parametrize("gpu", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sequences": 300, "window": (100, 20)},
+        {"softcap": 20.0, "alibi": True},
+        {"head_dim": 80, "length": 333, "dropout_p": 0.1},
+    ],
+    ids=["many", "scores", "odd"],
+)
+def test_other_calls_for_sequences_compile(options, gpu, monkeypatch):
+    options = {"head_dim": 64, **options}
+    binaries = compile_varlen(gpu, "float16", options.pop("head_dim"), monkeypatch, **options)
+    assert len(binaries) == 3
+    for kernel, binary in binaries.items():
+        assert measure(binary, product_instruction(gpu, "float16", kernel, binary.constants))["local"] == 0, binary
         assert binary.shared <= SHARED_LIMIT[gpu], binary
 
 

@@ -44,6 +44,10 @@ CALLS = {  # name of the operation -> (function, its inputs), made where tensors
         lambda a, h, c: bmk.norm_lstm(a, (h, c), _tensor(64, 16), *(_tensor(n) for n in (64, 16, 16)))[0],
         [_tensor(5, 3, 64), _tensor(3, 16), _tensor(3, 16)],
     ),
+    "attention_varlen": lambda: (
+        lambda q, k, v, ends: bmk.attention_varlen(q, k, v, ends, ends, 9, 9, is_causal=True),
+        [*[_tensor(16, 4, 32)] * 3, torch.empty(4, dtype=torch.int32, device="cuda")],
+    ),
     # By name: "auto" composes it of attention on a GPU.
     "attention_decode": lambda: (
         lambda q, k, v, lengths: bmk.attention_decode(q, k, v, lengths, backend="triton"),
@@ -110,6 +114,10 @@ def _twice(function, tensors, backend):
 TWICE = {
     # With a softcap: PyTorch's own attention on the CPU has no second derivative.
     "attention": (lambda q, k, **how: bmk.attention(q, k, k, is_causal=True, softcap=9.0, **how), [(1, 2, 5, 8)] * 2),
+    "attention_varlen": (
+        lambda q, k, **how: bmk.attention_varlen(q, k, k, *[torch.tensor([0, 4, 7])] * 2, 4, 4, softcap=9.0, **how),
+        [(7, 2, 8)] * 2,
+    ),
     "conv": (lambda x, w, **how: bmk.conv(x, w, padding=1, activation="tanh", **how), [(2, 3, 7), (4, 3, 3)]),
     "gated_conv": (lambda x, w, o, **how: bmk.gated_conv(x, w, None, o, **how)[0], [(2, 3, 7), (8, 3, 2), (3, 4, 1)]),
     "lstm": (

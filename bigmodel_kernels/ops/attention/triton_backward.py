@@ -24,6 +24,7 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     all_finite,
     finish_scores,
     finite_part,
+    from_token,
     head_of,
     head_pointer,
     keep_tile,
@@ -35,14 +36,15 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     store_again,
     store_tile,
     tile_of_program,
+    tile_of_sequence,
 )
 
 
 @triton.jit
-def load_row(pointer, batch_head, start, q_len, past_end, BLOCK: tl.constexpr, EDGE: tl.constexpr):
-    """Entries start .. start + BLOCK of one head's [S]."""
+def load_row(pointer, head, stride, start, q_len, past_end, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+    """Entries start .. start + BLOCK of one head's [S], which begin `stride` after those of the head before."""
     i = start + tl.arange(0, BLOCK)
-    pointers = pointer + tl.cast(batch_head, tl.int64) * q_len + i
+    pointers = pointer + tl.cast(head, tl.int64) * stride + i
     if EDGE:
         row = tl.load(pointers, mask=i < q_len, other=past_end)
     else:
@@ -51,9 +53,9 @@ def load_row(pointer, batch_head, start, q_len, past_end, BLOCK: tl.constexpr, E
 
 
 @triton.jit
-def load_lse(pointer, batch_head, start, q_len, BLOCK: tl.constexpr, EDGE: tl.constexpr):
+def load_lse(pointer, head, stride, start, q_len, BLOCK: tl.constexpr, EDGE: tl.constexpr):
     """lse of a tile's queries in units of log2; +inf, so that 2^(s - lse) is 0, where there is none."""
-    lse = load_row(pointer, batch_head, start, q_len, float("-inf"), BLOCK, EDGE)
+    lse = load_row(pointer, head, stride, start, q_len, float("-inf"), BLOCK, EDGE)
     return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
 
 
@@ -70,12 +72,12 @@ def score_gradient(p, dp, delta, EXCLUDES: tl.constexpr):
 def query_gradient(
     q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta,
     q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-    start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+    start_m, batch_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, CAREFUL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, VARLEN: tl.constexpr,
+    CAREFUL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dq of BLOCK_M queries, with delta [BLOCK_M]; CAREFUL: keys that are not finite count as 0."""
     batch, head = batch_head // heads, batch_head % heads
@@ -96,7 +98,7 @@ def query_gradient(
         grad_out_head, batch, head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True, DESCRIPTORS
     )
     i = start_m + tl.arange(0, BLOCK_M)
-    lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, True)
+    lse = load_lse(lse_pointer, head if VARLEN else batch_head, lse_stride, start_m, q_len, BLOCK_M, True)
 
     first = start_m + offset
     last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
@@ -147,20 +149,39 @@ def query_kernel(
     grad_lse_pointer,  # [B, Hq, Sq]
     delta_pointer,  # [B, Hq, Sq]
     dq_pointer,  # [B, Hq, Sq, D]
+    cu_q_pointer,  # [B + 1] or None, see triton_forward.py
+    cu_k_pointer,
     q_strides, k_strides, v_strides, mask_strides, slopes_stride, out_strides, grad_out_strides, dq_strides,
     heads, group, batch_heads, together, q_len, k_len, offset, window_left, window_right,
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, GRAD_LSE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr = 0,
 ):  # fmt: skip
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    tile, batch_head = tile_of_program(tiles, batch_heads, together)
-    batch, head = batch_head // heads, batch_head % heads
-    start_m = (tiles - 1 - tile) * BLOCK_M
+    VARLEN: tl.constexpr = cu_q_pointer is not None
+    lse_stride = q_len
+    if not VARLEN:
+        tile, batch_head = tile_of_program(tl.cdiv(q_len, BLOCK_M), batch_heads, together)
+        batch, head = batch_head // heads, batch_head % heads
+    else:
+        batch, head, tile, q_start, q_len, k_start, k_len = tile_of_sequence(
+            cu_q_pointer, cu_k_pointer, q_len, k_len, heads, batch_heads // heads, together, STEPS, BLOCK_M
+        )
+        if tile < 0:
+            return
+        batch_head = batch * heads + head
+        offset *= k_len - q_len
+        q_pointer, dq_pointer = from_token(q_pointer, q_start, q_strides), from_token(dq_pointer, q_start, dq_strides)
+        k_pointer, v_pointer = from_token(k_pointer, k_start, k_strides), from_token(v_pointer, k_start, v_strides)
+        out_pointer = from_token(out_pointer, q_start, out_strides)
+        grad_out_pointer = from_token(grad_out_pointer, q_start, grad_out_strides)
+        lse_pointer += q_start
+        grad_lse_pointer += q_start
+        delta_pointer += q_start
+    start_m = (tl.cdiv(q_len, BLOCK_M) - 1 - tile) * BLOCK_M
     i = start_m + tl.arange(0, BLOCK_M)
-    rows = tl.cast(batch_head, tl.int64) * q_len + i
+    rows = tl.cast(head if VARLEN else batch_head, tl.int64) * lse_stride + i
     out_head = head_pointer(out_pointer, out_strides, batch, head)
     grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)
     out = load_tile(out_head, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
@@ -175,8 +196,9 @@ def query_kernel(
     dq = query_gradient(
         q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta,
         q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-        start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right, scale, softcap, threshold, kept,
-        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, False,
+        start_m, batch_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
+        scale, softcap, threshold, kept,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, VARLEN, False,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dq_head = head_pointer(dq_pointer, dq_strides, batch, head)
@@ -187,9 +209,9 @@ def query_kernel(
             careful = query_gradient(
                 q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
                 delta, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-                start_m, batch_head, heads, group, q_len, k_len, offset, window_left, window_right,
+                start_m, batch_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
                 scale, softcap, threshold, kept,
-                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, True,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, VARLEN, True,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
             store_again(dq_head, careful, i < q_len, start_m, dq_strides, q_len, D, BLOCK_M, BLOCK_D)
@@ -199,12 +221,12 @@ def query_kernel(
 def key_gradient(
     q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer, delta_pointer,
     q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-    start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+    start_n, batch, kv_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, CAREFUL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, VARLEN: tl.constexpr,
+    CAREFUL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(dk, dv, keys that a gradient which is not finite attends to) of BLOCK_N keys; CAREFUL: see attend."""
     k_head = head_of(k_pointer, k_strides, batch, kv_head, DESCRIPTORS)
@@ -225,6 +247,7 @@ def key_gradient(
     for member in range(0, group):
         head = kv_head * group + member
         batch_head = batch * heads + head
+        lse_head = head if VARLEN else batch_head
         q_head = head_of(q_pointer, q_strides, batch, head, DESCRIPTORS)
         grad_out_head = head_of(grad_out_pointer, grad_out_strides, batch, head, DESCRIPTORS)
         mask_head, slope = mask_pointer, 0.0
@@ -248,7 +271,7 @@ def key_gradient(
                         mask_head, mask_strides, slope, scale, softcap, window_left, window_right, offset, q_len, k_len,
                         part != 1, MASK, ALIBI, SOFTCAP, LEFT, RIGHT,
                     )  # fmt: skip
-                    lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, part != 1)
+                    lse = load_lse(lse_pointer, lse_head, lse_stride, start_m, q_len, BLOCK_M, part != 1)
                     p = tl.exp2(s * unit - lse[None, :])
                     do = load_rows(
                         grad_out_head, batch, head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, part != 1,
@@ -264,7 +287,7 @@ def key_gradient(
                         do, bad = finite_part(do)
                         poisoned = tl.maximum(poisoned, tl.max((bad[None, :] & (weights != 0.0)).to(tl.int32), 1))
                     dv = tl.dot(weights.to(do.dtype), do, dv, input_precision=PRECISION)
-                    delta = load_row(delta_pointer, batch_head, start_m, q_len, 0.0, BLOCK_M, part != 1)
+                    delta = load_row(delta_pointer, lse_head, lse_stride, start_m, q_len, 0.0, BLOCK_M, part != 1)
                     ds = score_gradient(p, dp, delta[None, :], part != 1 or MASK != NO_MASK)
                     if SOFTCAP:
                         ds = ds * capped
@@ -285,24 +308,42 @@ def key_kernel(
     delta_pointer,  # [B, Hq, Sq]
     dk_pointer,  # [B, Hkv, Sk, D]
     dv_pointer,  # [B, Hkv, Sk, Dv]
+    cu_q_pointer,  # [B + 1] or None, see triton_forward.py
+    cu_k_pointer,
     q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides, dk_strides, dv_strides,
     heads, group, batch_heads, together, q_len, k_len, offset, window_left, window_right,
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr = 0,
 ):  # fmt: skip
-    tile, batch_kv_head = tile_of_program(tl.cdiv(k_len, BLOCK_N), batch_heads // group, together)
-    kv_heads = heads // group
-    batch, kv_head = batch_kv_head // kv_heads, batch_kv_head % kv_heads
+    VARLEN: tl.constexpr = cu_q_pointer is not None
+    lse_stride = q_len
+    if not VARLEN:
+        tile, batch_kv_head = tile_of_program(tl.cdiv(k_len, BLOCK_N), batch_heads // group, together)
+        kv_heads = heads // group
+        batch, kv_head = batch_kv_head // kv_heads, batch_kv_head % kv_heads
+    else:
+        batch, kv_head, tile, k_start, k_len, q_start, q_len = tile_of_sequence(
+            cu_k_pointer, cu_q_pointer, k_len, q_len, heads // group, batch_heads // heads, together, STEPS, BLOCK_N
+        )
+        if tile < 0:
+            return
+        offset *= k_len - q_len
+        q_pointer = from_token(q_pointer, q_start, q_strides)
+        grad_out_pointer = from_token(grad_out_pointer, q_start, grad_out_strides)
+        k_pointer, dk_pointer = from_token(k_pointer, k_start, k_strides), from_token(dk_pointer, k_start, dk_strides)
+        v_pointer, dv_pointer = from_token(v_pointer, k_start, v_strides), from_token(dv_pointer, k_start, dv_strides)
+        lse_pointer += q_start
+        delta_pointer += q_start
     start_n = tile * BLOCK_N
     dk, dv, _none_told = key_gradient(
         q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
         delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-        start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+        start_n, batch, kv_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
         scale, softcap, threshold, kept,
-        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, False,
+        D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, VARLEN, False,
         BLOCK_M, BLOCK_N,
     )  # fmt: skip
     dk_head = head_pointer(dk_pointer, dk_strides, batch, kv_head)
@@ -315,9 +356,9 @@ def key_kernel(
             careful_dk, careful_dv, poisoned = key_gradient(
                 q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer, grad_out_pointer, lse_pointer,
                 delta_pointer, q_strides, k_strides, v_strides, mask_strides, slopes_stride, grad_out_strides,
-                start_n, batch, kv_head, heads, group, q_len, k_len, offset, window_left, window_right,
+                start_n, batch, kv_head, lse_stride, heads, group, q_len, k_len, offset, window_left, window_right,
                 scale, softcap, threshold, kept,
-                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, True,
+                D, DV, BLOCK_D, BLOCK_DV, MASK, ALIBI, SOFTCAP, DROPOUT, LEFT, RIGHT, PRECISION, DESCRIPTORS, VARLEN, True,
                 BLOCK_M, BLOCK_N,
             )  # fmt: skip
             store_again(dk_head, careful_dk, poisoned >= 0, start_n, dk_strides, k_len, D, BLOCK_N, BLOCK_D)
@@ -377,8 +418,8 @@ def mask_kernel(
             i = start_m + tl.arange(0, BLOCK_M)
             q = load_tile(q_head, start_m, q_strides, q_len, D, BLOCK_M, BLOCK_D, True)
             do = load_tile(grad_out_head, start_m, grad_out_strides, q_len, DV, BLOCK_M, BLOCK_DV, True)
-            lse = load_lse(lse_pointer, batch_head, start_m, q_len, BLOCK_M, True)
-            delta = load_row(delta_pointer, batch_head, start_m, q_len, 0.0, BLOCK_M, True)
+            lse = load_lse(lse_pointer, batch_head, q_len, start_m, q_len, BLOCK_M, True)
+            delta = load_row(delta_pointer, batch_head, q_len, start_m, q_len, 0.0, BLOCK_M, True)
             last = tl.minimum(start_m + BLOCK_M, q_len) - 1 + offset
             lo, _a, _b, hi = span(start_m + offset, last, window_left, window_right, k_len, LEFT, RIGHT, BLOCK_N)
             for start_n in range(tl.maximum(first_n, lo), tl.minimum(end_n, hi), BLOCK_N):

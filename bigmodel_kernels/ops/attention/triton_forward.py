@@ -6,6 +6,9 @@ tested only in the tiles on the edge, which have loops of their own. For causal 
 Saved for backward: lse [B, Hq, Sq], float32.
 Infinities and NaNs: a weight of 0 would spread those of a masked value, since 0 * NaN is NaN. Only if a result holds any is
 it computed again with them counted as 0, for the rows that attend to none: the usual case pays one reduction per program.
+Sequences laid end to end (attention_varlen): q_len and k_len are their sums, the strides of the batch 0, `offset` is 1 for a
+causality that ends in the lower right corner. A program finds its sequence and its tile on the device, and goes on as if
+there were no other sequence: rows past its end count as 0 and are not stored.
 Floor: 4 B Hq Sq Sk D operations (half of it causal) over the peak of the matrix units; q, k, v read and out written once.
 """
 
@@ -19,6 +22,7 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     all_finite,
     finish_scores,
     finite_part,
+    from_token,
     head_of,
     head_pointer,
     keep_tile,
@@ -29,6 +33,7 @@ from bigmodel_kernels.ops.attention.triton_tile import (
     store_again,
     store_tile,
     tile_of_program,
+    tile_of_sequence,
 )
 
 
@@ -113,17 +118,35 @@ def forward_kernel(
     seed_pointer,  # [1]
     out_pointer,  # [B, Hq, Sq, Dv]
     lse_pointer,  # [B, Hq, Sq], contiguous
+    cu_q_pointer,  # [B + 1], where sequences lie end to end, else None: see "Sequences" above
+    cu_k_pointer,
     q_strides, k_strides, v_strides, mask_strides, slopes_stride, out_strides,
     heads, group, batch_heads, together, q_len, k_len, offset, window_left, window_right,
     scale, softcap, threshold, kept,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     MASK: tl.constexpr, ALIBI: tl.constexpr, SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STEPS: tl.constexpr = 0,
 ):  # fmt: skip
-    tiles = tl.cdiv(q_len, BLOCK_M)
-    tile, batch_head = tile_of_program(tiles, batch_heads, together)
-    start_m = (tiles - 1 - tile) * BLOCK_M
+    lse_stride = q_len  # from one head to the next
+    if cu_q_pointer is None:
+        tile, batch_head = tile_of_program(tl.cdiv(q_len, BLOCK_M), batch_heads, together)
+        lse_head = batch_head
+    else:
+        batch, lse_head, tile, q_start, q_len, k_start, k_len = tile_of_sequence(
+            cu_q_pointer, cu_k_pointer, q_len, k_len, heads, batch_heads // heads, together, STEPS, BLOCK_M
+        )
+        if tile < 0:
+            return
+        batch_head = batch * heads + lse_head
+        offset *= k_len - q_len
+        q_pointer, out_pointer = (
+            from_token(q_pointer, q_start, q_strides),
+            from_token(out_pointer, q_start, out_strides),
+        )
+        k_pointer, v_pointer = from_token(k_pointer, k_start, k_strides), from_token(v_pointer, k_start, v_strides)
+        lse_pointer += q_start
+    start_m = (tl.cdiv(q_len, BLOCK_M) - 1 - tile) * BLOCK_M
     out, lse, _none_told = attend(
         q_pointer, k_pointer, v_pointer, mask_pointer, slopes_pointer, seed_pointer,
         q_strides, k_strides, v_strides, mask_strides, slopes_stride,
@@ -134,7 +157,7 @@ def forward_kernel(
     i = start_m + tl.arange(0, BLOCK_M)
     out_head = head_pointer(out_pointer, out_strides, batch_head // heads, batch_head % heads)
     store_tile(out_head, out, start_m, out_strides, q_len, DV, BLOCK_M, BLOCK_DV)
-    tl.store(lse_pointer + tl.cast(batch_head, tl.int64) * q_len + i, lse, mask=i < q_len)
+    tl.store(lse_pointer + tl.cast(lse_head, tl.int64) * lse_stride + i, lse, mask=i < q_len)
 
     if LEFT or RIGHT or MASK != NO_MASK:  # noqa: SIM102 (decided by the compiler)
         if all_finite(out) == 0:

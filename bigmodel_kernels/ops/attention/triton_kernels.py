@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 from bigmodel_kernels import _triton, _tuned
@@ -59,24 +60,15 @@ class _Call:
         self.strides = (q[1], k[1], v[1], mask_strides, slopes_stride)
         reach = self.q_len + self.k_len
         offset = self.k_len - self.q_len if lower_right else 0
-        kept = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
         self.numbers = (
             self.q_len, self.k_len, offset, min(window_left, reach), min(window_right, reach),
-            scale, softcap, _triton.dropout_threshold(dropout_p), kept,
+            scale, softcap, _triton.dropout_threshold(dropout_p), kept_scale(dropout_p),
         )  # fmt: skip
-        self.constants = {
-            "D": head_dim,
-            "DV": value_dim,
-            "BLOCK_D": block_of(head_dim),
-            "BLOCK_DV": block_of(value_dim),
-            "MASK": (NO_MASK if mask is None else BOOL_MASK if mask[0] == torch.bool else ADDED_MASK).value,
-            "ALIBI": slopes is not None,
-            "SOFTCAP": softcap > 0,
-            "DROPOUT": self.dropout,
-            "LEFT": window_left >= 0,
-            "RIGHT": window_right >= 0,
-            "PRECISION": precision,
-        }
+        kind = NO_MASK if mask is None else BOOL_MASK if mask[0] == torch.bool else ADDED_MASK
+        self.constants = constants_of(
+            head_dim, value_dim, kind, slopes is not None, softcap > 0, self.dropout, window_left >= 0, window_right >= 0,
+            precision,
+        )  # fmt: skip
         self.plans: dict[str, _Plan] = {}
 
     def plan(self, kernel: str) -> _Plan:
@@ -89,8 +81,7 @@ class _Call:
     def _make_plan(self, kernel: str) -> _Plan:
         sizes = config(self.gpu, self.device, kernel, self.element_size, self.head_dim, self.dropout)
         rows = self.q_len * self.group if kernel == "key" else self.k_len  # that programs of a head have in common
-        together = L2_BYTES // max(1, rows * 2 * self.head_dim * self.element_size)
-        together = max(1, min(together, self.batch_heads))  # see tile_of_program
+        together = heads_together(rows, self.head_dim * self.element_size, self.batch_heads)
         described = None
         if sizes.get("DESCRIPTORS"):
             widths = [self.constants[name] for name in ("BLOCK_D", "BLOCK_D", "BLOCK_DV")]
@@ -102,7 +93,28 @@ class _Call:
         return _Plan(sizes, self.constants | sizes, numbers, described)
 
 
-def _sign(scale: float) -> float:
+def constants_of(
+    head_dim: int, value_dim: int, mask: tl.constexpr, alibi: bool, softcap: bool, dropout: bool, left: bool, right: bool,
+    precision: str,
+) -> dict[str, Any]:  # fmt: skip
+    """The launch constants of all kernels that do not come from a table."""
+    return {
+        "D": head_dim, "DV": value_dim, "BLOCK_D": block_of(head_dim), "BLOCK_DV": block_of(value_dim), "MASK": mask.value,
+        "ALIBI": alibi, "SOFTCAP": softcap, "DROPOUT": dropout, "LEFT": left, "RIGHT": right, "PRECISION": precision,
+    }  # fmt: skip
+
+
+def heads_together(rows: int, row_bytes: int, heads: int) -> int:
+    """How many heads' programs run at the same time (see tile_of_program) if those of a head read `rows` rows twice."""
+    return max(1, min(L2_BYTES // max(1, rows * 2 * row_bytes), heads))
+
+
+def kept_scale(dropout_p: float) -> float:
+    """What the weights that dropout keeps are multiplied by."""
+    return 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
+
+
+def sign(scale: float) -> float:
     """The kernels want scores that grow with the product: the sign of a scale (and 0) goes into q."""
     return -1.0 if scale < 0 else 0.0
 
@@ -120,7 +132,7 @@ def _call(
 ) -> tuple[_Call, tuple[Tensor, ...]]:  # fmt: skip
     """With the first tensors of its kernels."""
     if not scale > 0:
-        q = q * _sign(scale)
+        q = q * sign(scale)
     device = q.device.index
     call = _known_call(
         _triton.gpu(device), device, q.element_size(), _triton.precision(q.dtype),
@@ -166,7 +178,7 @@ def fwd(
     tensors, _, constants = _operands(plan, tensors)
     _triton.launch(
         forward_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
-        *tensors, out, lse, *call.strides, out.stride(), *plan.numbers, **constants,
+        *tensors, out, lse, None, None, *call.strides, out.stride(), *plan.numbers, **constants,
     )  # fmt: skip
     return out, lse
 
@@ -187,11 +199,11 @@ def bwd(
     tensors, upstream, constants = _operands(plan, first, grad_out)
     _triton.launch(
         query_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
-        *tensors, out, *upstream, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq,
+        *tensors, out, *upstream, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq, None, None,
         *call.strides, out.stride(), grad_out.stride(), dq.stride(), *plan.numbers, GRAD_LSE=grad_lse is not None, **constants,
     )  # fmt: skip
     if not scale > 0:
-        dq.mul_(_sign(scale))
+        dq.mul_(sign(scale))
 
     dk = heads_inside(k, k.shape[0], call.kv_heads, call.k_len, k.shape[3])
     dv = heads_inside(v, k.shape[0], call.kv_heads, call.k_len, v.shape[3])
@@ -199,7 +211,7 @@ def bwd(
     tensors, upstream, constants = _operands(plan, first, grad_out)
     _triton.launch(
         key_kernel, k.shape[0] * call.kv_heads * -(-call.k_len // plan.sizes["BLOCK_N"]),
-        *tensors, *upstream, lse, delta, dk, dv,
+        *tensors, *upstream, lse, delta, dk, dv, None, None,
         *call.strides, grad_out.stride(), dk.stride(), dv.stride(), *plan.numbers, **constants,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from bigmodel_kernels._triton import LOG2E, tanh
 
 LN2 = tl.constexpr(0.6931471805599453)
 NO_MASK, BOOL_MASK, ADDED_MASK = (tl.constexpr(kind) for kind in range(3))  # what MASK says of attn_mask
+PROBES = tl.constexpr(128)  # sequences looked at together to find a program's own
 MOST_IN_REGISTERS = tl.constexpr(32)  # of a row of float32 numbers
 LENGTHS = [  # arguments of the kernels whose values are not worth a compilation of their own
     "heads", "group", "batch_heads", "together", "q_len", "k_len", "offset", "window_left", "window_right", "threshold"
@@ -26,6 +27,52 @@ def tile_of_program(tiles, batch_heads, together):
     count = tl.minimum(together, batch_heads - first)
     rest = program - first * tiles
     return rest // count, first + rest % count
+
+
+@triton.jit
+def tile_of_sequence(
+    cu_pointer, cu_other_pointer, total, total_other, heads, sequences, together, STEPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Where sequences lie end to end: (sequence, head, tile) of this program, then the first token and the number of tokens
+    of the sequence, of the side that has tiles and of the other one. The tile is -1 for programs that are left over.
+
+    Tile t of sequence b is in slot cu_seqlens[b] // BLOCK + b + t. That are total // BLOCK + sequences slots, whatever the
+    lengths: b has 1 + the multiples of BLOCK that it passes, which are at least its tiles. b is searched in STEPS steps, each
+    of which leaves one part of PROBES. (A loop would do, but behind it the compiler pipelines no other whose bounds
+    depend on it.)
+    """
+    slot, head = tile_of_program(total // BLOCK + sequences, heads, together)
+    batch = 0
+    for step in tl.static_range(STEPS):
+        apart = PROBES ** (STEPS - 1 - step)
+        b = batch + tl.arange(0, PROBES) * apart
+        start = token_inside(tl.load(cu_pointer + b, mask=b < sequences, other=0), total)
+        before = (b < sequences) & (start // BLOCK + b <= slot)
+        batch += tl.maximum(tl.sum(before.to(tl.int32), 0) - 1, 0) * apart
+    start, size = tokens_of(cu_pointer, batch, total)
+    start_other, size_other = tokens_of(cu_other_pointer, batch, total_other)
+    tile = slot - (start // BLOCK + batch)
+    tile = tl.where(tile < tl.cdiv(size, BLOCK), tl.maximum(tile, -1), -1)
+    return batch, head, tile, start, size, start_other, size_other
+
+
+@triton.jit
+def tokens_of(cu_pointer, b, total):
+    """(first token, number of tokens) of a sequence."""
+    start = token_inside(tl.load(cu_pointer + b), total)
+    return start, tl.maximum(token_inside(tl.load(cu_pointer + b + 1), total) - start, 0)
+
+
+@triton.jit
+def token_inside(token, total):
+    """What cu_seqlens says, or the nearest that is no other memory."""
+    return tl.minimum(tl.maximum(token, 0), total).to(tl.int32)
+
+
+@triton.jit
+def from_token(pointer, start, strides):
+    """[tokens, H, D], with strides of 4 numbers as everywhere, from a sequence's first token on."""
+    return pointer + tl.cast(start, tl.int64) * strides[2]
 
 
 @triton.jit
