@@ -55,31 +55,39 @@ HALF_DROPOUT = {
     "sm_86": {"query": {64: (128, 32, 8, 2)}, "key": {64: (16, 128, 8, 2)}},
 }
 SINGLE_DROPOUT = {"forward": {64: (32, 32, 8, 2)}, "key": {64: (16, 32, 8, 1)}}
-# Where tiles of 16-bit elements come by pointers although the tables say otherwise, those that would spill.
-HALF_POINTERS = {"sm_90": {"key": {128: (16, 128, 8, 3)}}}
+# By op, for tiles of 16-bit elements that come by pointers although the tables say otherwise and would spill: of sequences laid
+# end to end, and of tensors that the copy engine cannot read, whose elements are read one by one.
+HALF_POINTERS = {
+    "attention": {
+        "sm_90": {"forward": {128: (64, 64, 8, 2)}, "query": {128: (64, 64, 8, 2)}, "key": {128: (16, 128, 8, 2)}}
+    },
+    "attention_varlen": {"sm_90": {"key": {128: (16, 128, 8, 3)}}},
+}
 DESCRIBED = ("forward", "query", "key")  # the kernels that know descriptors
 INTERPRETER = (32, 32, 4, 1)
 
 
 @_tuned.cached
 def config(
-    gpu: str, device: int | None, kernel: str, element_size: int, head_dim: int, dropout: bool, sequences: bool = False
-) -> dict[str, int]:
+    gpu: str, device: int | None, kernel: str, element_size: int, head_dim: int, dropout: bool, pointers: bool = False,
+    op: str = "attention",
+) -> dict[str, int]:  # fmt: skip
     """The launch constants of a kernel on a GPU (see _triton.gpu) and device; head_dim is the larger of D and Dv.
 
-    `sequences` laid end to end, which come by pointers, have rows of their own to be tuned.
+    `pointers`: the tiles come by pointers, whatever the table says. Each op has rows of its own to be tuned.
     """
     row = next(d for d in HEAD_DIMS if d >= head_dim)
     if gpu == "interpreter":
         m, n, warps, stages, *descriptors = INTERPRETER
     else:
         rows, other = (HALF[gpu], HALF_DROPOUT[gpu]) if element_size == 2 else (SINGLE, SINGLE_DROPOUT)
-        if sequences and element_size == 2:
-            rows = {name: of_dim | HALF_POINTERS.get(gpu, {}).get(name, {}) for name, of_dim in rows.items()}
+        if pointers and element_size == 2:
+            instead = HALF_POINTERS[op].get(gpu, {})
+            rows = {name: of_dim | instead.get(name, {}) for name, of_dim in rows.items()}
         m, n, warps, stages, *descriptors = (dropout and other.get(kernel, {}).get(row)) or rows[kernel][row]
     sizes = {"BLOCK_M": m, "BLOCK_N": n, "num_warps": warps, "num_stages": stages}
     if kernel in DESCRIBED:
-        sizes["DESCRIPTORS"] = int(descriptors == [1] and not sequences)
-    op = "attention_varlen" if sequences else "attention"
-    name = _tuned.Row(op, kernel, f"{8 * element_size}-bit", row, "dropout" if dropout else "")
-    return _tuned.choose(name, device, sizes)
+        sizes["DESCRIPTORS"] = int(descriptors == [1] and not pointers)
+    words = (("dropout", dropout), ("pointers", pointers and op == "attention"))
+    kind = " ".join(word for word, is_so in words if is_so)
+    return _tuned.choose(_tuned.Row(op, kernel, f"{8 * element_size}-bit", row, kind), device, sizes)

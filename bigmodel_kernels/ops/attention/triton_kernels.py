@@ -69,17 +69,17 @@ class _Call:
             head_dim, value_dim, kind, slopes is not None, softcap > 0, self.dropout, window_left >= 0, window_right >= 0,
             precision,
         )  # fmt: skip
-        self.plans: dict[str, _Plan] = {}
+        self.plans: dict[tuple[str, bool], _Plan] = {}
 
-    def plan(self, kernel: str) -> _Plan:
+    def plan(self, kernel: str, pointers: bool = False) -> _Plan:
         """For `forward`, `query` or `key`; `mask` has numbers of its own."""
-        found = self.plans.get(kernel)
+        found = self.plans.get((kernel, pointers))
         if found is None:
-            found = self.plans[kernel] = self._make_plan(kernel)
+            found = self.plans[kernel, pointers] = self._make_plan(kernel, pointers)
         return found
 
-    def _make_plan(self, kernel: str) -> _Plan:
-        sizes = config(self.gpu, self.device, kernel, self.element_size, self.head_dim, self.dropout)
+    def _make_plan(self, kernel: str, pointers: bool) -> _Plan:
+        sizes = config(self.gpu, self.device, kernel, self.element_size, self.head_dim, self.dropout, pointers)
         rows = self.q_len * self.group if kernel == "key" else self.k_len  # that programs of a head have in common
         together = heads_together(rows, self.head_dim * self.element_size, self.batch_heads)
         described = None
@@ -145,11 +145,12 @@ def _call(
     return call, (q, k, v, mask, slopes, seed)
 
 
-def _operands(plan: _Plan, tensors: tuple, *more: Tensor) -> tuple[tuple, tuple, dict[str, Any]]:
-    """The first tensors of a launch, `more` of the shape of the result, and its constants: as descriptors if all can be."""
+def _operands(call: _Call, kernel: str, tensors: tuple, *more: Tensor) -> tuple[_Plan, tuple, tuple]:
+    """The plan of a launch, its first tensors and `more` of the shape of the result: as descriptors if all can be."""
+    plan = call.plan(kernel)
     constants = plan.constants
     if not constants["DESCRIPTORS"]:
-        return tensors, more, constants
+        return plan, tensors, more
     q, k, v, mask, slopes, seed = tensors
     if plan.described is not None and not (q.data_ptr() | k.data_ptr() | v.data_ptr()) % _triton.DESCRIPTOR_BYTES:
         tile = [1, 1, constants["BLOCK_M"], constants["BLOCK_DV"]]
@@ -161,8 +162,8 @@ def _operands(plan: _Plan, tensors: tuple, *more: Tensor) -> tuple[tuple, tuple,
                 _triton.Descriptor(k, *of_k),
                 _triton.Descriptor(v, *of_v),
             )
-            return (*described, mask, slopes, seed), upstream, constants
-    return tensors, more, constants | {"DESCRIPTORS": 0}
+            return plan, (*described, mask, slopes, seed), upstream
+    return call.plan(kernel, pointers=True), tensors, more
 
 
 def fwd(
@@ -174,11 +175,10 @@ def fwd(
     )
     out = heads_inside(q, q.shape[0], call.heads, call.q_len, v.shape[3])
     lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    plan = call.plan("forward")
-    tensors, _, constants = _operands(plan, tensors)
+    plan, tensors, _ = _operands(call, "forward", tensors)
     _triton.launch(
         forward_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
-        *tensors, out, lse, None, None, *call.strides, out.stride(), *plan.numbers, **constants,
+        *tensors, out, lse, None, None, *call.strides, out.stride(), *plan.numbers, **plan.constants,
     )  # fmt: skip
     return out, lse
 
@@ -195,24 +195,23 @@ def bwd(
     delta = torch.empty_like(lse)
 
     dq = heads_inside(q, q.shape[0], call.heads, call.q_len, q.shape[3])
-    plan = call.plan("query")
-    tensors, upstream, constants = _operands(plan, first, grad_out)
+    plan, tensors, upstream = _operands(call, "query", first, grad_out)
     _triton.launch(
         query_kernel, call.batch_heads * -(-call.q_len // plan.sizes["BLOCK_M"]),
         *tensors, out, *upstream, lse, lse if grad_lse is None else grad_lse.contiguous(), delta, dq, None, None,
-        *call.strides, out.stride(), grad_out.stride(), dq.stride(), *plan.numbers, GRAD_LSE=grad_lse is not None, **constants,
+        *call.strides, out.stride(), grad_out.stride(), dq.stride(), *plan.numbers, GRAD_LSE=grad_lse is not None,
+        **plan.constants,
     )  # fmt: skip
     if not scale > 0:
         dq.mul_(sign(scale))
 
     dk = heads_inside(k, k.shape[0], call.kv_heads, call.k_len, k.shape[3])
     dv = heads_inside(v, k.shape[0], call.kv_heads, call.k_len, v.shape[3])
-    plan = call.plan("key")
-    tensors, upstream, constants = _operands(plan, first, grad_out)
+    plan, tensors, upstream = _operands(call, "key", first, grad_out)
     _triton.launch(
         key_kernel, k.shape[0] * call.kv_heads * -(-call.k_len // plan.sizes["BLOCK_N"]),
         *tensors, *upstream, lse, delta, dk, dv, None, None,
-        *call.strides, grad_out.stride(), dk.stride(), dv.stride(), *plan.numbers, **constants,
+        *call.strides, grad_out.stride(), dk.stride(), dv.stride(), *plan.numbers, **plan.constants,
     )  # fmt: skip
 
     if not mask_grad:

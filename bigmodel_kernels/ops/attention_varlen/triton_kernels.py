@@ -41,7 +41,7 @@ def _constants(
     kernel: str, gpu: str, device: int | None, element_size: int, head_dim: int, value_dim: int, alibi: bool, softcap: bool,
     dropout: bool, left: bool, right: bool, precision: str, steps: int,
 ) -> dict[str, Any]:  # fmt: skip
-    sizes = config(gpu, device, kernel, element_size, max(head_dim, value_dim), dropout, True)
+    sizes = config(gpu, device, kernel, element_size, max(head_dim, value_dim), dropout, True, "attention_varlen")
     of_call = constants_of(head_dim, value_dim, NO_MASK, alibi, softcap, dropout, left, right, precision)
     return of_call | sizes | {"STEPS": steps}
 
