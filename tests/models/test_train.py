@@ -65,12 +65,17 @@ def test_the_gan_comes_nearer():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("name", ["cnn", "rnn", "transformer"])
 def test_loss_curves_of_the_backends_agree(name, seed):
-    """Two runs of 50 steps, each on its own weights, at the tuned settings."""
-    ours = train(name, backend="auto", max_steps=50, seed=seed)
-    stock = train(name, backend="torch", max_steps=50, seed=seed)
+    """Two runs of 50 steps, each on its own weights, at a tenth of the tuned rate.
+
+    At the tuned rate a rounding that turns a ReLU or a maximum over decides where a run goes: PyTorch with and without oneDNN
+    is up to 8.8e-4 apart after 50 steps of the CNN (seeds 0 to 5), as ours and PyTorch are (1.1e-3).
+    """
+    lr = TASKS[name].lr / 10
+    ours = train(name, backend="auto", max_steps=50, seed=seed, lr=lr)
+    stock = train(name, backend="torch", max_steps=50, seed=seed, lr=lr)
     assert set(stock.kernels.values()) == {"torch"}
     assert len(ours.losses) == 50
-    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(stock.losses), rtol=1e-4, atol=0.0)
+    torch.testing.assert_close(torch.tensor(ours.losses), torch.tensor(stock.losses), rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["cnn", "rnn", "transformer"])

@@ -21,7 +21,7 @@
 #include <thread>
 
 #define KERNEL_SOURCE "attention_kernel.h"
-#include "cpu/attention_args.h"
+#include "cpu/attention_tasks.h"
 #include "cpu/for_each_isa.h"
 
 namespace {
@@ -233,21 +233,24 @@ uint64_t attention_results() {
       const std::vector<bfloat16> v = matrix(keys * value_dim, Numbers::normal), grad = matrix(rows * value_dim, Numbers::normal);
       std::vector<bfloat16> out(rows * value_dim), dq(rows * dim), dk(keys * dim), dv(keys * value_dim);
       std::vector<float> lse(rows);
-      bmk::AttentionArgs a;
+      bmk::AttentionBackward backward{};
+      bmk::AttentionArgs& a = backward.a;
       a.batch = batch, a.heads = heads, a.kv_heads = kv_heads, a.q_len = q_len, a.k_len = k_len, a.head_dim = dim, a.value_dim = value_dim;
       a.q = {q.data(), {heads * q_len * dim, q_len * dim, dim, 1}};
       a.k = {k.data(), {kv_heads * k_len * dim, k_len * dim, dim, 1}};
       a.v = {v.data(), {kv_heads * k_len * value_dim, k_len * value_dim, value_dim, 1}};
       a.scale = 0.2, a.dropout_p = flags == 2 ? 0.25 : 0, a.softcap = flags == 2 ? 3 : 0, a.seed = 5;
       a.left = flags == 2 ? 20 : -1, a.right = flags ? 0 : -1, a.offset = 0;
-      bmk::avx512::attention_forward<bfloat16>(a, out.data(), lse.data());
-      bmk::AttentionGradArgs g{};
+      a.lse_stride = q_len;
+      const bmk::AttentionForward forward{a, out.data(), lse.data()};
+      bmk::avx512::attention_forward<bfloat16>(&forward, 1);
+      bmk::AttentionGradArgs& g = backward.g;
       const bmk::Strided results{nullptr, {q_len * heads * value_dim, value_dim, heads * value_dim, 1}};
       g.out = results, g.out.data = out.data();
       g.grad_out = {grad.data(), {heads * q_len * value_dim, q_len * value_dim, value_dim, 1}};
       g.lse = {lse.data(), {heads * q_len, q_len, 1, 0}};
       g.dq = dq.data(), g.dk = dk.data(), g.dv = dv.data();
-      bmk::avx512::attention_backward<bfloat16>(a, g);
+      bmk::avx512::attention_backward<bfloat16>(&backward, 1);
       take(lse.data(), lse.size() * sizeof lse[0]);
       for (const auto* t : {&out, &dq, &dk, &dv}) take(t->data(), t->size() * sizeof(bfloat16));
     }

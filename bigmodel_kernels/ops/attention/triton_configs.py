@@ -59,7 +59,7 @@ SINGLE_DROPOUT = {"forward": {64: (32, 32, 8, 2)}, "key": {64: (16, 32, 8, 1)}}
 # end to end, and of tensors that the copy engine cannot read, whose elements are read one by one.
 HALF_POINTERS = {
     "attention": {
-        "sm_90": {"forward": {128: (64, 64, 8, 2)}, "query": {128: (64, 64, 8, 2)}, "key": {128: (16, 128, 8, 2)}}
+        "sm_90": {"forward": {128: (64, 64, 8, 2)}, "query": {128: (64, 64, 8, 2)}, "key": {128: (16, 64, 8, 2)}}
     },
     "attention_varlen": {"sm_90": {"key": {128: (16, 128, 8, 3)}}},
 }
