@@ -23,8 +23,13 @@ void head_deltas(const AttentionBackward& problem, int64_t b, int64_t h, T* delt
   }
 }
 
+// Where all keys are one block, delta is found with the probabilities: see GradBlock::in_block.
+inline bool needs_deltas(const AttentionArgs& a) { return a.k_len > kBlockKeys; }
+
 // Adds the heads of a problem to what all_deltas runs.
-inline void add_deltas(CostedTasks& costed, const AttentionArgs& a) { costed.add(a.batch * a.heads, a.q_len * a.value_dim); }
+inline void add_deltas(CostedTasks& costed, const AttentionArgs& a) {
+  costed.add(needs_deltas(a) ? a.batch * a.heads : 0, a.q_len * a.value_dim);
+}
 
 // delta of every query of the problems in `costed`, [B, Hq, Sq] each.
 template <class S, class T>

@@ -367,7 +367,7 @@ inline void attend_few(const AttentionArgs& a, const AttentionCache* cache, cons
 // What a task leaves of its part: m[kFewRows], l[kFewRows], o[rows][padded value].
 inline int64_t few_state(const AttentionArgs& a, int64_t padded_value) { return 2 * kFewRows + a.group_rows() * padded_value; }
 
-// Merges the parts of a group, in order, and writes o / l and lse = m + log l; a row that attends to nothing gets 0 and -inf.
+// Merges the parts of a group, in order, and writes o / l and lse, as write_rows does; a row that attends to nothing gets 0 and -inf.
 template <class S, class T>
 inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* states, int64_t parts, T* weights, S* out, T* lse) {
   constexpr int64_t W = kLanes<T>;
@@ -390,7 +390,7 @@ inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* 
       store_any(row + d, sum / divisor, a.value_dim - d);
     }
     lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
-        l == 0 ? -infinity : static_cast<T>(m + std::log(static_cast<double>(l)));  // rounded once, as in write_rows
+        l == 0 ? -infinity : static_cast<T>(m + std::log(static_cast<double>(l)) - alibi_of_row(a, rows, r));
   }
 }
 

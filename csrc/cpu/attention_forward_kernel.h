@@ -255,7 +255,7 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   }
 }
 
-// Writes o / l and lse = m + log l of a block of rows; a row that attends to nothing gets 0 and -inf.
+// Writes o / l and lse = m + log l, less what ALiBi takes from all scores, of a block of rows; a row without keys gets 0 and -inf.
 // The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
 template <class S, class T, class A>
 inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T, A>& x, S* out, T* lse) {
@@ -267,8 +267,9 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
     S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
     const T* o = x.o.get() + r * x.padded_value;
     for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
+    const double row_lse = x.m[r] + std::log(static_cast<double>(x.l[r])) - alibi_of_row(a, rows, r);
     lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
-        empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(x.m[r] + std::log(static_cast<double>(x.l[r])));
+        empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(row_lse);
   }
 }
 

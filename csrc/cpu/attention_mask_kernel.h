@@ -18,6 +18,7 @@ struct RowBlock {
   int64_t first, count, tiles, batch;
   int64_t head[kMax], query[kMax];
   int64_t lo[kMax], hi[kMax];  // keys attended; 0 and 0 where there are none
+  int64_t nearest[kMax];       // the distance from the query's own position to the nearest of them
   int64_t tile_lo[kTiles], tile_hi[kTiles];
   int64_t block_lo, block_hi;
 
@@ -31,13 +32,15 @@ struct RowBlock {
     for (int64_t t = 0; t < tiles; ++t) {
       tile_lo[t] = a.k_len, tile_hi[t] = 0;
       for (int64_t r = t * kTileRows<T>; r < (t + 1) * kTileRows<T>; ++r) {
-        lo[r] = hi[r] = 0;
+        lo[r] = hi[r] = nearest[r] = 0;
         if (r >= count) continue;
         head[r] = first_head + (first + r) / a.q_len;
         query[r] = (first + r) % a.q_len;
         const KeyRange range = key_range(a, query[r]);
         if (range.lo >= range.hi) continue;
         lo[r] = range.lo, hi[r] = range.hi;
+        const int64_t position = query[r] + a.offset;
+        nearest[r] = std::max<int64_t>({0, range.lo - position, position - (range.hi - 1)});
         tile_lo[t] = std::min(tile_lo[t], lo[r]);
         tile_hi[t] = std::max(tile_hi[t], hi[r]);
       }
@@ -71,7 +74,19 @@ INLINE void read_mask(T* out, const M* mask, int64_t stride, int64_t n) {
     for (int64_t j = 0; j < n; ++j) out[j] = value(mask[j * stride]);
 }
 
-// What is added to the scores of row r for keys k0 .. k0 + n; -inf excludes a key.
+template <class T>
+INLINE float alibi_slope(const AttentionArgs& a, const RowBlock<T>& rows, int64_t r) {
+  return a.alibi[rows.batch * a.alibi_batch_stride + rows.head[r]];
+}
+
+// What ALiBi takes from every score of row r. Only the rest is added to them: far from its keys a row would lose the digits of their
+// differences. lse has all of it.
+template <class T>
+INLINE double alibi_of_row(const AttentionArgs& a, const RowBlock<T>& rows, int64_t r) {
+  return a.alibi ? static_cast<double>(alibi_slope(a, rows, r)) * static_cast<double>(rows.nearest[r]) : 0;
+}
+
+// What is added to the scores of row r for keys k0 .. k0 + n, but for alibi_of_row; -inf excludes a key.
 template <class T>
 NOINLINE void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows, int64_t r, int64_t k0, int64_t n) {
   const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r], stride = a.mask.stride[3];
@@ -83,9 +98,9 @@ NOINLINE void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows,
     case MaskType::bfloat16: read_mask(out, a.mask.at<bfloat16>(b, h, i) + k0 * stride, stride, n); break;
   }
   if (a.alibi) {
-    const T slope = a.alibi[b * a.alibi_batch_stride + h];
+    const T slope = alibi_slope(a, rows, r);
     const int64_t distance = i + a.offset - k0;
-    for (int64_t j = 0; j < n; ++j) out[j] -= slope * static_cast<T>(std::abs(distance - j));
+    for (int64_t j = 0; j < n; ++j) out[j] -= slope * static_cast<T>(std::abs(distance - j) - rows.nearest[r]);
   }
 }
 

@@ -108,21 +108,24 @@ __attribute__((target("avx512bf16"))) inline void round_row(bfloat16* out, const
   }
 }
 
-// The same of two rows to pairs [n][2], and to rows of their own where those are wanted.
-template <bool keep_rows>
-__attribute__((target("avx512bf16"))) void round_rows(bfloat16* pairs, const float* first, const float* second, int64_t n,
-                                                      bfloat16* first_row, bfloat16* second_row) {
+// Rounds p and ds of two rows of n keys to pairs [n][2], and ds to rows of their own too, ds_ld apart. row.at(j) gives a vector of both.
+template <class Row>
+__attribute__((target("avx512bf16"))) void round_gradients(bfloat16* p_pairs, bfloat16* ds_pairs, bfloat16* ds_rows, int64_t ds_ld,
+                                                           int64_t n, const Row& first, const Row& second) {
   // Word 2 i comes from the first row, 2 i + 1 from the second, which lies 16 words further on.
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   const __m512i order = _mm512_or_si512(lanes, _mm512_slli_epi32(_mm512_add_epi32(lanes, _mm512_set1_epi32(16)), 16));
+  const auto rounded = [](vec<float> x, vec<float> y) __attribute__((target("avx512bf16"), always_inline)) {
+    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(x)));
+  };
   for (int64_t j = 0; j < n; j += 16) {
-    const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(second + j), _mm512_loadu_ps(first + j));
-    const __m512i both = reinterpret_cast<__m512i>(rounded);
-    _mm512_storeu_si512(pairs + 2 * j, _mm512_permutexvar_epi16(order, both));
-    if constexpr (keep_rows) {
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(first_row + j), _mm512_castsi512_si256(both));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(second_row + j), _mm512_extracti64x4_epi64(both, 1));
-    }
+    const auto [p0, ds0] = first.at(j);
+    const auto [p1, ds1] = second.at(j);
+    const __m512i p = rounded(p0, p1), ds = rounded(ds0, ds1);
+    _mm512_storeu_si512(p_pairs + 2 * j, _mm512_permutexvar_epi16(order, p));
+    _mm512_storeu_si512(ds_pairs + 2 * j, _mm512_permutexvar_epi16(order, ds));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_rows + j), _mm512_castsi512_si256(ds));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(ds_rows + ds_ld + j), _mm512_extracti64x4_epi64(ds, 1));
   }
 }
 #endif

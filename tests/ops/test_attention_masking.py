@@ -7,7 +7,7 @@ import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.attention import reference
-from bigmodel_kernels.testing import make
+from bigmodel_kernels.testing import make, relative_l2
 
 # With few query rows (read where they lie) and with many (packed in tiles), in one block of keys and in several.
 SHAPES = [(1, 2, 2, 2, 40, 16, 16), (2, 4, 2, 21, 50, 20, 9), (1, 2, 2, 70, 420, 8, 24)]
@@ -154,6 +154,22 @@ def test_dropout_is_the_reference_with_the_same_seed(sizes, p, dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float64: 1e-12}[dtype]
     for a, e in zip(actual, (out, lse, *grads)):
         torch.testing.assert_close(a.double(), e, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("sizes", [(1, 2, 2, 3, 3, 16, 16), (1, 2, 2, 40, 2, 16, 16)], ids=str)
+def test_gradients_of_few_keys_with_dropout_are_not_those_of_a_rounded_output(sizes):
+    worst = 0.0
+    for seed in range(30):
+        q, k, v, grad_out = inputs(sizes, torch.bfloat16, seed)
+        torch.manual_seed(seed)
+        actual = run(q, k, v, grad_out, dropout_p=0.2)
+        torch.manual_seed(seed)
+        args = list(bmk.attention.prepare(*(t.double() for t in (q, k, v)), dropout_p=0.2))
+        args[5] = torch.randint(0, 2**62, (1,))
+        out, lse = reference.fwd(*args)
+        dq, dk, _, _ = reference.bwd(grad_out.double(), None, out, lse, False, *args)
+        worst = max(worst, relative_l2(actual[2], dq), relative_l2(actual[3], dk))
+    assert worst < 6e-3
 
 
 def test_dropout_drops_the_share_asked_for_and_follows_manual_seed():

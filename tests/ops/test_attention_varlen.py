@@ -48,6 +48,11 @@ def test_any_layout_and_seed(dtype, layout, seed):
     Sequences(LENGTHS["few and many"], SIZES[0], "causal", dtype, seed=seed, layout=layout).check()
 
 
+@pytest.mark.parametrize(("flags", "seed"), [("plain", 6), ("plain", 18), ("causal", 6), ("causal", 18)])
+def test_gradients_of_few_keys_are_not_those_of_a_rounded_output(flags, seed):
+    Sequences([(2, 2), (3, 3), (40, 2), (3, 2)], (2, 2, 16, 16), flags, torch.bfloat16, seed).check()
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("flags", FLAGS_HERE)
