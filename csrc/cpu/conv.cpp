@@ -59,14 +59,14 @@ Tensor run(const ConvCall& call, const Tensor& x, const Tensor& weight, const Pa
 }  // namespace
 
 Tensor conv_infer(const Tensor& x, const Tensor& weight, const Parameter& bias, const Parameter& scale, const Parameter& shift,
-                  const Parameter& residual, const std::vector<int64_t>& geometry, const std::string& activation, double slope) {
+                  const Parameter& residual, const std::vector<int64_t>& geometry, const Text& activation, double slope) {
   return run(ConvCall(x, weight, geometry, activation), x, weight, bias, scale, shift, residual, slope, nullptr);
 }
 
 // Returns (out, index, pre), see Saved; index and pre are empty where conv_bwd does not need them.
 std::tuple<Tensor, Tensor, Tensor> conv_fwd(const Tensor& x, const Tensor& weight, const Parameter& bias, const Parameter& scale,
                                             const Parameter& shift, const Parameter& residual, const std::vector<int64_t>& geometry,
-                                            const std::string& activation, double slope) {
+                                            const Text& activation, double slope) {
   Saved saved;
   Tensor out = run(ConvCall(x, weight, geometry, activation), x, weight, bias, scale, shift, residual, slope, &saved);
   return {out, saved.index, saved.pre};

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../text.h"
 #include "conv_geometry.h"
 #include "isa.h"
 #include "new_tensor.h"

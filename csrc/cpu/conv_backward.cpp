@@ -13,7 +13,7 @@ namespace bmk {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> conv_bwd(
     const Tensor& grad, const Tensor& out, const Tensor& index, const Tensor& pre, const std::vector<int64_t>& needs, const Tensor& x,
     const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale, const std::vector<int64_t>& geometry,
-    const std::string& activation, double slope) {
+    const Text& activation, double slope) {
   const ConvCall call(x, weight, geometry, activation);
   call.check_channels(bias, x, "bias");
   call.check_channels(scale, x, "scale");

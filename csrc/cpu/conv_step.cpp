@@ -29,7 +29,7 @@ Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
 std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor position, const Tensor& weight, const Optional& bias,
                                          const Optional& out_weight, const Optional& out_bias, const Optional& skip_weight,
                                          const Optional& skip_bias, const Optional& skip_sum, int64_t dilation, int64_t groups,
-                                         const std::string& activation, double slope) {
+                                         const Text& activation, double slope) {
   CHECK_DIM(x, 2);
   CHECK_DIM(weight, 3);
   const int64_t batch = x.size(0), channels = x.size(1), rows = weight.size(0), kernel = weight.size(2);

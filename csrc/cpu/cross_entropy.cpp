@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../text.h"
 
 namespace bmk {
 
@@ -52,7 +53,7 @@ double share_of(const CrossEntropyCall& call, const std::string& reduction) {
 
 // Returns (loss, parts): the loss of every row, or one, in the dtype of the logits.
 std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor& target, int64_t ignore_index, double smoothing,
-                                             const std::string& reduction) {
+                                             const Text& reduction) {
   CHECK_DIM(logits, 2);
   const int64_t rows = logits.size(0);
   Tensor parts = torch::stable::new_empty(logits, {2, rows}, parts_dtype(logits));
@@ -66,7 +67,7 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
 }
 
 Tensor cross_entropy_bwd(const Tensor& d_loss, const Tensor& parts, const Tensor& logits, const Tensor& target, int64_t ignore_index,
-                         double smoothing, const std::string& reduction) {
+                         double smoothing, const Text& reduction) {
   const CrossEntropyCall call = make_call(logits, target, ignore_index, smoothing, parts);
   const bool by_row = reduction == "none";
   CHECK_SHAPE(d_loss, by_row ? call.rows : 1);

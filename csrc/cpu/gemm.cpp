@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../check.h"
+#include "../text.h"
 
 namespace bmk {
 
@@ -28,11 +29,11 @@ Tensor gemm(const Tensor& a, const Tensor& b) {
   return c;
 }
 
-Tensor unary(const Tensor& x, const std::string& name) {
+Tensor unary(const Tensor& x, const Text& name) {
   CHECK_CPU(x);
   CHECK_CONTIGUOUS(x);
   const int which = name == "exp" ? 0 : name == "tanh" ? 1 : name == "sigmoid" ? 2 : -1;
-  STD_TORCH_CHECK(which >= 0, "name must be exp, tanh or sigmoid, got ", name);
+  STD_TORCH_CHECK(which >= 0, "name must be exp, tanh or sigmoid, got ", std::string(name));
   Tensor out = torch::stable::empty_like(x);
   DISPATCH_FLOATING(x.scalar_type(), "unary", [&] {
     ISA_CALL(unary_kernel<scalar_t>, which, static_cast<const scalar_t*>(x.const_data_ptr()),

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "../text.h"
 #include "new_tensor.h"
 
 namespace bmk {
@@ -18,7 +19,7 @@ using torch::stable::Tensor;
 namespace {
 
 LinearCall make_call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-                     const std::string& activation, double slope, const Tensor& y, const Tensor& known) {
+                     const Text& activation, double slope, const Tensor& y, const Tensor& known) {
   CHECK_CPU(x);
   CHECK_CPU(weight);
   CHECK_DIM(x, 2);
@@ -60,7 +61,7 @@ LinearCall make_call(const Tensor& x, const Tensor& weight, const std::optional<
 
 // Returns (y, known): what the derivative of the activation is known from, empty unless `save_known`.
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                      const std::optional<Tensor>& residual, const std::string& activation, double slope, bool save_known) {
+                                      const std::optional<Tensor>& residual, const Text& activation, double slope, bool save_known) {
   CHECK_DIM(x, 2);
   CHECK_DIM(weight, 2);
   Tensor y = new_contiguous({x.size(0), weight.size(0)}, x.scalar_type());
@@ -72,7 +73,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, con
 
 // Returns (dx, dweight, dbias); those that are not wanted are empty. `known` is what linear_fwd kept, or y.
 std::tuple<Tensor, Tensor, Tensor> linear_bwd(const Tensor& dy, const Tensor& known, const Tensor& x, const Tensor& weight,
-                                              const std::string& activation, double slope, bool need_dx, bool need_dweight,
+                                              const Text& activation, double slope, bool need_dx, bool need_dweight,
                                               bool need_dbias) {
   const LinearCall call = make_call(x, weight, std::nullopt, std::nullopt, activation, slope, known, known);
   CHECK_SHAPE(dy, call.rows, call.out);

@@ -53,7 +53,7 @@ bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(1) > 
 void conv_depthwise_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                         const std::optional<Tensor>& shift, const std::optional<Tensor>& residual, const std::vector<int64_t>& stride,
                         const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const std::vector<int64_t>& spread,
-                        const std::string& activation, double slope, Tensor out, std::optional<Tensor> pre) {
+                        const Text& activation, double slope, Tensor out, std::optional<Tensor> pre) {
   const ScalarType dtype = x.scalar_type();
   check_image(x, dtype, {-1, -1, -1, -1}, "x");
   const int64_t channels = x.size(1);

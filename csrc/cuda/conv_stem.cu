@@ -33,7 +33,7 @@ void launch_for_channels(const StemForward<T>& p, int64_t batch, cudaStream_t st
 // stride and padding. Writes out and, where they are given, index and pre.
 void conv_stem_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& scale,
                    const std::optional<Tensor>& shift, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, const std::string& activation, double slope, const std::string& pool,
+                   const std::vector<int64_t>& dilation, const Text& activation, double slope, const Text& pool,
                    const std::vector<int64_t>& pool_sizes, const std::vector<int64_t>& full_size, const std::vector<int64_t>& tile,
                    Tensor out, std::optional<Tensor> index, std::optional<Tensor> pre) {
   const ScalarType dtype = x.scalar_type();

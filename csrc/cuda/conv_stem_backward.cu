@@ -33,7 +33,7 @@ void launch_input(const StemInputGradient<T>& p, cudaStream_t stream) {
 
 // Writes d, the gradient of what precedes activation and pool.
 void conv_spread_native(const Tensor& grad, const std::optional<Tensor>& out, const std::optional<Tensor>& index,
-                        const std::optional<Tensor>& pre, const std::string& activation, double slope, const std::string& pool,
+                        const std::optional<Tensor>& pre, const Text& activation, double slope, const Text& pool,
                         const std::vector<int64_t>& pool_sizes, Tensor d) {
   check_image(d, grad.scalar_type(), {grad.size(0), grad.size(1), -1, -1}, "d");
   if (d.numel() == 0) return;
@@ -52,8 +52,8 @@ void conv_spread_native(const Tensor& grad, const std::optional<Tensor>& out, co
 // (KH, KW), `full_size` the convolution's output before pooling, `tile` the part of it that a block takes at a time.
 void conv_stem_weights_native(const Tensor& x, const Tensor& grad, const std::optional<Tensor>& out, const std::optional<Tensor>& index,
                               const std::optional<Tensor>& pre, const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,
-                              const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const std::string& activation,
-                              double slope, const std::string& pool, const std::vector<int64_t>& pool_sizes,
+                              const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, const Text& activation,
+                              double slope, const Text& pool, const std::vector<int64_t>& pool_sizes,
                               const std::vector<int64_t>& full_size, const std::vector<int64_t>& tile, Tensor partial) {
   const ScalarType dtype = x.scalar_type();
   check_image(x, dtype, {-1, -1, -1, -1}, "x");

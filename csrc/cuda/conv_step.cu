@@ -27,7 +27,7 @@ void launch(const ConvStep<T>& p, dim3 grid, cudaStream_t stream) {
 void conv_step_launch(const Tensor& x, Tensor ring, Tensor position, const Tensor& weight, const std::optional<Tensor>& bias,
                       const std::optional<Tensor>& out_weight, const std::optional<Tensor>& out_bias,
                       const std::optional<Tensor>& skip_weight, const std::optional<Tensor>& skip_bias,
-                      const std::optional<Tensor>& skip_sum, int64_t dilation, int64_t groups, const std::string& activation, double slope,
+                      const std::optional<Tensor>& skip_sum, int64_t dilation, int64_t groups, const Text& activation, double slope,
                       int64_t share, int64_t sequences, Tensor y, Tensor skip, Tensor partial, Tensor tickets) {
   CHECK_DIM(x, 2);
   CHECK_DIM(weight, 3);

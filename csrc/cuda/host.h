@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "../text.h"
 
 #define CHECK_CUDA(t) STD_TORCH_CHECK((t).is_cuda(), #t " must be a CUDA tensor")
 

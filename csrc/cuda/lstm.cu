@@ -175,7 +175,7 @@ void dispatch(ScalarType dtype, bool tf32, const Run& run) {
 // Writes output, h_n, and, where they are given, gates and cells; c holds the initial states and on return the final ones.
 void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tensor& bias, const Tensor& h0,
                        const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor output, Tensor h_n,
-                       Tensor c, std::optional<Tensor> gates, std::optional<Tensor> cells, const std::string& scope, int64_t registers,
+                       Tensor c, std::optional<Tensor> gates, std::optional<Tensor> cells, const Text& scope, int64_t registers,
                        int64_t warps, bool tf32) {
   CHECK_DIM(h0, 3);
   CHECK_DIM(from_input, 3);
@@ -226,7 +226,7 @@ void lstm_sequence_fwd(const Tensor& from_input, const Tensor& w_hh, const Tenso
 // Writes d_gates; d_h and d_c hold the gradients of the final states and on return those of the initial ones.
 void lstm_sequence_bwd(const Tensor& d_output, const Tensor& gates, const Tensor& cells, const Tensor& c0, const Tensor& w_hh,
                        const std::optional<Tensor>& firsts, const std::optional<Tensor>& lengths, int64_t steps, Tensor d_h, Tensor d_c,
-                       Tensor d_gates, const std::string& scope, int64_t registers, int64_t warps, bool tf32) {
+                       Tensor d_gates, const Text& scope, int64_t registers, int64_t warps, bool tf32) {
   CHECK_DIM(c0, 3);
   CHECK_DIM(d_output, 2);
   const int64_t directions = c0.size(0), batch = c0.size(1), hidden = c0.size(2), tokens = d_output.size(0);
