@@ -9,10 +9,12 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
+#include "pooled_tensor.h"
 
 namespace bmk {
 
 using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
 using Optional = std::optional<Tensor>;
 
 namespace {
@@ -75,13 +77,15 @@ Tensor new_signal(const Tensor& like, int64_t batch, int64_t channels, int64_t l
 
 }  // namespace
 
-// Returns (out, skip), empty where their weight is left out.
-std::tuple<Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& out_weight,
+// Returns (out, skip), empty where their weight is left out, and gates, empty unless `save` and in bfloat16.
+std::tuple<Tensor, Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor& weight, const Optional& bias, const Optional& out_weight,
                                           const Optional& out_bias, const Optional& skip_weight, const Optional& skip_bias,
-                                          const Optional& skip_sum, int64_t dilation, bool innermost) {
+                                          const Optional& skip_sum, int64_t dilation, bool innermost, bool save) {
   const GatedConvShape s = describe(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, dilation);
   Tensor out = out_weight ? new_signal(x, s.batch, s.out, s.length, innermost) : torch::stable::new_empty(x, {0});
   Tensor skip = skip_weight ? new_signal(x, s.batch, s.skips, s.length, innermost) : torch::stable::new_empty(x, {0});
+  const bool keep = save && x.scalar_type() == ScalarType::BFloat16;
+  Tensor gates = pooled_empty(x, {keep ? s.batch : 0, s.length, kept_row(s.gates)}, ScalarType::Half, sizeof(uint16_t));
   DISPATCH_FLOATING(x.scalar_type(), "gated_conv", [&] {
     using S = scalar_t;
     GatedConvForward<S> call{s,
@@ -90,22 +94,27 @@ std::tuple<Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor& weight,
                              signal<const S>(x, x, s.batch, s.channels, s.length),
                              signal<const S>(skip_sum, x, s.batch, s.skips, s.length),
                              {},
-                             {}};
+                             {},
+                             keep ? static_cast<uint16_t*>(gates.mutable_data_ptr()) : nullptr};
     if (out_weight) call.out = signal<S>(out, x, s.batch, s.out, s.length);
     if (skip_weight) call.skip = signal<S>(skip, x, s.batch, s.skips, s.length);
     ISA_CALL(gated_conv_forward<S>, call);
   });
-  return {out, skip};
+  return {out, skip, gates};
 }
 
 // Returns (d_x, d_weight, d_bias, d_out_weight, d_out_bias, d_skip_weight, d_skip_bias); empty where not wanted or left out.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bwd(const Optional& d_out, const Optional& d_skip,
-                                                                                  bool need_x, bool need_weights, const Tensor& x,
-                                                                                  const Tensor& weight, const Optional& bias,
-                                                                                  const Optional& out_weight, const Optional& out_bias,
-                                                                                  const Optional& skip_weight, const Optional& skip_bias,
-                                                                                  int64_t dilation, bool innermost) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bwd(
+    const Optional& d_out, const Optional& d_skip, const Tensor& gates, bool need_x, bool need_weights, const Tensor& x,
+    const Tensor& weight, const Optional& bias, const Optional& out_weight, const Optional& out_bias, const Optional& skip_weight,
+    const Optional& skip_bias, int64_t dilation, bool innermost) {
   const GatedConvShape s = describe(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, dilation);
+  if (x.scalar_type() == ScalarType::BFloat16) {
+    CHECK_CPU(gates);
+    CHECK_SHAPE(gates, s.batch, s.length, kept_row(s.gates));
+    CHECK_CONTIGUOUS(gates);
+    STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Half, "gates must be float16");
+  }
   const Tensor none = torch::stable::new_empty(x, {0});
   Tensor d_x = need_x ? new_signal(x, s.batch, s.channels, s.length, innermost) : none;
   std::vector<Tensor> gradients;
@@ -120,6 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bw
                               signal<const S>(x, x, s.batch, s.channels, s.length),
                               signal<const S>(d_out, x, s.batch, s.out, s.length),
                               signal<const S>(d_skip, x, s.batch, s.skips, s.length),
+                              static_cast<const uint16_t*>(gates.const_data_ptr()),
                               {},
                               {gradient(0, weight), gradient(1, bias), gradient(2, out_weight), gradient(3, out_bias),
                                gradient(4, skip_weight), gradient(5, skip_bias)},
@@ -135,9 +145,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bw
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "gated_conv_fwd(Tensor x, Tensor weight, Tensor? bias, Tensor? out_weight, Tensor? out_bias, Tensor? skip_weight, "
-      "Tensor? skip_bias, Tensor? skip_sum, int dilation, bool innermost) -> (Tensor out, Tensor skip)");
+      "Tensor? skip_bias, Tensor? skip_sum, int dilation, bool innermost, bool save) -> (Tensor out, Tensor skip, Tensor gates)");
   m.def(
-      "gated_conv_bwd(Tensor? d_out, Tensor? d_skip, bool need_x, bool need_weights, Tensor x, Tensor weight, Tensor? bias, "
+      "gated_conv_bwd(Tensor? d_out, Tensor? d_skip, Tensor gates, bool need_x, bool need_weights, Tensor x, Tensor weight, Tensor? bias, "
       "Tensor? out_weight, Tensor? out_bias, Tensor? skip_weight, Tensor? skip_bias, int dilation, bool innermost) -> (Tensor d_x, "
       "Tensor d_weight, Tensor d_bias, Tensor d_out_weight, Tensor d_out_bias, Tensor d_skip_weight, Tensor d_skip_bias)");
 }

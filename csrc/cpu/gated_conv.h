@@ -17,6 +17,9 @@ struct GatedConvShape {
   int64_t shift(int64_t tap) const { return dilation * (kernel - 1 - tap); }
 };
 
+// Numbers of 16 bits that a training step in bfloat16 keeps of one time step: see gated_conv_gate.h.
+inline int64_t kept_row(int64_t gates) { return 2 * ((gates + 15) / 16 * 16); }
+
 // [N, channels, T], either the channels or the steps adjacent; strides in elements. Without data it counts as 0.
 template <class S>
 struct Signal {
@@ -45,6 +48,7 @@ struct GatedConvForward {
   Signal<const S> x;
   Signal<const S> skip_sum;  // what the skip output is added to
   Signal<S> out, skip;
+  uint16_t* gates;  // what the backward gets, of bfloat16; null where it is not wanted
 };
 
 template <class S>
@@ -53,6 +57,7 @@ struct GatedConvBackward {
   GatedConvWeights<const S> weights;
   Signal<const S> x;
   Signal<const S> d_out, d_skip;
+  const uint16_t* gates;          // of bfloat16, what the forward kept
   Signal<S> d_x;                  // without data where it is not wanted
   GatedConvWeights<S> d_weights;  // all null where they are not wanted
   bool need_weights;

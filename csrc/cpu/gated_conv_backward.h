@@ -5,8 +5,9 @@
 //   d_x[t] = d_out[t] + sum over taps of weight[tap]^T d_z[t + shift(tap)]
 //   d_weight[tap] = sum over t of d_z[t] x[t - shift(tap)]^T        d_W_out = sum of d_out a^T        d_W_skip = sum of d_skip a^T
 //
-// Two passes over the blocks of some sequences. The first computes z again and d_z, adds up the gradients of the weights while
-// x, a, d_z and the outputs' gradients are in the second-level cache, and leaves d_z in memory; the second computes d_x from it.
+// Two passes over the blocks of some sequences. The first reads t and s, or computes them again, and from them d_z, adds up the
+// gradients of the weights while x, a, d_z and the outputs' gradients are in the second-level cache, and leaves d_z in memory; the
+// second computes d_x from it. The lines of the next block are asked for between the tiles of this one.
 // The blocks are dealt to a number of sums that the shapes alone decide, so the result does not depend on the threads.
 
 // Sums over time, of one part of the blocks: [K C][2 gate_row] for the weights of z, [output_row][gate_row] for the others.
@@ -19,13 +20,14 @@ template <class S, class M>
 class GatedBackward {
   using T = compute_t<S>;
   static constexpr int W = kLanes<T>;
+  static constexpr bool kKept = std::is_same_v<S, bfloat16>, kPaired = kPack<T, M> == 2;
   static constexpr int64_t kSums = 64, kSumBlocks = 8;  // parts at most; blocks of a part at least
   static constexpr int64_t kSteps = 1 << 14;            // of the sequences whose d_z are in memory at a time, if they are shorter
 
   const GatedConvBackward<S>& b;
   const GatedConvShape& s;
   const GatedLayout<T, M> layout;
-  const GateWeights<T, M> gate;
+  std::optional<GateWeights<T, M>> gate;  // where z is computed again
   const int64_t z_row;  // of d_z: filters, then gates
   const int64_t parts;
   Scratch<M> mix;  // W_out and W_skip as [output_row][D], in panels as wide as those of the gates' filters
@@ -36,11 +38,11 @@ class GatedBackward {
       : b(b),
         s(b.shape),
         layout(s),
-        gate(layout, b.weights),
         z_row(2 * layout.gate_row),
         parts(std::clamp<int64_t>(s.batch * layout.blocks() / kSumBlocks, 1, kSums)),
         mix(layout.output_row() * layout.gate_row),
         sums(b.need_weights ? parts * sums_size() : 0) {
+    if constexpr (!kKept) gate.emplace(layout, b.weights);
     pack_mix();
     if (b.need_weights) std::fill_n(sums.get(), parts * sums_size(), T(0));
   }
@@ -68,9 +70,11 @@ class GatedBackward {
         torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
           Scratch<T> y(kBlock * PanelTile<T>::kColumns);
           Chunks<M> chunks;
+          LinesAhead ahead;
           for (int64_t i = begin; i < end; ++i) {
             const int64_t sample = i / layout.blocks(), step = i % layout.blocks() * kBlock;
-            input.block(first + sample, step, std::min(kBlock, s.length - step), d_z.get() + sample * length * z_row, chunks, y.get());
+            const M* of_sample = d_z.get() + sample * length * z_row;
+            input.block(first + sample, step, std::min(kBlock, s.length - step), of_sample, chunks, ahead, y.get());
           }
         });
     }
@@ -103,12 +107,18 @@ class GatedBackward {
   struct Pass {
     const GatedBackward& of;
     InputRows<T, M> input;
-    Scratch<M> d_outputs;  // [kBlock][output_row]
+    Scratch<M> d_outputs;  // [kBlock][out_row], then [kBlock][skip_row], where the gradients are not read as they lie
     Scratch<T> z, d_a;     // of one panel
-    Scratch<M> a;          // [kBlock][gate_row]
+    Scratch<M> a;          // [kBlock][gate_row], with the steps in pairs where M is multiplied in pairs
     // The same with the steps in pairs, where M is multiplied in pairs.
-    Scratch<M> x_pairs, d_output_pairs, a_pairs, d_z_pairs;
+    Scratch<M> x_pairs, d_output_pairs, d_z_pairs;
     Chunks<M> output_chunks;
+    LinesAhead ahead;
+    // Rows of the outputs' gradients, `columns` of them, `at` among the two.
+    struct OutputRows {
+      const M* first;
+      int64_t row, columns, at;
+    };
 
     explicit Pass(const GatedBackward& of)
         : of(of),
@@ -119,72 +129,99 @@ class GatedBackward {
           a(kBlock * of.layout.gate_row),
           x_pairs(pairs(of.layout.channel_row)),
           d_output_pairs(pairs(of.layout.output_row())),
-          a_pairs(pairs(of.layout.gate_row)),
-          d_z_pairs(pairs(of.z_row)) {
-      output_chunks.add(d_outputs.get(), of.layout.output_row(), of.layout.output_row(), 0);
-      output_chunks.end();
-    }
-    static int64_t pairs(int64_t row) { return kPack<T, M> == 2 ? kBlock * row : 0; }
+          d_z_pairs(pairs(of.z_row)) {}
+    static int64_t pairs(int64_t row) { return kPaired ? kBlock * row : 0; }
 
     void block(int64_t sample, int64_t step, int64_t rows, M* d_z, const GatedSums<T>& sums) {
       const GatedLayout<T, M>& layout = of.layout;
       const GatedConvShape& s = of.s;
       const bool weights = of.b.need_weights;
-      input.set(layout, of.b.x, sample, step, rows, weights && kPack<T, M> == 2);
-      M* d_out = d_outputs.get();
-      stage_rows<T>(d_out, layout.output_row(), layout.out_row, of.b.d_out.at(sample, 0), s.out, step, rows, s.length);
-      stage_rows<T>(d_out + layout.out_row, layout.output_row(), layout.skip_row, of.b.d_skip.at(sample, 0), s.skips, step, rows, s.length);
-      for (int64_t p = 0; p < layout.gate_panels(); ++p) gate_panel(p, rows, d_z, sums);
+      if (weights || !kKept) input.set(layout, of.b.x, sample, step, rows, weights && kPaired);
+      const OutputRows outputs[2] = {
+          output_rows(of.b.d_out.at(sample, 0), s.out, layout.out_row, 0, step, rows),
+          output_rows(of.b.d_skip.at(sample, 0), s.skips, layout.skip_row, layout.out_row, step, rows),
+      };
+      ahead.clear();
+      if (const int64_t next = std::min(kBlock, s.length - step - rows); next > 0) {
+        const int64_t after = step + rows, row = kept_row(s.gates);
+        ahead.add(of.b.d_out.at(sample, after), next, s.out);
+        ahead.add(of.b.d_skip.at(sample, after), next, s.skips);
+        if constexpr (kKept) ahead.add(of.b.gates + (sample * s.length + after) * row, row, next, row);
+        ahead.add(d_z + rows * of.z_row, of.z_row, next, of.z_row);
+        if (weights) ahead.add(of.b.x.at(sample, after), next, s.channels);
+      }
+      output_chunks.clear();
+      for (const OutputRows& o : outputs) output_chunks.add(o.first, o.row, o.columns, o.at);
+      output_chunks.end();
+      for (int64_t p = 0; p < layout.gate_panels(); ++p) gate_panel(p, sample, step, rows, d_z, sums);
       if (!weights) return;
-      add_columns(d_out, layout.output_row(), rows, sums.mix_bias);
-      const int64_t C = s.channels, D = layout.gate_row, Z = of.z_row, O = layout.output_row();
-      if constexpr (kPack<T, M> == 1) {
+      const int64_t C = s.channels, D = layout.gate_row, Z = of.z_row;
+      if constexpr (!kPaired) {
         for (int64_t tap = 0; tap < s.kernel; ++tap)
-          if (const auto& x = input.taps[tap]; x.first) outer_product<T>(C, Z, rows, x.first, x.row, d_z, Z, sums.weight + tap * C * Z, Z);
-        outer_product<T>(O, D, rows, d_out, O, a.get(), D, sums.mix, D);
+          if (const auto& x = input.taps[tap]; x.first)
+            outer_product<T>(C, Z, rows, x.first, x.row, d_z, Z, sums.weight + tap * C * Z, Z, ahead);
+        for (const OutputRows& o : outputs) {
+          outer_product<T>(o.columns, D, rows, o.first, o.row, a.get(), D, sums.mix + o.at * D, D, ahead);
+          add_columns(o.first, o.row, rows, o.columns, sums.mix_bias + o.at);
+        }
       } else {
-        pair_rows(d_z_pairs, Z, d_z, Z, rows, Z);
         for (int64_t tap = 0; tap < s.kernel; ++tap)
           if (const auto& x = input.taps[tap]; x.first) {
             pair_rows(x_pairs, layout.channel_row, x.first, x.row, rows, layout.channel_row);
-            outer_product<T>(C, Z, rows, x_pairs.get(), layout.channel_row, d_z_pairs.get(), Z, sums.weight + tap * C * Z, Z);
+            outer_product<T>(C, Z, rows, x_pairs.get(), layout.channel_row, d_z_pairs.get(), Z, sums.weight + tap * C * Z, Z, ahead);
           }
-        pair_rows(d_output_pairs, O, d_out, O, rows, O);
-        pair_rows(a_pairs, D, a.get(), D, rows, D);
-        outer_product<T>(O, D, rows, d_output_pairs.get(), O, a_pairs.get(), D, sums.mix, D);
+        for (const OutputRows& o : outputs) {
+          pair_rows(d_output_pairs, o.columns, o.first, o.row, rows, o.columns);
+          outer_product<T>(o.columns, D, rows, d_output_pairs.get(), o.columns, a.get(), D, sums.mix + o.at * D, D, ahead);
+          add_pairs(d_output_pairs, o.columns, rows, o.columns, sums.mix_bias + o.at);
+        }
       }
     }
 
-    // z and d_a of one panel, and from them a, d_z and the sums of the bias.
-    void gate_panel(int64_t p, int64_t rows, M* d_z, const GatedSums<T>& sums) {
+    // d_a of one panel, and from it a, d_z and the sums of the bias.
+    void gate_panel(int64_t p, int64_t sample, int64_t step, int64_t rows, M* d_z, const GatedSums<T>& sums) {
       const GatedLayout<T, M>& layout = of.layout;
       const int64_t vectors = layout.gate_vectors(p), first = p * layout.kGateVectors * W, D = layout.gate_row;
-      product<T>(rows, input.chunks, of.gate.panel(layout, p), 2 * vectors, z.get(), 2 * vectors * W);
-      product<T>(rows, output_chunks, of.mix.get() + first * layout.output_row(), vectors, d_a.get(), vectors * W);
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t at = first + v * W;
-        const vec<T> filter_bias = load(of.gate.bias.get() + at), gate_bias = load(of.gate.bias.get() + D + at);
-        vec<T> filter_sum = {}, gate_sum = {};
-        for (int64_t r = 0; r < rows; ++r) {
-          const T* row = z.get() + r * 2 * vectors * W + v * W;
-          const vec<T> t = tanh(load(row) + filter_bias), g = sigmoid(load(row + vectors * W) + gate_bias);
-          const vec<T> d = load(d_a.get() + r * vectors * W + v * W);
-          const vec<T> d_filter = d * g * (1 - t * t), d_gate = d * t * g * (1 - g);
-          store(a.get() + r * D + at, t * g);
-          store(d_z + r * 2 * D + at, d_filter);
-          store(d_z + r * 2 * D + D + at, d_gate);
-          filter_sum += d_filter;
-          gate_sum += d_gate;
-        }
-        if (sums.bias) {
-          store(sums.bias + at, load(sums.bias + at) + filter_sum);
-          store(sums.bias + D + at, load(sums.bias + D + at) + gate_sum);
-        }
+      product<T>(rows, output_chunks, of.mix.get() + first * layout.output_row(), vectors, d_a.get(), vectors * W, &ahead);
+      const GateGradient<T, M> gradient{rows,
+                                        vectors,
+                                        d_a.get(),
+                                        d_z + first,
+                                        d_z + D + first,
+                                        a + first * kPack<T, M>,
+                                        of.z_row,
+                                        D,
+                                        sums.bias ? sums.bias + first : nullptr,
+                                        sums.bias ? sums.bias + D + first : nullptr};
+      if constexpr (kKept) {
+        const int64_t row = kept_row(of.s.gates);
+        const uint16_t* kept = of.b.gates + (sample * of.s.length + step) * row + 2 * first;
+        if constexpr (kPaired)
+          gate_gradients(gradient, kept, row, d_z_pairs + 2 * first, d_z_pairs + 2 * (D + first));
+        else
+          gate_gradients(gradient, [&](int64_t r, int64_t v) { return kept_values(kept + r * row + 2 * v * W); });
+      } else {
+        product<T>(rows, input.chunks, of.gate->panel(layout, p), 2 * vectors, z.get(), 2 * vectors * W);
+        const T *filter_bias = of.gate->bias.get() + first, *gate_bias = filter_bias + D;
+        gate_gradients(gradient, [&](int64_t r, int64_t v) {
+          const T* row = z.get() + (2 * vectors * r + v) * W;
+          const vec<T> filter = load(row) + load(filter_bias + v * W), gate = load(row + vectors * W) + load(gate_bias + v * W);
+          return std::pair(tanh(filter), sigmoid(gate));
+        });
       }
     }
 
-    static void add_columns(const M* from, int64_t row, int64_t rows, T* out) {
-      for (int64_t c = 0; c < row; c += W) {
+    // Read as they lie where their channels are adjacent and whole vectors.
+    OutputRows output_rows(const Signal<const S>& d, int64_t channels, int64_t columns, int64_t at, int64_t step, int64_t rows) {
+      if constexpr (std::is_same_v<M, S>)
+        if (d.data && d.c == 1 && channels == columns) return {d.data + step * d.t, d.t, columns, at};
+      M* staged = d_outputs + kBlock * at;
+      stage_rows<T>(staged, columns, columns, d, channels, step, rows, of.s.length);
+      return {staged, columns, columns, at};
+    }
+
+    static void add_columns(const M* from, int64_t row, int64_t rows, int64_t columns, T* out) {
+      for (int64_t c = 0; c < columns; c += W) {
         vec<T> sum = {};
         for (int64_t r = 0; r < rows; ++r) sum += load(from + r * row + c);
         store(out + c, load(out + c) + sum);
@@ -216,7 +253,7 @@ class GatedBackward {
       });
     }
 
-    void block(int64_t sample, int64_t step, int64_t rows, const M* d_z, Chunks<M>& chunks, T* y) const {
+    void block(int64_t sample, int64_t step, int64_t rows, const M* d_z, Chunks<M>& chunks, LinesAhead& ahead, T* y) const {
       const GatedConvShape& s = of.s;
       constexpr int64_t N = PanelTile<T>::kColumns;
       const int64_t columns = padded<T>(s.channels), depth = s.kernel * of.z_row;
@@ -224,9 +261,12 @@ class GatedBackward {
       for (int64_t tap = 0; tap < s.kernel; ++tap)
         if (const int64_t at = step + s.shift(tap); at < s.length) chunks.add(d_z + at * of.z_row, of.z_row, of.z_row, tap * of.z_row);
       chunks.end();
+      ahead.clear();
+      ahead.add(of.b.d_x.at(sample, step), rows, s.channels);
+      ahead.add(of.b.d_out.at(sample, step), rows, s.out);
       for (int64_t column = 0; column < columns; column += N) {
         const int64_t vectors = PanelTile<T>::vectors(columns, column);
-        product<T>(rows, chunks, packed.get() + column * depth, vectors, y, vectors * W);
+        product<T>(rows, chunks, packed.get() + column * depth, vectors, y, vectors * W, &ahead);
         for (int64_t v = 0; v < vectors; ++v) {
           const int64_t first = column + v * W;
           const Signal<const S> added = s.out ? of.b.d_out.at(sample, step).channel(first) : Signal<const S>{};

@@ -6,9 +6,9 @@
 // A task is kBlock time steps of one sequence. Steps are the rows of the products: those of x are read where they lie if
 // their channels are adjacent, else transposed in registers into a block. z, in panels of one or two vectors of filters with
 // their gates, and a never leave the second-level cache.
-// Saved for backward: nothing. z is computed again (a third of the forward's products); gates and filters of every step would be
-// 2 D numbers to write and to read again, which takes as long, and would stay in memory for as long as the whole network's
-// forward runs.
+// Saved for backward: in bfloat16 tanh and sigmoid, 4 D bytes a step (gated_conv_gate.h). In float32 nothing: z is computed again (a
+// third of the forward's products); 8 D bytes a step to write and to read again would take as long, and stay in memory for as long as
+// the whole network's forward runs.
 // Refused: more than one group, a stride.
 // Floor: 2 T (2 D C K + D (C + S)) operations at the multiply-add peak (bfloat16: of the dot products), x and skip_sum read, out
 // and skip written.
@@ -123,6 +123,7 @@ struct InputRows {
   }
 };
 
+#include "gated_conv_gate.h"
 #include "gated_conv_backward.h"
 
 template <class S, class M>
@@ -150,23 +151,24 @@ void gated_conv_forward_with(const GatedConvForward<S>& f) {
     InputRows<T, M> input(layout);
     Scratch<T> y(kBlock * N);  // of z, then of the outputs
     Scratch<M> a(kBlock * layout.gate_row);
+    LinesAhead ahead;
     Chunks<M> activated;
     activated.add(a.get(), layout.gate_row, depth, 0);
     activated.end();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t sample = task / layout.blocks(), step = task % layout.blocks() * kBlock, rows = std::min(kBlock, s.length - step);
+      uint16_t* kept = f.gates ? f.gates + (sample * s.length + step) * kept_row(s.gates) : nullptr;
       input.set(layout, f.x, sample, step, rows, false);
+      ahead.clear();
+      if (kept) ahead.add(kept, kept_row(s.gates), rows, kept_row(s.gates));
+      ahead.add(f.out.at(sample, step), rows, s.out);
+      ahead.add(f.skip.at(sample, step), rows, s.skips);
+      ahead.add(f.skip_sum.at(sample, step), rows, s.skips);
       for (int64_t p = 0; p < layout.gate_panels(); ++p) {
         const int64_t vectors = layout.gate_vectors(p), y_row = 2 * vectors * W, first = p * layout.kGateVectors * W;
-        product<T>(rows, input.chunks, gate.panel(layout, p), 2 * vectors, y.get(), y_row);
-        for (int64_t v = 0; v < vectors; ++v) {
-          const vec<T> filter_bias = load(gate.bias.get() + first + v * W),
-                       gate_bias = load(gate.bias.get() + layout.gate_row + first + v * W);
-          for (int64_t r = 0; r < rows; ++r) {
-            const T* z = y.get() + r * y_row + v * W;
-            store(a.get() + r * layout.gate_row + first + v * W, tanh(load(z) + filter_bias) * sigmoid(load(z + vectors * W) + gate_bias));
-          }
-        }
+        product<T>(rows, input.chunks, gate.panel(layout, p), 2 * vectors, y.get(), y_row, &ahead);
+        gate_values(GatePanel<T, M>{rows, vectors, y.get(), gate.bias.get() + first, gate.bias.get() + layout.gate_row + first, a + first,
+                                    layout.gate_row, kept ? kept + 2 * first : nullptr, kept_row(s.gates)});
       }
       for (int64_t column = 0; column < layout.columns; column += N) {
         const int64_t vectors = PanelTile<T>::vectors(layout.columns, column);

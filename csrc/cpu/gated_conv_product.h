@@ -33,6 +33,51 @@ void pack_vector(M* out, int64_t vectors, const S* b, int64_t row_stride, int64_
   }
 }
 
+// ---- memory ahead of its use -------------------------------------------------------------------------------------
+
+// What is read and written next, asked for a few lines at a time between the tiles of a product.
+class LinesAhead {
+  struct Run {
+    const char* first;
+    int64_t row, rows, bytes;
+    bool written;
+  };
+  std::vector<Run> runs_;
+  size_t run_ = 0;
+  int64_t row_ = 0, at_ = 0;
+
+ public:
+  void clear() { runs_.clear(), run_ = 0, row_ = 0, at_ = 0; }
+  // `rows` of `count` numbers each, `row` apart.
+  template <class T>
+  void add(T* first, int64_t row, int64_t rows, int64_t count) {
+    constexpr int64_t size = sizeof(T);
+    if (first && rows > 0) runs_.push_back({reinterpret_cast<const char*>(first), row * size, rows, count * size, !std::is_const_v<T>});
+  }
+  // Steps of a signal whose channels are adjacent.
+  template <class S>
+  void add(const Signal<S>& x, int64_t rows, int64_t channels) {
+    if (x.c == 1) add(x.data, x.t, rows, channels);
+  }
+  INLINE void some() {
+    constexpr int64_t kLine = 64, kLines = 12;  // to the second-level cache: all at once would fill the queue of misses
+    for (int64_t i = 0; i < kLines; ++i) {
+      if (run_ == runs_.size()) return;
+      const Run& r = runs_[run_];
+      const char* line = r.first + row_ * r.row + at_;
+      if (r.written)
+        __builtin_prefetch(line, 1, 2);
+      else
+        __builtin_prefetch(line, 0, 2);
+      at_ += kLine;
+      if (at_ >= r.bytes) {
+        at_ = 0;
+        if (++row_ == r.rows) row_ = 0, ++run_;
+      }
+    }
+  }
+};
+
 // ---- products ----------------------------------------------------------------------------------------------------
 
 // Steps of the depth that are multiplied in one go: A(r, k) = first[r * row + k], B's steps from `at` on.
@@ -121,9 +166,24 @@ __attribute__((target("avx512bf16"))) void outer_tile(const bfloat16* a, int64_t
 }
 #endif
 
+#if ISA_VECTOR_BYTES == 64
+// sums[column] += the sum of `steps` steps of pairs.
+__attribute__((target("avx512bf16"))) inline void add_pairs(const bfloat16* pairs, int64_t row, int64_t steps, int64_t columns,
+                                                            float* sums) {
+  const __m512bh ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
+  for (int64_t c = 0; c < columns; c += kLanes<float>) {
+    __m512 sum = _mm512_loadu_ps(sums + c);
+    for (int64_t r = 0; r < steps; r += 2)
+      sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(_mm512_loadu_si512(pairs + r * row + 2 * c)), ones);
+    _mm512_storeu_ps(sums + c, sum);
+  }
+}
+#endif
+
 // out[r][columns of one panel] = the sum of the chunks, r < rows. The last tile reaches back over rows that are done already.
 template <class T, class M>
-void product(int64_t rows, const Chunks<M>& chunks, const M* panel, int64_t vectors, T* out, int64_t out_row) {
+void product(int64_t rows, const Chunks<M>& chunks, const M* panel, int64_t vectors, T* out, int64_t out_row,
+             LinesAhead* ahead = nullptr) {
   with_constant<PanelTile<T>::kVectors>(vectors, [&](auto constant) {
     constexpr int NV = decltype(constant)::value, R = PanelTile<T>::rows(NV);
     if (rows < R) {
@@ -132,6 +192,7 @@ void product(int64_t rows, const Chunks<M>& chunks, const M* panel, int64_t vect
       for (int64_t r = 0; r < rows; r += R) {
         const int64_t first = std::min<int64_t>(r, rows - R);
         product_tile<R, NV, T>(chunks.list, first, panel, out + first * out_row, out_row);
+        if (ahead) ahead->some();
       }
     }
   });
@@ -140,15 +201,17 @@ void product(int64_t rows, const Chunks<M>& chunks, const M* panel, int64_t vect
 // sums[i < rows][columns, whole vectors] += A^T B over `steps` steps; see outer_tile.
 template <class T, class M>
 void outer_product(int64_t rows, int64_t columns, int64_t steps, const M* a, int64_t a_row, const M* b, int64_t b_row, T* sums,
-                   int64_t sums_row) {
+                   int64_t sums_row, LinesAhead& ahead) {
   constexpr int64_t N = PanelTile<T>::kColumns;
   constexpr int R = 4, pack = kPack<T, M>;
   for (int64_t column = 0; column < columns; column += N)
     with_constant<PanelTile<T>::kVectors>(PanelTile<T>::vectors(columns, column), [&](auto constant) {
       constexpr int NV = decltype(constant)::value;
       int64_t i = 0;
-      for (; i + R <= rows; i += R)
+      for (; i + R <= rows; i += R) {
         outer_tile<R, NV, T>(a + i * pack, a_row, b + column * pack, b_row, steps, sums + i * sums_row + column, sums_row);
+        ahead.some();
+      }
       for (; i < rows; ++i)
         outer_tile<1, NV, T>(a + i * pack, a_row, b + column * pack, b_row, steps, sums + i * sums_row + column, sums_row);
     });
@@ -211,13 +274,20 @@ void stage_rows(M* out, int64_t row, int64_t row_columns, const Signal<const S>&
   for (int64_t r = begin; r < end; ++r) std::fill(out + r * row + channels, out + r * row + row_columns, M{});
 }
 
-// Pairs of rows side by side, out[r / 2][column][2], a row past the last one 0. `columns` are whole vectors, at most.
+// Pairs of rows side by side, out[r / 2][column][2], a row past the last one 0. `columns` are whole vectors of M.
 INLINE void pair_rows(bfloat16* out, int64_t out_row, const bfloat16* source, int64_t source_row, int64_t rows, int64_t columns) {
-  constexpr int W = kLanes<float>;
+  constexpr int W = 2 * kLanes<float>;
+  typedef uint16_t words __attribute__((vector_size(ISA_VECTOR_BYTES)));
+  words low, high;
+#pragma GCC unroll 32
+  for (int i = 0; i < W; ++i) low[i] = i / 2 + i % 2 * W, high[i] = low[i] + W / 2;
   for (int64_t r = 0; r < rows; r += 2)
     for (int64_t c = 0; c < columns; c += W) {
-      const bfloat16* first = source + r * source_row + c;
-      store_pair(out + r * out_row + 2 * c, first, r + 1 < rows ? first + source_row : nullptr, std::min<int64_t>(W, columns - c));
+      words first, second = {};
+      std::memcpy(&first, source + r * source_row + c, sizeof first);
+      if (r + 1 < rows) std::memcpy(&second, source + (r + 1) * source_row + c, sizeof second);
+      const words pairs[2] = {__builtin_shuffle(first, second, low), __builtin_shuffle(first, second, high)};
+      std::memcpy(out + r * out_row + 2 * c, pairs, sizeof pairs);
     }
 }
 

@@ -72,6 +72,23 @@ def test_parts_left_out(sizes, dtype, parts):
         check(*problem(sizes, parts, seed=10 * seed, layout=layout), dtype, "cpu")
 
 
+@pytest.mark.parametrize("scale", [1e-4, 4], ids=str)
+def test_gates_that_a_bfloat16_step_keeps(scale):
+    """Far below and far above 1: neither a small tanh nor 1 - tanh^2 may lose its digits on the way to the backward."""
+    for sizes in ("wavenet", "odd"):
+        function, tensors = problem(sizes, "no biases", layout="innermost")
+        tensors[1] = tensors[1] * scale
+        check(function, tensors, torch.bfloat16, "cpu")
+
+
+def test_nan_reaches_the_gradients_of_a_bfloat16_step():
+    function, tensors = problem("wavenet", layout="innermost")
+    tensors[0][0, :, 200] = float("nan")
+    _, (d_x, d_weight, *_) = run(function, tensors, torch.bfloat16, "cpu")
+    assert d_weight.isnan().all()
+    assert torch.equal(d_x.isnan().any(1)[0].nonzero()[:, 0], torch.tensor([196, 200, 204]))
+
+
 @pytest.mark.parametrize("layout", ["sliced", "expanded", "offset"])
 def test_takes_any_layout(layout):
     for sizes in ("wavenet", "odd"):
@@ -96,7 +113,8 @@ def test_every_instruction_set(isa):
     assert done.returncode == 0, done.stderr
 
 
-def test_result_does_not_depend_on_threads():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_result_does_not_depend_on_threads(dtype):
     function, tensors = problem("wavenet")
     tensors = [torch.cat([t] * 5, -1) if t.dim() == 3 and t.shape[-1] > 2 else t for t in tensors]
     threads = torch.get_num_threads()
@@ -104,7 +122,7 @@ def test_result_does_not_depend_on_threads():
         results = []
         for count in (1, 2):
             torch.set_num_threads(count)
-            outputs, gradients = run(function, tensors, torch.float32, "cpu")
+            outputs, gradients = run(function, tensors, dtype, "cpu")
             results.append((*outputs, *gradients))
     finally:
         torch.set_num_threads(threads)
@@ -159,11 +177,13 @@ def test_reference_agrees_with_autograd(parts):
 def test_opcheck(backend):
     for layout, parts in (("contiguous", "everything"), ("innermost", "no skip"), ("innermost", "no out")):
         _, tensors = problem("odd", parts, layout=layout)
-        args = [*(None if t is None else t.float() for t in tensors), 2]
+        dtype = torch.bfloat16 if parts == "everything" and backend in NATIVE else torch.float32
+        args = [*(None if t is None else t.to(dtype) for t in tensors), 2, True]
         for need_x, need_weights in ((True, True), (False, True), (True, False)):
 
             def upstream(outputs, flags=(need_x, need_weights)):
-                return *(torch.ones_like(y) if y.dim() == 3 else None for y in outputs), *flags
+                *results, gates = outputs
+                return *(torch.ones_like(y) if y.dim() == 3 else None for y in results), gates, *flags
 
             check_operators("gated_conv", args, upstream, backend)
 

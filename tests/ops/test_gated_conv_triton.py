@@ -51,13 +51,13 @@ def check_far(stride):
     _, tensors = problem("odd")
     x, *rest = (t.half() for t in tensors)
     far = torch.empty(sum((n - 1) * s for n, s in zip(x.shape, stride)) + 1, dtype=x.dtype).as_strided(x.shape, stride)
-    args = (*rest, 2)
+    args = (*rest, 2, True)
     upstream = make(*x.shape, dtype=x.dtype, seed=70), make(*rest[-1].shape, dtype=x.dtype, seed=71)
     results = []
     for source in (x, far.copy_(x)):
         with mock.patch.object(layout, "is_innermost", return_value=False):
             results.append(
-                (*triton_kernels.fwd(source, *args), *triton_kernels.bwd(*upstream, True, True, source, *args))
+                (*triton_kernels.fwd(source, *args), *triton_kernels.bwd(*upstream, None, True, True, source, *args))
             )
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
@@ -84,10 +84,10 @@ def test_rows_compile_within_budget(kernel, size, values, innermost, gpu, monkey
 
     x = tensor(2, 256, values).transpose(1, 2) if innermost else tensor(2, values, 256)
     one, bias = tensor(values, values, 1), tensor(values)
-    args = [x, tensor(2 * values, values, 2), tensor(2 * values), one, bias, one, bias, x, 4]
+    args = [x, tensor(2 * values, values, 2), tensor(2 * values), one, bias, one, bias, x, 4, True]
     with compiling(gpu, monkeypatch, only=f"{kernel}_kernel") as found:
         triton_kernels.fwd(*args)
-        triton_kernels.bwd(x, x, True, True, *args)
+        triton_kernels.bwd(x, x, None, True, True, *args)
     (binary,) = found
     assert binary.constants["BLOCK_D"] == values, binary
     assert binary.spills == 0, binary

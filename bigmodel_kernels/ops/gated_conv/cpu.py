@@ -26,17 +26,26 @@ def _weights(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
+def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save):
     weights = _weights(weight, bias, out_weight, out_bias, skip_weight, skip_bias)
     return torch.ops.bigmodel_native.gated_conv_fwd(
-        _signal(x), *weights, _signal(skip), dilation, layout.is_innermost(x)
+        _signal(x), *weights, _signal(skip), dilation, layout.is_innermost(x), save
     )
 
 
 def bwd(
-    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation,
+    d_out, d_skip, gates, need_x, need_weights,
+    x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save,
 ):  # fmt: skip
     weights = _weights(weight, bias, out_weight, out_bias, skip_weight, skip_bias)
     return torch.ops.bigmodel_native.gated_conv_bwd(
-        _signal(d_out), _signal(d_skip), need_x, need_weights, _signal(x), *weights, dilation, layout.is_innermost(x)
+        _signal(d_out),
+        _signal(d_skip),
+        gates,
+        need_x,
+        need_weights,
+        _signal(x),
+        *weights,
+        dilation,
+        layout.is_innermost(x),
     )

@@ -22,3 +22,15 @@ def empty(like: Tensor, channels: int) -> Tensor:
 def like(t: Tensor, x: Tensor) -> Tensor:
     """t in the layout of x."""
     return t.transpose(1, 2).contiguous().transpose(1, 2) if is_innermost(x) else t.contiguous()
+
+
+def gates_shape(x: Tensor, weight: Tensor, save: bool) -> tuple[int, int, int]:
+    """Of what the forward keeps for the backward: in bfloat16 on the CPU whole vectors of tanh and sigmoid, else nothing."""
+    batch, _, length = x.shape
+    kept = save and x.is_cpu and x.dtype == torch.bfloat16
+    return batch if kept else 0, length, 2 * (-(-weight.shape[0] // 32) * 16)
+
+
+def no_gates(x: Tensor, weight: Tensor, save: bool) -> Tensor:
+    """The output of a backend whose backward computes them again."""
+    return x.new_zeros(gates_shape(x, weight, save), dtype=torch.float16)

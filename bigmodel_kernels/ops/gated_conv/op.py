@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels._library import Op, autocast, needs_grad
 from bigmodel_kernels.ops.conv.op import check_positive
 from bigmodel_kernels.ops.gated_conv import layout, torch_op
 
@@ -50,7 +51,7 @@ def gated_conv(
     args = prepare(
         x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip=skip, dilation=dilation
     )  # fmt: skip
-    out, total = OP(*args, backend=backend)
+    out, total, *_ = OP(*args, backend=backend)
     return None if out_weight is None else out, None if skip_weight is None else total
 
 
@@ -101,17 +102,18 @@ def prepare(
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
         if t.dtype != dtype or t.device != device:
             raise RuntimeError(f"{name} must be {dtype} on {device} as x is, got {t.dtype} on {t.device}")
-    return *args, dilation
+    return *args, dilation, needs_grad(*tensors)
 
 
-def _fake_fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
+def _fake_fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save):
     return (
         x.new_empty(0) if out_weight is None else layout.empty(x, x.shape[1]),
         x.new_empty(0) if skip_weight is None else layout.empty(x, skip_weight.shape[0]),
+        x.new_empty(layout.gates_shape(x, weight, save), dtype=torch.float16),
     )
 
 
-def _fake_bwd(d_out, d_skip, need_x, need_weights, x, *rest):
+def _fake_bwd(d_out, d_skip, gates, need_x, need_weights, x, *rest):
     weights = (t if need_weights else None for t in rest[:6])
     return (
         layout.empty(x, x.shape[1]) if need_x else x.new_empty(0),
@@ -123,8 +125,8 @@ def _backward(op, args, outputs, grads, needs, backend):
     gradients = (None,) * 7
     need_weights = any(needs[1:7])
     if needs[0] or need_weights:
-        gradients = op.bwd(*grads, needs[0], need_weights, *args, backend)
-    return (*(g if need else None for g, need in zip(gradients, needs)), grads[1] if needs[7] else None, None)
+        gradients = op.bwd(*grads, outputs[2], needs[0], need_weights, *args, backend)
+    return (*(g if need else None for g, need in zip(gradients, needs)), grads[1] if needs[7] else None, None, None)
 
 
 def prefer(x, *rest) -> tuple[str, ...]:
@@ -134,12 +136,12 @@ def prefer(x, *rest) -> tuple[str, ...]:
 
 _ARGS = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? out_weight, Tensor? out_bias, Tensor? skip_weight, Tensor? skip_bias, "
-    "Tensor? skip, int dilation"
+    "Tensor? skip, int dilation, bool save"
 )
 OP = Op(
     "gated_conv",
-    f"({_ARGS}) -> (Tensor out, Tensor skip_out)",
-    f"(Tensor? d_out, Tensor? d_skip, bool need_x, bool need_weights, {_ARGS}) -> "
+    f"({_ARGS}) -> (Tensor out, Tensor skip_out, Tensor gates)",
+    f"(Tensor? d_out, Tensor? d_skip, Tensor gates, bool need_x, bool need_weights, {_ARGS}) -> "
     "(Tensor d_x, Tensor d_weight, Tensor d_bias, Tensor d_out_weight, Tensor d_out_bias, Tensor d_skip_weight, "
     "Tensor d_skip_bias)",
     fake_fwd=_fake_fwd,

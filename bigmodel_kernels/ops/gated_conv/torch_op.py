@@ -22,7 +22,7 @@ def _causal(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int) -> Te
     return F.conv1d(_padded(x, weight, dilation), weight, bias, dilation=dilation)
 
 
-def call(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
+def call(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save=False):
     first, second = _causal(x, weight, bias, dilation).chunk(2, 1)
     a = first.tanh() * second.sigmoid()
     out = x.new_empty(0) if out_weight is None else x + F.conv1d(a, out_weight, out_bias)
@@ -32,8 +32,9 @@ def call(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, di
     return out, total if skip is None else skip + total
 
 
-def fwd(x, *rest):
-    return tuple(t if t.dim() == 1 else layout.like(t, x) for t in call(x, *rest))
+def fwd(x, weight, *rest):
+    results = (t if t.dim() == 1 else layout.like(t, x) for t in call(x, weight, *rest))
+    return *results, layout.no_gates(x, weight, rest[-1])
 
 
 def _gradients(d, x, weight, bias, dilation, need_x, need_weights):
@@ -47,7 +48,8 @@ def _gradients(d, x, weight, bias, dilation, need_x, need_weights):
 
 
 def bwd(
-    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation,
+    d_out, d_skip, gates, need_x, need_weights,
+    x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save,
 ):  # fmt: skip
     first, second = _causal(x, weight, bias, dilation).chunk(2, 1)
     t, s = first.tanh(), second.sigmoid()

@@ -20,7 +20,7 @@ def _options(weight, dilation: int, activation: str, save: bool) -> tuple:
     return [1], padding, [dilation], 1, False, [0], activation, "none", [], [], [], LEAKY_SLOPE, save
 
 
-def supports(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation) -> str | None:
+def supports(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save) -> str | None:
     if skip_weight is not None and skip_weight.shape[0] == 0:
         return f"skip_weight has shape {list(skip_weight.shape)}: there is nothing to sum over"
     return conv.supports(x, weight, bias, None, None, None, *_options(weight, dilation, "tanh_sigmoid", False))
@@ -57,10 +57,10 @@ def _composed(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, ski
     )
 
 
-def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation):
-    sizes = _config(x, weight, "forward")
+def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save):
+    sizes, gates = _config(x, weight, "forward"), layout.no_gates(x, weight, save)
     if sizes is None:
-        return _composed(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation)
+        return *_composed(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation), gates
     batch, channels, length = x.shape
     skips = 0 if skip_weight is None else skip_weight.shape[0]
     out = x.new_empty(0) if out_weight is None else layout.empty(x, channels)
@@ -74,11 +74,12 @@ def fwd(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dil
         strides if skip_weight is None else total.stride(),
         batch, length, channels, weight.shape[0] // 2, skips, dilation, **_constants(x, weight, sizes),
     )  # fmt: skip
-    return out, total
+    return out, total, gates
 
 
 def bwd(
-    d_out, d_skip, need_x, need_weights, x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation
+    d_out, d_skip, gates, need_x, need_weights,
+    x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, skip, dilation, save,
 ):  # fmt: skip
     batch, channels, length = x.shape
     values = weight.shape[0] // 2
