@@ -145,11 +145,19 @@ struct GradBlock {
           for (int64_t t = strip; t < tiles; ++t) products(rows, t, j, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
         for (int64_t t = strip; t < tiles; ++t) {
           T *p_rows = p_strip + (t - strip) * R * kLd, *ds_rows = ds_strip + (t - strip) * R * kLd;
-          weigh_tile<featured, false>(rows, t, sloped, p_rows, ds_rows);
+          const bool at_once = !in_block(rows, t);
+          if (at_once)
+            weigh_tile<featured, true>(rows, t, sloped, p_rows, ds_rows);
+          else
+            weigh_tile<featured, false>(rows, t, sloped, p_rows, ds_rows);
           for (int64_t r = 0; r < R; r += 2) {
-            const int64_t at = (t * R + r) * kLd;
-            round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, weighed<featured>(t, r, sloped, p_rows, ds_rows),
-                            weighed<featured>(t, r + 1, sloped, p_rows, ds_rows));
+            const int64_t at = (t * R + r) * kLd, row = r * kLd;
+            if (at_once)
+              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, Finished{p_rows + row, ds_rows + row},
+                              Finished{p_rows + row + kLd, ds_rows + row + kLd});
+            else
+              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, weighed<featured>(t, r, sloped, p_rows, ds_rows),
+                              weighed<featured>(t, r + 1, sloped, p_rows, ds_rows));
           }
         }
       }
@@ -219,6 +227,8 @@ struct GradBlock {
   INLINE void weigh_tile(const RowBlock<T>& rows, int64_t t, bool sloped, T* p_rows, T* ds_rows) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>;
     const int64_t end = std::min(kLd, std::max(round_up(n, R), row_elements<T>(n, tiled)));
+    const bool any = t < rows.tiles && lo[t] < hi[t];
+    const int64_t begin = any ? lo[t] / W * W : 0, last_end = any ? round_up(hi[t], W) : 0;
     for (int64_t some = 0; some < R; some += W) {
       const int64_t count = std::min(W, R - some);
       vec<T> p_sums[W], dp_sums[W];
@@ -228,13 +238,12 @@ struct GradBlock {
       for (int64_t i = 0; i < count; ++i) {
         const int64_t at = (some + i) * kLd, r = t * R + some + i;
         T *p_row = p_rows + at, *ds_row = ds_rows + at;
-        const bool used = r < rows.count && lo[t] < hi[t];
-        const int64_t first = used ? lo[t] / W * W : 0, last = used ? round_up(hi[t], W) : 0;
-        std::fill(p_row, p_row + first, T(0)), std::fill(p_row + last, p_row + end, T(0));
-        std::fill(ds_row, ds_row + first, T(0)), std::fill(ds_row + last, ds_row + end, T(0));
+        const bool used = any && r < rows.count;
+        const int64_t first = used ? begin : 0, last = used ? last_end : 0;
+        if (first > 0) std::fill(p_row, p_row + first, T(0)), std::fill(ds_row, ds_row + first, T(0));
+        if (last < end) std::fill(p_row + last, p_row + end, T(0)), std::fill(ds_row + last, ds_row + end, T(0));
         if (!used) continue;
-        scores.read_biases(rows, r, k0, first, hi[t]);
-        scores.read_kept(rows, r, k0, hi[t]);
+        if constexpr (featured) scores.read_biases(rows, r, k0, first, hi[t]), scores.read_kept(rows, r, k0, hi[t]);
         weigh_row<featured, at_once>({p_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0}, ds_row, lse[r], delta[r],
                                      sloped ? slopes + at : nullptr, p_sums[i], dp_sums[i]);
       }
@@ -291,7 +300,7 @@ struct GradBlock {
         if (featured && slope_row) store(slope_row + j, slope);
       }
       store(row.s + j, weight);
-      store(dp_row + j, dp);
+      if (at_once || (featured && scores.dropped)) store(dp_row + j, dp);
     };
     const int64_t whole_begin = std::clamp(round_up(row.lo, W), row.begin, row.end);
     const int64_t whole_end = std::clamp(row.hi / W * W, whole_begin, row.end);
@@ -301,7 +310,13 @@ struct GradBlock {
     for (int64_t j = whole_end; j < row.end; j += W) one(j, true);
   }
 
-  // What weigh_row leaves of a row, and the two numbers that were not known before its end.
+  // The p that dv takes and ds, as weigh_row leaves them at once.
+  struct Finished {
+    const T *p, *ds;
+    INLINE std::pair<vec<T>, vec<T>> at(int64_t j) const { return {load(p + j), load(ds + j)}; }
+  };
+
+  // What weigh_row leaves of a row otherwise, and the two numbers that were not known before its end.
   template <bool featured>
   struct Weighed {
     const T *p, *dp, *slope;

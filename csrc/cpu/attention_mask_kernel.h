@@ -29,18 +29,20 @@ struct RowBlock {
     batch = group / a.kv_heads;
     const int64_t first_head = group % a.kv_heads * (a.heads / a.kv_heads);
     block_lo = a.k_len, block_hi = 0;
+    int64_t next_head = first_head, next_query = 0;  // a division for each row would show
+    if (count > 0) next_head += first / a.q_len, next_query = first % a.q_len;
     for (int64_t t = 0; t < tiles; ++t) {
       tile_lo[t] = a.k_len, tile_hi[t] = 0;
       for (int64_t r = t * kTileRows<T>; r < (t + 1) * kTileRows<T>; ++r) {
         lo[r] = hi[r] = nearest[r] = 0;
         if (r >= count) continue;
-        head[r] = first_head + (first + r) / a.q_len;
-        query[r] = (first + r) % a.q_len;
+        head[r] = next_head, query[r] = next_query;
+        if (++next_query == a.q_len) ++next_head, next_query = 0;
         const KeyRange range = key_range(a, query[r]);
         if (range.lo >= range.hi) continue;
         lo[r] = range.lo, hi[r] = range.hi;
         const int64_t position = query[r] + a.offset;
-        nearest[r] = std::max<int64_t>({0, range.lo - position, position - (range.hi - 1)});
+        nearest[r] = std::max<int64_t>(0, std::max(range.lo - position, position - (range.hi - 1)));
         tile_lo[t] = std::min(tile_lo[t], lo[r]);
         tile_hi[t] = std::max(tile_hi[t], hi[r]);
       }
