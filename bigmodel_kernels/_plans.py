@@ -18,8 +18,7 @@ class Plans:
     """The plans of an op's valid calls on the CPU: functions of its tensors, which are its first arguments, alone, under all that
     the checks and the choice of the backend depend on.
 
-    A backend's `plan(*args)` makes one for arguments such as these; None where the call is more than one of PyTorch's or of the
-    native operator's, or records for a backward of ours.
+    A backend's `plan(*args)` makes one for arguments such as these; None where the call records for a backward of ours.
     """
 
     def __init__(self, op: Op):

@@ -66,16 +66,13 @@ def call(
     return y, None, None
 
 
-def plan(
-    x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
-    pool, *rest,
-):  # fmt: skip
-    """`call` for arguments of these shapes and options as a function of the six tensors; None where it is more than a convolution
-    and a ReLU."""
+def plan(x, weight, bias, scale, shift, residual, *options):
+    """`call` for arguments of these shapes and options as a function of the six tensors."""
+    stride, padding, dilation, groups, transposed, output_padding, activation, pool, *_ = options
     one_pixel = math.prod(x.shape[2:]) == math.prod(weight.shape[2:]) == 1
     extra = scale is not None or shift is not None or residual is not None or pool != "none"
     if extra or one_pixel or activation not in ("none", "relu") or padding[::2] != padding[1::2]:
-        return None
+        return lambda *tensors: call(*tensors, *options)[0]
     options = (stride, padding[::2], dilation, transposed, output_padding, groups)
     if activation == "none":
         return lambda x, weight, bias, *rest: torch.convolution(x, weight, bias, *options)
