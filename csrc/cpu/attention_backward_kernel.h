@@ -94,6 +94,17 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           const RowBlock<T> rows(a, group, block * kRows);
           if (!x.meet(rows)) continue;
           x.template load_rows<S>(rows);
+          // While this block is computed, what comes next is fetched.
+          const bool last_rows = block + 1 == blocks, last_keys = i + 1 == (part + 1) * key_blocks / parts;
+          const int64_t next_task = last_rows && last_keys ? task + 1 : task, next_group = next_task / parts;
+          if (next_group < a.groups()) {
+            fetch_queries<S>(a, a.q, a.head_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
+            fetch_queries<S>(a, g.grad_out, a.value_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
+            if (last_rows) {
+              const int64_t first_key = from_both_ends(last_keys ? next_task % parts * key_blocks / parts : i + 1, key_blocks) * kBlockKeys;
+              fetch_keys<S>(a, next_group, first_key, std::min(kBlockKeys, a.k_len - first_key));
+            }
+          }
           x.probabilities(rows, true);
           x.add_dv(rows, dv);
           x.add_dk(rows, dk);

@@ -10,6 +10,34 @@ inline KeyRange key_range(const AttentionArgs& a, int64_t i) {
           a.right < 0 ? a.k_len : std::clamp<int64_t>(position + a.right + 1, 0, a.k_len)};
 }
 
+// Asks for the cache lines of `count` rows that are read soon: in tensors [B, S, H, D] those of a head lie apart, and nothing else would.
+// Inlined always: GCC takes a function that only prefetches for one without effect, and drops the call.
+template <class S>
+INLINE void fetch_rows(const S* rows, int64_t row_stride, int64_t count, int64_t columns) {
+  constexpr int64_t kLine = 64 / sizeof(S);
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t d = 0; d < columns; d += kLine) __builtin_prefetch(rows + r * row_stride + d, 0, 2);
+}
+
+// The same of a block of keys and their values.
+template <class S>
+INLINE void fetch_keys(const AttentionArgs& a, int64_t group, int64_t first_key, int64_t count) {
+  const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
+  fetch_rows(a.k.at<S>(b, h, first_key), a.k.stride[2], count, a.head_dim);
+  fetch_rows(a.v.at<S>(b, h, first_key), a.v.stride[2], count, a.value_dim);
+}
+
+// The same of a block of rows of a group in a tensor of queries.
+template <class S>
+INLINE void fetch_queries(const AttentionArgs& a, const Strided& queries, int64_t columns, int64_t group, int64_t first_row) {
+  const int64_t first_head = group % a.kv_heads * (a.heads / a.kv_heads);
+  const int64_t end = std::min(a.group_rows(), first_row + kBlockRows<compute_t<S>>);
+  for (int64_t r = first_row, count; r < end; r += count) {
+    count = std::min(end - r, a.q_len - r % a.q_len);
+    fetch_rows(queries.at<S>(group / a.kv_heads, first_head + r / a.q_len, r % a.q_len), queries.stride[2], count, columns);
+  }
+}
+
 // Rows of one group (a batch entry and a key/value head): its query heads one after the other, so that the heads that
 // share keys share tiles too. Row r of a group is query r % Sq of head r / Sq.
 template <class T>
