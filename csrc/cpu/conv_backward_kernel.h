@@ -17,6 +17,7 @@
 #include "conv_depthwise_gradient.h"
 #include "conv_winograd.h"
 #include "conv_phases.h"
+#include "conv_winograd_taps.h"
 #include "conv_wgrad_winograd.h"
 #include "conv_scatter.h"
 #include "few_rows.h"

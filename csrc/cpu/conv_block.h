@@ -85,6 +85,15 @@ INLINE S narrow_one(T x) {
     return from_compute<S>(x);
 }
 
+// Every second lane of two vectors: the first, third, .. and the others.
+template <class T>
+INLINE void part(vec<T> a, vec<T> b, vec<T>& even, vec<T>& odd) {
+  typename bits_of<vec<T>>::type lanes;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes<T>; ++i) lanes[i] = 2 * i;
+  even = __builtin_shuffle(a, b, lanes), odd = __builtin_shuffle(a, b, lanes + 1);
+}
+
 // `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride]. No hardware prefetcher
 // follows the channels, so the row that is `next` elements further is asked for.
 template <class T, class S>

@@ -133,10 +133,10 @@ inline void pack_pairs(bfloat16* pairs, const Pass& pass, const T* packed) {
   });
 }
 
-// acc += rows of A (at a, one `row_stride` apart) times `depth` packed rows of kVectors vectors.
+// acc += rows of A (at a, one `row_stride` apart, their elements one `step`) times `depth` packed rows of kVectors vectors.
 // Rows in fours share a pointer: x86 addresses three multiples of one stride, so no row needs a register of its own.
 template <int kRows, int kVectors, class T>
-INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t row_stride, const T* b, int64_t depth) {
+INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t row_stride, const T* b, int64_t depth, int64_t step = 1) {
   constexpr int W = kLanes<T>, kGroups = (kRows + 3) / 4;
   const int64_t row_stride3 = 3 * row_stride;
   const T* p[kGroups];
@@ -158,7 +158,7 @@ INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t ro
       for (int v = 0; v < kVectors; ++v) acc[r][v] += ar * bk[v];
     }
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) ++p[g];
+    for (int g = 0; g < kGroups; ++g) p[g] += step;
   }
 }
 
@@ -311,49 +311,60 @@ inline void direct_band(const Pass& pass, const Band& band, const std::vector<st
     }
 }
 
-// Runs the pass over all bands. sink(n, group, i, y, y_columns, y_stride) gets band i of the bands of one image. A pointwise pass
-// reads a source whose channels are adjacent where it lies. Rows that the windows of a band share with those of the band
-// above it are computed once, where the same thread has just done so. `packed` are weights in the compute type or in pairs.
-template <class T, class M, class Source, class Sink>
-inline void direct_pass(const Pass& given, const Bands& bands, const M* packed, const Source& source, const Sink& sink) {
-  const Pass pass = std::is_same_v<T, M> ? given : pass_of_pairs(given);
-  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, source_channels = given.channels;
-  const int64_t y_columns = bands.full_columns(), y_rows = bands.full_rows(), y_row = y_columns * padded;
-  const int64_t columns = pass.w.span(y_columns), rows = pass.h.span(y_rows);
-  const auto taps = pass.taps(columns, C);
-  const int64_t per_image = bands.count(), per_group = pass.batch * per_image, across = bands.across();
-  const Image<const M> in_place = sources_in_place<T, M>(given, source);
-  const int64_t shared_rows = across == 1 ? std::max<int64_t>(0, bands.window.h - bands.window.stride_h) : 0;
+// Runs compute(scratch, n, group, band, y) and then sink(n, group, i, y, y_columns, y_stride) for band i of each image and group. Rows
+// that the windows of a band share with those of the band above it are computed once, where the same thread has just done so: `band`
+// is what is left. y is where its first row belongs; a row before and one after those of the band may be written as well. `scratch` is
+// `scratch_size` numbers of type M.
+template <class T, class M, class Sink, class Compute>
+inline void each_band(const Pass& pass, const Bands& bands, int64_t y_columns, int64_t scratch_size, const Sink& sink,
+                      const Compute& compute) {
+  const int64_t padded = padded_channels<T>(pass.out_channels), y_row = y_columns * padded;
+  const int64_t per_image = bands.count(), per_group = pass.batch * per_image;
+  const int64_t shared_rows = bands.across() == 1 ? std::max<int64_t>(0, bands.window.h - bands.window.stride_h) : 0;
   torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
-    Scratch<M> block(in_place.data ? 0 : rows * columns * C);
-    Scratch<T> y(y_rows * y_row + kLanes<T>), kept(shared_rows * y_row);
+    Scratch<M> scratch(scratch_size);
+    Scratch<T> with_rim((bands.full_rows() + 2) * y_row + kLanes<T>), kept(shared_rows * y_row);
+    T* y = with_rim.get() + y_row;
     int64_t kept_bottom = -1;  // the row of the image below those that are kept
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
-      const M* weights = packed + g * padded * pass.depth();
       const Band whole = bands.full(i);
       Band band = whole;
-      T* out = y.get();
-      if (i > 0 && kept_bottom > whole.top) {
-        const int64_t known = kept_bottom - whole.top;
-        std::memcpy(out, kept.get() + (shared_rows - known) * y_row, known * y_row * sizeof(T));
-        band.top += known, out += known * y_row;
-      }
-      if (in_place.data) {
-        const M* first = in_place.data + n * in_place.n + g * C + band.top * in_place.h + band.left * in_place.w;
-        direct_band<T>(pass, band, taps, weights, first, in_place.h, in_place.w, out, y_columns);
-      } else {
-        load_operands<T>(block.get(), C, columns, source, n, g * source_channels, source_channels, pass.h.lowest(band.top),
-                         pass.h.span(band.rows()), pass.w.lowest(band.left), pass.w.span(band.columns()));
-        direct_band<T>(pass, band, taps, weights, block.get(), columns * C, C, out, y_columns);
-      }
+      if (i > 0 && kept_bottom > whole.top) band.top = kept_bottom;
+      const int64_t known = band.top - whole.top;
+      compute(scratch.get(), n, g, band, y + known * y_row);
+      // Afterwards: the row before the band may have been written, and need not be the one that is kept.
+      if (known > 0) std::memcpy(y, kept.get() + (shared_rows - known) * y_row, known * y_row * sizeof(T));
       if (shared_rows > 0 && whole.rows() >= shared_rows) {  // before the sink, which may change what it is given
-        std::memcpy(kept.get(), y.get() + (whole.rows() - shared_rows) * y_row, shared_rows * y_row * sizeof(T));
+        std::memcpy(kept.get(), y + (whole.rows() - shared_rows) * y_row, shared_rows * y_row * sizeof(T));
         kept_bottom = whole.bottom;
       } else {
         kept_bottom = -1;
       }
-      sink(n, g, i, y.get(), y_columns, padded);
+      sink(n, g, i, y, y_columns, padded);
+    }
+  });
+}
+
+// Runs the pass over all bands. A pointwise pass reads a source whose channels are adjacent where it lies. `packed` are weights in the
+// compute type or in pairs.
+template <class T, class M, class Source, class Sink>
+inline void direct_pass(const Pass& given, const Bands& bands, const M* packed, const Source& source, const Sink& sink) {
+  const Pass pass = std::is_same_v<T, M> ? given : pass_of_pairs(given);
+  const int64_t group_weights = padded_channels<T>(pass.out_channels) * pass.depth(), C = pass.channels, source_channels = given.channels;
+  const int64_t y_columns = bands.full_columns(), columns = pass.w.span(y_columns), rows = pass.h.span(bands.full_rows());
+  const auto taps = pass.taps(columns, C);
+  const Image<const M> in_place = sources_in_place<T, M>(given, source);
+  const int64_t block_size = in_place.data ? 0 : rows * columns * C;
+  each_band<T, M>(pass, bands, y_columns, block_size, sink, [&](M* block, int64_t n, int64_t g, const Band& band, T* y) {
+    const M* weights = packed + g * group_weights;
+    if (in_place.data) {
+      const M* first = in_place.data + n * in_place.n + g * C + band.top * in_place.h + band.left * in_place.w;
+      direct_band<T>(pass, band, taps, weights, first, in_place.h, in_place.w, y, y_columns);
+    } else {
+      load_operands<T>(block, C, columns, source, n, g * source_channels, source_channels, pass.h.lowest(band.top),
+                       pass.h.span(band.rows()), pass.w.lowest(band.left), pass.w.span(band.columns()));
+      direct_band<T>(pass, band, taps, weights, block, columns * C, C, y, y_columns);
     }
   });
 }

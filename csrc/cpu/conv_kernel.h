@@ -9,6 +9,7 @@
 #include "conv_depthwise.h"
 #include "conv_winograd.h"
 #include "conv_phases.h"
+#include "conv_winograd_taps.h"
 #include "conv_scatter.h"
 #include "few_rows.h"
 #include "conv_few_pixels.h"

@@ -80,6 +80,17 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
       return;
     }
   }
+  if constexpr (std::is_same_v<T, float>) {
+    if (winograd && taps_apply<T>(pass) && !pairs_apply<S>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
+      const TapPoints points(pass);
+      Scratch<T> u(points.terms() * padded);
+      pack_taps<T>(u.get(), pass, points, packed.get());
+      const int64_t per_pixel = (pass.channels * pass.h.axis.stride * pass.w.axis.stride + padded) * sizeof(T);
+      const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_pixel, 2 * kCacheBudget, 2);
+      taps_pass<T>(pass, bands, points, packed.get(), u.get(), source, make_sink(bands));
+      return;
+    }
+  }
   const auto run_direct = [&](const auto* weights_as_multiplied) {
     using M = std::remove_const_t<std::remove_pointer_t<decltype(weights_as_multiplied)>>;
     const int64_t per_pixel = block_channels<T, M>(pass.channels) * sizeof(M) + padded * sizeof(T);

@@ -60,9 +60,6 @@ struct Planar {
         T* to = line(lines, r, c) + pass.w.axis.pad;
         for (int64_t p = 0; p < x.width; p += W) write_lanes<T>(to + p, read_lanes<T>(source + p, x.width - p), x.width - p);
       }
-    typename bits_of<vec<T>>::type even;
-#pragma GCC unroll 16
-    for (int i = 0; i < W; ++i) even[i] = 2 * i;
     for (int64_t r = 0; r < rows; ++r)
       for (int64_t c = 0; c < pass.channels; ++c) {
         T* run = block + r * row_step() + c * phases * length;
@@ -72,9 +69,13 @@ struct Planar {
         }
         for (int64_t p = 0; p < length; p += W) {
           const T* at = line(lines, r, c) + phases * p;
-          const vec<T> a = load(at), b = load(at + W);
-          store(run + p, phases == 1 ? a : __builtin_shuffle(a, b, even));
-          if (phases == 2) store(run + length + p, __builtin_shuffle(a, b, even + 1));
+          vec<T> a = load(at);
+          if (phases == 2) {
+            vec<T> odd;
+            part<T>(a, load(at + W), a, odd);
+            store(run + length + p, odd);
+          }
+          store(run + p, a);
         }
       }
   }

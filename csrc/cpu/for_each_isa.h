@@ -7,6 +7,7 @@
 //
 // -DONE_ISA_GENERIC or -DONE_ISA_AVX512 leaves out all but one, for builds that are made to be checked and not to be kept.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -126,6 +126,20 @@ FILTERED = {
     "k3s2": (9, 19, 80, (15, 17), (3, 3), {"stride": 2, "padding": 1}),
     "k4x3s2": (2, 16, 24, (30, 29), (4, 3), {"stride": 2, "padding": (2, 0)}),
 }
+# Few channels and more than 3 taps an axis: runs of 3, 2 and 1 taps, stride 1 and 2, one product of a row and several, channels
+# that fill no vector and one, bands that end inside a tile or lie side by side.
+TAPS = {
+    "k7s2": (2, 3, 64, (37, 75), (7, 7), {"stride": 2, "padding": 3}),
+    "k7": (1, 4, 36, (15, 33), (7, 7), {"padding": 3}),
+    "k5": (2, 5, 48, (14, 19), (5, 5), {"padding": 2}),
+    "k5s2": (1, 3, 65, (40, 29), (5, 5), {"stride": 2, "padding": (2, 1)}),
+    "k4s2": (1, 16, 33, (18, 30), (4, 4), {"stride": 2}),
+    "k4x6": (1, 3, 40, (12, 25), (4, 6), {"stride": (1, 2), "padding": 2}),
+    "k11s2": (1, 1, 32, (30, 41), (11, 8), {"stride": 2, "padding": 5}),
+    "bands": (1, 3, 32, (90, 270), (5, 5), {"padding": 2}),
+    "transposed": (1, 32, 6, (9, 13), (5, 5), {"transposed": True, "stride": 2, "padding": 2, "output_padding": 1}),
+}
+TAPS_BY_NAME = {f"taps_{name}": geometry for name, geometry in TAPS.items()}
 FILTERED_BY_NAME = {f"filtered_{name}": geometry for name, geometry in FILTERED.items()}
 PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
 
@@ -160,9 +174,8 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        n, cin, cout, size, kernel, options = (GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME)[
-            geometry
-        ]
+        named = GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME | TAPS_BY_NAME
+        n, cin, cout, size, kernel, options = named[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed
         self.options = dict(options)
