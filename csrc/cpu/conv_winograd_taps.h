@@ -67,7 +67,8 @@ inline bool taps_apply(const Pass& pass) {
   constexpr int64_t kMostTerms = 1600, kLeastColumns = 12;
   const auto fits = [](const PassAxis& a) { return !a.scatter && a.axis.dilation == 1 && a.axis.stride <= 2 && a.axis.taps > 3; };
   if (!std::is_same_v<T, float> || pass.groups > 1 || !fits(pass.h) || !fits(pass.w)) return false;
-  return pass.depth() > kSumLength && TapPoints(pass).terms() <= kMostTerms && pass.out_channels >= 2 * kLanes<T> &&
+  const int64_t least_vectors = pass.h.axis.taps == 4 && pass.w.axis.taps == 4 ? 4 : 2;
+  return pass.depth() > kSumLength && TapPoints(pass).terms() <= kMostTerms && pass.out_channels >= least_vectors * kLanes<T> &&
          pass.w.outputs() >= kLeastColumns;
 }
 

@@ -35,6 +35,13 @@ def _filtered(x_shape, weight_shape, stride, dilation, groups, transposed) -> tu
     return fits, x_shape[0] * math.prod(-(-n // side) for n in x_shape[2:])
 
 
+def _in_runs(weight_shape, stride, dilation, groups) -> bool:
+    """Whether csrc/cpu/conv_winograd_taps.h computes the convolution in float32, but for the number of channels."""
+    first, _, *kernel = weight_shape
+    fits = len(kernel) == 2 and min(kernel) > 3 and max(stride) <= 2 and set(dilation) == {1} and groups == 1
+    return fits and first >= (64 if kernel == [4, 4] else 32)
+
+
 @functools.lru_cache(maxsize=4096)
 def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
     first, second, *kernel = weight_shape
@@ -46,6 +53,7 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     filtered, tiles = _filtered(x_shape, weight_shape, stride, dilation, groups, transposed)
     filtered = filtered and dtype == torch.float32
     in_phases = filtered and strided and min(first, second) >= 32
+    in_runs = dtype == torch.float32 and not transposed and _in_runs(weight_shape, stride, dilation, groups)
     beyond = any(k > n for k, n in zip(kernel, x_shape[2:]))
     if save and beyond:  # of such a convolution PyTorch's backward was seen not to return
         ours = True
@@ -80,9 +88,9 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     elif filtered and not strided and min(first, second) >= 32:
         ours = weights <= 256 * 256
     elif save:
-        ours = taps <= 9 and taps > 1 and second <= 16
+        ours = second <= 8 if in_runs else taps <= 9 and taps > 1 and second <= 16
     elif taps == 1:
         ours = weights <= 128 * 256 if strided else weights <= 128 * 128 and second > 48 and not last
     else:
-        ours = second <= (8 if last else 64)
+        ours = second <= (64 if not last else 32 if in_runs else 8)
     return ("cpu", "torch") if ours else ("torch", "cpu")
