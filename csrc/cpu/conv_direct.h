@@ -369,6 +369,22 @@ inline void direct_pass(const Pass& given, const Bands& bands, const M* packed, 
   });
 }
 
+// As direct_pass, of pixels that lie side by side and whose taps of a row are channels (row_pairs_apply). The 0 at the end of a row of
+// weights meets the pixel after it, which must be finite.
+template <class T, class Source, class Sink>
+inline void row_pairs_pass(const Pass& given, const Bands& bands, const bfloat16* packed, const Source& source, const Sink& sink) {
+  const Pass pass = pass_of_pairs(pass_of_rows(given));
+  const int64_t C = given.channels, y_columns = bands.full_columns(), columns = given.w.span(y_columns);
+  const auto taps = pass.taps(columns, C);
+  const int64_t block_size = given.h.span(bands.full_rows()) * columns * C + 1;
+  each_band<T, bfloat16>(given, bands, y_columns, block_size, sink, [&](bfloat16* block, int64_t n, int64_t, const Band& band, T* y) {
+    const int64_t rows = given.h.span(band.rows());
+    load_operands<T>(block, C, columns, source, n, 0, C, given.h.lowest(band.top), rows, given.w.lowest(band.left), columns);
+    block[rows * columns * C] = {0};
+    direct_band<T>(pass, band, taps, packed, block, columns * C, C, y, y_columns);
+  });
+}
+
 // The sink of a pass whose result is a plain tensor.
 template <class T, class S>
 struct TensorSink {

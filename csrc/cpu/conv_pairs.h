@@ -23,6 +23,33 @@ inline Pass pass_of_pairs(const Pass& pass) {
   return even;
 }
 
+// Where an odd number of channels would leave a 0 at every tap: the taps of a row are channels, of pixels that lie side by side, and a row
+// ends in one 0 (7 taps of 3 channels are 22 numbers in place of 28).
+template <class T, class S>
+inline bool row_pairs_apply(const Pass& pass) {
+  return pairs_apply<S>(pass) && pass.groups == 1 && !pass.h.scatter && pass.channels % 2 == 1 && pass.w.axis.taps > 1 &&
+         pass.w.axis.dilation == 1;
+}
+inline Pass pass_of_rows(const Pass& pass) {
+  Pass rows = pass;
+  rows.channels = pass.channels * pass.w.axis.taps, rows.w.axis.taps = 1;
+  return rows;
+}
+
+// Whether all numbers of a tensor without gaps are finite; false for any other tensor.
+inline bool is_dense_and_finite(const Image<const bfloat16>& x, int64_t batch) {
+  const int64_t plane = x.height * x.width, size = x.channels * plane;
+  const bool last = x.c == 1 && x.w == x.channels && x.h == x.width * x.w, first = x.w == 1 && x.h == x.width && x.c == plane;
+  if (!(last || first) || (batch > 1 && x.n != size)) return false;
+  uint16_t outside = 0;
+  for (int64_t i = 0; i < batch * size; ++i) {
+    uint16_t bits;
+    std::memcpy(&bits, x.data + i, sizeof bits);
+    outside |= (bits & 0x7f80) == 0x7f80;
+  }
+  return outside == 0;
+}
+
 // The bits of two vectors rounded to bfloat16, side by side in every lane.
 INLINE bits_of<vec<float>>::type round_pairs(vec<float> first, vec<float> second) {
   typedef uint32_t words __attribute__((vector_size(ISA_VECTOR_BYTES)));

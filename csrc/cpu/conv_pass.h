@@ -98,6 +98,16 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
     direct_pass<T, M>(pass, bands, weights_as_multiplied, source, make_sink(bands));
   };
 #if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<S, bfloat16> && std::is_same_v<typename Source::Stored, bfloat16>)
+    if (row_pairs_apply<T, S>(pass) && source.plain() && is_dense_and_finite(*source.plain(), pass.batch)) {
+      const Pass rows = pass_of_rows(pass);
+      Scratch<bfloat16> pairs(packed_weights_size<T>(pass_of_pairs(rows)));
+      pack_pairs<T>(pairs.get(), rows, packed.get());
+      const int64_t per_pixel = pass.channels * sizeof(bfloat16) + padded * sizeof(T);
+      const Bands bands = direct_bands<T>(pass, window, per_pixel, kCacheBudget);
+      row_pairs_pass<T>(pass, bands, pairs.get(), source, make_sink(bands));
+      return;
+    }
   if constexpr (std::is_same_v<S, bfloat16>)
     if (pairs_apply<S>(pass)) {
       Scratch<bfloat16> pairs(packed_weights_size<T>(pass_of_pairs(pass)));

@@ -77,6 +77,24 @@ def test_the_number_of_threads_does_not_change_a_bit(pool, value):
     assert all(torch.equal(r.nan_to_num(), results[0].nan_to_num()) for r in results)
 
 
+# An odd number of channels: bfloat16 pairs the numbers of a row of taps, unless one is not finite or the tensor has gaps.
+@pytest.mark.parametrize("layout", [*LAYOUTS, "gaps"])
+@pytest.mark.parametrize("geometry", ["k7s2", "k5", "k4x6", "bands"])
+def test_bfloat16(geometry, layout):
+    p = Problem(f"taps_{geometry}", "norm_relu_padded", torch.bfloat16, seed=1)
+    if layout == "gaps":
+        p.check(lambda t: torch.cat([t, t.new_full(t.shape, torch.nan)], -1)[..., : t.shape[-1]] if t.dim() > 2 else t)
+        return
+    p.check(LAYOUTS[layout])
+    p.tensors["x"][-1, -1, 4, 7] = float("inf")
+    ours, exact = (
+        p.run(dtype, b, grads=False, layout=LAYOUTS[layout])[0]
+        for dtype, b in ((torch.bfloat16, "cpu"), (torch.float64, "torch"))
+    )
+    assert torch.equal(ours.isfinite(), exact.isfinite())
+    assert not ours.isfinite().all()
+
+
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
     selected = "integers or infinity or (test_matches_float64 and norm_relu_padded)"
