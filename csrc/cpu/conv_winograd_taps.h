@@ -21,7 +21,7 @@
 // sums of all points in the second. Tiles lie on even rows of the image, so that a row's results do not depend on the band.
 //
 // Floor: the products, 100/196 of the direct ones. 3 -> 64 channels, 7x7 of stride 2 on 224 x 224: floor 1.9 million cycles of one Zen 5
-// core (3.7 direct).
+// core (3.7 direct), predicted 2.2, measured 3.2 with norm, ReLU and pool (4.2 direct).
 
 // Up to 3 taps of an axis, `stride` apart, that are filtered together.
 struct TapRun {
