@@ -83,16 +83,25 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
       const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
       const int64_t group_heads = a.heads / a.kv_heads;
       T* part_dq = parts == 1 ? dq.get() : dq_values + first_dq + task * padded_rows * depth_ld;
-      std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
+      if (tiled || key_blocks == 0) std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
       for (int64_t head = h * group_heads; parts == 1 && needs_deltas(a) && head < (h + 1) * group_heads; ++head)
         head_deltas<S>(problems[problem], b, head, deltas[problem] + (b * a.heads + head) * a.q_len);
       for (int64_t i = part * key_blocks / parts; i < (part + 1) * key_blocks / parts; ++i) {
         x.template load_keys<S>(group, from_both_ends(i, key_blocks) * kBlockKeys);
-        std::fill(dk.get(), dk + padded_keys * depth_ld, T(0));
-        std::fill(dv.get(), dv + padded_keys * value_ld, T(0));
+        const auto clear_keys = [&] {
+          std::fill(dk.get(), dk + padded_keys * depth_ld, T(0));
+          std::fill(dv.get(), dv + padded_keys * value_ld, T(0));
+        };
+        if (tiled) clear_keys();
+        const bool fresh_dq = !tiled && i == part * key_blocks / parts;
+        bool fresh_keys = !tiled;
         for (int64_t block = 0; block < blocks; ++block) {
           const RowBlock<T> rows(a, group, block * kRows);
-          if (!x.meet(rows)) continue;
+          T* block_dq = part_dq + block * kRows * depth_ld;
+          if (!x.meet(rows)) {
+            if (fresh_dq) std::fill(block_dq, block_dq + rows.tiles * kTileRows<T> * depth_ld, T(0));
+            continue;
+          }
           x.template load_rows<S>(rows);
           // While this block is computed, what comes next is fetched.
           const bool last_rows = block + 1 == blocks, last_keys = i + 1 == (part + 1) * key_blocks / parts;
@@ -106,10 +115,12 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
             }
           }
           x.probabilities(rows, true);
-          x.add_dv(rows, dv);
-          x.add_dk(rows, dk);
-          x.add_dq(rows, part_dq + block * kRows * depth_ld);
+          x.add_dv(rows, dv, fresh_keys);
+          x.add_dk(rows, dk, fresh_keys);
+          x.add_dq(rows, block_dq, fresh_dq);
+          fresh_keys = false;
         }
+        if (fresh_keys) clear_keys();
         const T dk_factor = x.dk_factor();
         const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
         const T *dk_sums = x.sum_rows(dk, depth_ld, dk_rows), *dv_sums = x.sum_rows(dv, value_ld, dv_rows);

@@ -347,44 +347,63 @@ struct GradBlock {
     return {p_rows + at, dp_rows + at, sloped ? slopes.get() + at : nullptr, broadcast(row_factor[r]), broadcast(delta[r]), scores.dropped};
   }
 
-  void add_dv(const RowBlock<T>& rows, T* dv) {
+  // The next three add to what is there, or where it is `fresh` memory, replace it; in tiles it is to be 0 first.
+  void add_dv(const RowBlock<T>& rows, T* dv, bool fresh) {
     if constexpr (kPaired) {
       if (tiled)
         add_in_tiles(rows, p, grad_t, value_ld, grad_out_aside, dv);
       else
-        add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv);
+        add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv, fresh);
     } else {
       if (any_aside) grad_out_aside.take(grad_out, rows.count, value_ld, 0);
-      add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv);
+      add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv, fresh);
     }
   }
 
-  void add_dk(const RowBlock<T>& rows, T* dk) {
+  void add_dk(const RowBlock<T>& rows, T* dk, bool fresh) {
     if constexpr (kPaired) {
       if (tiled)
         add_in_tiles(rows, ds_pairs, q_t, depth_ld, q_aside, dk);
       else
-        add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk);
+        add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk, fresh);
     } else {
       if (any_aside) q_aside.take(q, rows.count, depth_ld, 0);
-      add_transposed(rows, ds, q, depth_ld, q_aside, dk);
+      add_transposed(rows, ds, q, depth_ld, q_aside, dk, fresh);
     }
   }
 
   // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
-  NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c) const {
+  NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c,
+                               bool fresh) const {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {
         int64_t first = rows.tiles, last = 0;
         for (int64_t t = 0; t < rows.tiles; ++t)
           if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
-        if (first >= last) continue;
+        T* sums = c + key * columns + d;
+        if (first >= last) {
+          if (fresh) clear(sums, columns, std::min(P, columns - d));
+          continue;
+        }
         const int64_t row = first * R, count = std::min(rows.count, last * R) - row;
-        product<Start::add>(std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
-                            b + row * columns + d * step, step * columns, (count + step - 1) / step, c + key * columns + d, columns);
+        add_or_replace(fresh, std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
+                       b + row * columns + d * step, step * columns, (count + step - 1) / step, sums, columns);
       }
     aside.add(c, columns, n, columns, 0, rows.count, weight_of(w));
+  }
+
+  // Zeros of a tile of sums.
+  static void clear(T* sums, int64_t row, int64_t columns) {
+    for (int64_t r = 0; r < kTileRows<T>; ++r) std::fill(sums + r * row, sums + r * row + columns, T(0));
+  }
+
+  template <class... Rest>
+  INLINE static void add_or_replace(bool replace, Rest... rest) {
+    if (replace)
+      product<Start::zero>(rest...);
+    else
+      product<Start::add>(rest...);
   }
 
   // C[columns, keys] += b w, b being transposed rows [columns][kRows]; only strips of rows that attend to a key of a panel.
@@ -420,7 +439,7 @@ struct GradBlock {
   }
 
   // dq[rows, depth_ld] += ds k
-  NOINLINE void add_dq(const RowBlock<T>& rows, T* dq) {
+  NOINLINE void add_dq(const RowBlock<T>& rows, T* dq, bool fresh) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     if constexpr (kPaired)
       for (int64_t strip = 0; strip < rows.tiles && tiled; strip += strip_tiles) {
@@ -435,9 +454,12 @@ struct GradBlock {
     for (int64_t d = 0; d < depth_ld && !tiled; d += P)
       for (int64_t t = 0; t < rows.tiles; ++t) {
         const int64_t from = lo[t] / step * step;
+        T* sums = dq + t * R * depth_ld + d;
         if (lo[t] < hi[t])
-          product<Start::add>(rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + from, kLd, step, keys + from * depth_ld + d * step,
-                              depth_ld * step, (hi[t] - from + step - 1) / step, dq + t * R * depth_ld + d, depth_ld);
+          add_or_replace(fresh, rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + from, kLd, step,
+                         keys + from * depth_ld + d * step, depth_ld * step, (hi[t] - from + step - 1) / step, sums, depth_ld);
+        else if (fresh)
+          clear(sums, depth_ld, std::min(P, depth_ld - d));
       }
   }
 };
