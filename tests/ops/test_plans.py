@@ -94,7 +94,7 @@ def test_what_was_valid_for_other_tensors_is_refused():
         bmk.conv(**tensors, pool=("max", 2))
     with pytest.raises(RuntimeError, match="bias"):
         bmk.conv(tensors["x"], tensors["weight"], torch.randn(3), pool=("max", 2))
-    with pytest.raises(RuntimeError, match="weight must be torch.float64"):
+    with pytest.raises(RuntimeError, match=r"weight must be torch\.float64"):
         bmk.conv(tensors["x"].double(), tensors["weight"], tensors["bias"], pool=("max", 2))
     with pytest.raises((RuntimeError, ValueError), match="pool"):
         bmk.conv(**tensors, pool=("max", 20))
