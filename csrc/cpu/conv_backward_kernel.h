@@ -13,6 +13,7 @@
 #include "conv_pairs.h"
 #include "conv_direct.h"
 #include "conv_wgrad.h"
+#include "conv_wgrad_pairs.h"
 #include "conv_depthwise.h"
 #include "conv_depthwise_gradient.h"
 #include "conv_winograd.h"
@@ -96,6 +97,13 @@ inline void weight_gradient_of(const Conv& conv, bool gated, const WideSource& w
     depthwise_weight_gradient<T>(conv, wide, narrow, dw, sums, padded_channels<T>(1));
     return;
   }
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<typename WideSource::Stored, bfloat16>)
+    if (paired_gradient_applies(conv)) {
+      paired_weight_gradient_of(conv, gated, wide, narrow, dw, sums);
+      return;
+    }
+#endif
   if constexpr (std::is_same_v<T, float>) {
     const FilteredGradient kind = filtered_gradient<T>(conv);
     if (kind.taps > 0 && !gated && filtered_weight_gradient<T>(conv, kind, wide, narrow, dw, sums)) return;

@@ -182,11 +182,7 @@ GATE_DOTS INLINE void store_two_rows(bfloat16* rows, int64_t row, bfloat16* pair
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows), _mm512_castsi512_si256(both));
     if (kBoth) _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + row), _mm512_extracti64x4_epi64(both, 1));
   }
-  typedef uint16_t words __attribute__((vector_size(64)));
-  words order;
-#pragma GCC unroll 32
-  for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
-  _mm512_storeu_si512(pairs, _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), both));
+  _mm512_storeu_si512(pairs, interleaved(both));
 }
 
 // As gate_gradients, with the steps of d_z in rows and in pairs, and those of a in pairs: pair k of a column is 2 k rows further.

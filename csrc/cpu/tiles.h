@@ -58,6 +58,19 @@ INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* sec
 }
 
 #if ISA_VECTOR_BYTES == 64
+// The halves of 32 numbers of 16 bits, interleaved.
+INLINE __m512i interleaved(__m512i halves) {
+  typedef uint16_t words __attribute__((vector_size(64)));
+  words order;
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; ++i) order[i] = i / 2 + i % 2 * 16;
+  return _mm512_permutexvar_epi16(reinterpret_cast<__m512i>(order), halves);
+}
+// Two vectors rounded to bfloat16, side by side in every lane.
+__attribute__((target("avx512bf16"), always_inline)) inline __m512i interleaved(vec<float> first, vec<float> second) {
+  return interleaved(reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(second), reinterpret_cast<__m512>(first))));
+}
+
 // As multiply_tile, of bfloat16 numbers in pairs of steps: pair k of row r of A is at a[r * row + k * step], B is packed as
 // [pair][NV vectors of columns][2], a pair every b_step elements.
 template <int R, int NV>

@@ -140,6 +140,20 @@ TAPS = {
     "transposed": (1, 32, 6, (9, 13), (5, 5), {"transposed": True, "stride": 2, "padding": 2, "output_padding": 1}),
 }
 TAPS_BY_NAME = {f"taps_{name}": geometry for name, geometry in TAPS.items()}
+# Where pairs of rows are multiplied by dot products, from 8 wide channels on: odd and even heights, taps that fall into more than
+# two remainders modulo twice the stride, sequences, several parts (128) of the narrow side, tiles of 12 channels and less.
+PAIRED = {
+    "row": (2, 12, 40, (77,), (4,), {"stride": 3, "dilation": 2, "padding": 4}),
+    "causal": (1, 25, 32, (600,), (2,), {"padding": "causal", "dilation": 5}),
+    "pixel": (3, 9, 17, (1, 1), (1, 1), {}),
+    "strip": (2, 8, 16, (1, 9), (3, 3), {"padding": 1}),
+    "parts": (2, 16, 300, (9, 5), (3, 3), {"padding": 1}),
+    "tall": (1, 13, 33, (301, 5), (5, 3), {"stride": (2, 1), "dilation": (3, 1), "padding": (4, 1)}),
+    "k2": (4, 10, 18, (35, 34), (2, 2), {}),
+    "transposed": (2, 18, 30, (7, 6), (5, 4), {"transposed": True, "stride": (3, 2), "padding": 1}),
+    "groups": (2, 24, 40, (9, 8), (1, 3), {"groups": 2, "padding": (0, 1)}),
+}
+PAIRED_BY_NAME = {f"paired_{name}": geometry for name, geometry in PAIRED.items()}
 FILTERED_BY_NAME = {f"filtered_{name}": geometry for name, geometry in FILTERED.items()}
 PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
 
@@ -174,7 +188,7 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        named = GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME | TAPS_BY_NAME
+        named = GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME | TAPS_BY_NAME | PAIRED_BY_NAME
         n, cin, cout, size, kernel, options = named[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed

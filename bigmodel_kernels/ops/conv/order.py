@@ -24,6 +24,20 @@ def _bfloat16_is_ours(last, axes, taps, second, outputs, weights, groups, transp
     return outputs >= 16 or not last
 
 
+def _bfloat16_training_is_ours(last, axes, taps, channels, weights, groups, transposed, strided) -> bool:
+    """Training in bfloat16: all three products by dot products, where the CPU has them."""
+    if groups > 1 or channels < 16 or not _cpu.dot_products():
+        return False
+    if transposed:
+        return axes == 2 and strided and taps == 16 and weights <= 64 * 128
+    if axes == 1:
+        return weights <= 128 * 128
+    if strided and 9 <= taps <= 16:
+        return weights <= 128 * 256
+    most = {1: 128 * 128, 9: 64 * 64, 25: 32 * 32}
+    return not last and weights <= most.get(taps, 0)
+
+
 def _filtered(x_shape, weight_shape, stride, dilation, groups, transposed) -> tuple[bool, int]:
     """Whether Winograd's filtering finds the gradient of the weights (and, from 32 channels on, the rest): 3x3, or 3 or 4 taps an
     axis with a stride of 2. And how many tiles share a weight."""
@@ -61,9 +75,11 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
         ours = False
     elif dtype == torch.bfloat16:
         outputs = second if transposed else first
-        ours = not save and _bfloat16_is_ours(
-            last, len(kernel), taps, second, outputs, weights, groups, transposed, few
-        )
+        if save:
+            channels = min(first, second)
+            ours = _bfloat16_training_is_ours(last, len(kernel), taps, channels, weights, groups, transposed, strided)
+        else:
+            ours = _bfloat16_is_ours(last, len(kernel), taps, second, outputs, weights, groups, transposed, few)
     elif groups > 1:
         dense, spread = all(v == 1 for v in stride), any(v > 1 for v in dilation)
         if save:
