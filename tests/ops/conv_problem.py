@@ -10,6 +10,10 @@ import bigmodel_kernels as bmk
 from bigmodel_kernels.testing import assert_matches, make
 
 NAMES = ("x", "weight", "bias", "scale", "shift", "residual")
+LAYOUTS = {
+    "contiguous": lambda t: t,
+    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t,
+}
 
 # id: batch, Cin, Cout, spatial size, kernel, options. Sizes below, at and above what a vector, a tile of pixels (14), a
 # Winograd tile (2 x 2, from 32 channels) or a band holds; every option alone and with others.
@@ -265,6 +269,14 @@ class Problem:
                 magnitude=self._magnitude(name),
                 name=name,
             )
+
+    def check_exact(self):
+        """Result and gradients of the cpu kernel in float32 to the bit, of a problem of integers, in every layout."""
+        exact = self.run(torch.float64, "torch")
+        for layout in LAYOUTS.values():
+            for name, ours, other in zip(("out", *NAMES), self.run(torch.float32, "cpu", layout=layout), exact):
+                if ours is not None:
+                    assert torch.equal(ours, other.float()), name
 
     def _magnitude(self, name):
         """Sums over pixels may cancel: they are measured against the size of what is summed up."""

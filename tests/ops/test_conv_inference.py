@@ -1,17 +1,13 @@
 """bmk.conv on the cpu backend without gradients, where kernels of their own run: few input channels with lanes along the
 width, products whose weights are read in place, pools whose windows overlap, weights in either memory format."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.testing import assert_matches, make
+from tests.rerun import rerun
 
 # x, weight, options. Widths below, at and above a vector of 16, 8 and 4 lanes; the last is what the kernel refuses.
 FEW_CHANNELS = {
@@ -142,15 +138,7 @@ def test_linear_layer_is_torchs():
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
     selected = "test_integers_are_exact or (test_matches_float64 and float32 and bias) or not_finite"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "BIGMODEL_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    rerun(__file__, selected, isa)
 
 
 # Up to 256 outputs and at least 65536 weights: the pixels' windows in rows. Tails of its tiles, strips and blocks; both orders.

@@ -1,21 +1,13 @@
 """Convolutions of few channels with more than 3 taps an axis: csrc/cpu/conv_winograd_taps.h filters their taps in runs."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.testing import make
-from tests.ops.conv_problem import NAMES, TAPS, Problem
+from tests.ops.conv_problem import LAYOUTS, TAPS, Problem
+from tests.rerun import rerun
 
-LAYOUTS = {
-    "contiguous": lambda t: t,
-    "channels_last": lambda t: t.movedim(1, -1).contiguous().movedim(-1, 1) if t.dim() > 2 else t,
-}
 POOL = ("max", 3, 2, 1)
 
 
@@ -30,12 +22,7 @@ def test_matches_float64(geometry, tail, layout):
 @pytest.mark.parametrize("tail", ["bias", "norm_relu", "norm_relu_padded"])
 @pytest.mark.parametrize("geometry", TAPS)
 def test_integers_are_exact(geometry, tail):
-    p = Problem(f"taps_{geometry}", tail, seed=4, integer=True)
-    exact = p.run(torch.float64, "torch")
-    for layout in LAYOUTS.values():
-        for name, ours, other in zip(("out", *NAMES), p.run(torch.float32, "cpu", layout=layout), exact):
-            if ours is not None:
-                assert torch.equal(ours, other.float()), name
+    Problem(f"taps_{geometry}", tail, seed=4, integer=True).check_exact()
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -98,12 +85,4 @@ def test_bfloat16(geometry, layout):
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
     selected = "integers or infinity or (test_matches_float64 and norm_relu_padded)"
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", selected],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "BIGMODEL_ISA": isa},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stdout[-3000:]
+    rerun(__file__, selected, isa)

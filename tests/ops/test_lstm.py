@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.lstm import reference
 from bigmodel_kernels.testing import assert_matches, make
+from tests.rerun import rerun
 
 # T, B, I, H: single elements, odd sizes, and sizes just below, at and above what a tile or a vector holds.
 SIZES = [
@@ -416,6 +417,4 @@ def test_other_instruction_sets(isa):
     chosen = "test_matches_float64 and (plain or packed_all) or threads and stacked or saturated"
     if isa.startswith("amx"):  # which multiply bfloat16 only
         chosen = "test_matches_float64 and bfloat16 or shared_steps"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stdout[-4000:]
+    rerun(__file__, chosen, isa)
