@@ -36,7 +36,7 @@ triton: $(VENV)/.installed
 	test -d build/triton-$(TRITON) || $(BIN)/pip install --disable-pip-version-check --quiet --no-deps --target build/triton-$(TRITON) triton==$(TRITON)
 	PYTHONPATH=$(CURDIR)/build/triton-$(TRITON) TRITON_CACHE_DIR=$(CURDIR)/build/triton-$(TRITON).cache $(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests/ops -k "compile or budget"
 
-# The CPU kernels under AddressSanitizer and UBSan, every instruction set: some half an hour on 2 cores.
+# The CPU kernels under AddressSanitizer and UBSan, every instruction set: some twenty minutes on 2 cores.
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize.py
 
