@@ -68,8 +68,21 @@ def tiles_preferred(family: str) -> bool:
 
 
 @functools.cache
-def slow_products() -> bool:
-    """Whether PyTorch's float32 products are held far below this CPU's peak: its MKL gives its AVX-512 kernels to Intel's own
-    processors only (half of the peak was measured on AMD's Zen 5; without AVX-512 nothing was measured)."""
+def _amd_mkl() -> bool:
+    """Whether PyTorch's float32 products go to MKL on an AMD processor with AVX-512: its AVX-512 kernels are for Intel's own."""
     mkl = torch.backends.mkl.is_available()
     return mkl and vendor() == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+@functools.cache
+def slow_products() -> bool:
+    """Whether PyTorch's float32 products are held far below this CPU's peak: on Zen 5 (family 26) MKL's kernels of 256 bits reach
+    half of it. On Zen 4 (family 25) a vector of 512 bits takes two cycles, and they reach nine tenths."""
+    return _amd_mkl() and int(_cpuinfo("cpu family") or 0) >= 26
+
+
+@functools.cache
+def slow_few_rows() -> bool:
+    """Whether PyTorch's float32 products of a few rows with many weights are slow: on Zen 4 too MKL took up
+    to twice the kernels' time."""
+    return _amd_mkl()

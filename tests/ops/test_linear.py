@@ -256,12 +256,53 @@ def test_autocast():
 
 def test_auto_knows_where_the_products_of_torch_are_slow(monkeypatch):
     x, weight = make(512, 128), make(128, 128)
+    monkeypatch.setattr(_cpu, "slow_few_rows", lambda: False)
     for slow, backend in ((True, "cpu"), (False, "torch")):
         monkeypatch.setattr(_cpu, "slow_products", lambda slow=slow: slow)
         assert bmk.explain(bmk.linear, x, weight).backend == backend
         assert bmk.explain(bmk.linear, x[:64], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:64], weight.clone().requires_grad_()).backend == "torch"
         assert bmk.explain(bmk.linear, x[:8], weight).backend == "torch"
+
+
+def test_auto_knows_where_few_rows_of_torch_are_slow(monkeypatch):
+    x, weight = make(512, 512), make(512, 512)
+    monkeypatch.setattr(_cpu, "slow_products", lambda: False)
+    for slow, backend in ((True, "cpu"), (False, "torch")):
+        monkeypatch.setattr(_cpu, "slow_few_rows", lambda slow=slow: slow)
+        assert bmk.explain(bmk.linear, x[:96], weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:4], weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:64], weight[:128]).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:3], weight).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:97], weight).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:64], weight.clone().requires_grad_()).backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("maker", "family", "capability", "products", "few"),
+    [
+        ("AuthenticAMD", "26", "AVX512", True, True),
+        ("AuthenticAMD", "25", "AVX512", False, True),
+        ("AuthenticAMD", "25", "AVX2", False, False),
+        ("GenuineIntel", "6", "AVX512", False, False),
+        ("", "", "AVX512", False, False),
+    ],
+)
+def test_where_the_products_of_torch_are_slow_is_told_by_the_processor(
+    maker, family, capability, products, few, monkeypatch
+):
+    fields = {"vendor_id": maker, "cpu family": family}
+    monkeypatch.setattr(_cpu, "_cpuinfo", fields.get)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    cached = (_cpu.vendor, _cpu._amd_mkl, _cpu.slow_products, _cpu.slow_few_rows)
+    for function in cached:
+        function.cache_clear()
+    try:
+        assert (_cpu.slow_products(), _cpu.slow_few_rows()) == (products, few)
+    finally:
+        for function in cached:
+            function.cache_clear()
 
 
 ERRORS = [

@@ -112,13 +112,19 @@ def _backward(op, args, outputs, grads, needs, backend):
 
 
 def prefer(x, weight, *rest) -> tuple[str, ...]:
-    """By the table "Linear layers" in docs/decisions.md: ours where PyTorch's product is held to half of this CPU's peak.
-    Fewer than 16 outputs fill a third of a tile, and PyTorch's is faster."""
-    inputs, products, save = weight.shape[1], x.numel() * weight.shape[0], rest[-1]
-    few = not save and x.numel() <= 96 * inputs  # rows that multiply the weights where they lie
-    worth = x.numel() >= (4 if few else 16) * inputs and products >= (1 << 20 if few else 1 << 23)
-    worth = worth and weight.shape[0] >= 16
-    ours = worth and x.dtype in (torch.float32, torch.float64) and _cpu.slow_products()
+    """By the tables "Linear layers" in docs/decisions.md: ours where PyTorch's product is held to half of this CPU's peak, and
+    where few rows meet many weights. Fewer than 16 outputs fill a third of a tile, and PyTorch's is faster."""
+    outputs, inputs = weight.shape
+    rows, save = x.numel() // max(inputs, 1), rest[-1]
+    few = not save and 4 <= rows <= 96  # rows that multiply the weights where they lie
+    if outputs < 16 or x.dtype not in (torch.float32, torch.float64):
+        ours = False
+    elif _cpu.slow_products():
+        ours = (few or rows >= 16) and rows * weight.numel() >= (1 << 20 if few else 1 << 23)
+    else:
+        ours = (
+            few and x.dtype is torch.float32 and outputs >= 128 and weight.numel() >= 1 << 18 and _cpu.slow_few_rows()
+        )
     return ("cpu", "torch") if ours else ("torch", "cpu")
 
 
