@@ -165,6 +165,14 @@ def select(op: str, backend: str, prefer: Callable[..., tuple[str, ...]], args: 
     return chosen
 
 
+def announce(layer: str, why: str, *args: object) -> None:
+    """Tells who listens that PyTorch runs a whole layer in one call of its own, past the ops; `why` is for `explain`."""
+    if (listener := _listener.get()) is not None:
+        listener(layer, "torch", None, (why,))
+    if _log.isEnabledFor(logging.INFO):
+        _log_once(layer, "torch", args)
+
+
 def _log_once(op: str, chosen: str, args: tuple) -> None:
     signature = (op, chosen, *(f"{a.dtype}{list(a.shape)}" for a in args if isinstance(a, torch.Tensor)))
     if signature not in _logged:
@@ -187,7 +195,9 @@ class Explanation:
         return f"{self.op}: {self.backend}\n" + "\n".join(f"  {name:7s} {why}" for name, why in self.reasons.items())
 
 
-def _explanation(op: str, chosen: str, prefer: Callable[..., tuple[str, ...]], args: tuple) -> Explanation:
+def _explanation(op: str, chosen: str, prefer: Callable[..., tuple[str, ...]] | None, args: tuple) -> Explanation:
+    if prefer is None:  # a layer, announced
+        return Explanation(op, chosen, {chosen: args[0]})
     order = prefer(*args)
     reasons = {}
     for name in BACKENDS:

@@ -6,15 +6,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigmodel_kernels import _registry
+from bigmodel_kernels._library import is_plain_eager
 from bigmodel_kernels.nn.attention import MultiheadAttention
 from bigmodel_kernels.nn.fused import linear_block
+from bigmodel_kernels.nn.linear import Linear
 from bigmodel_kernels.nn.traced import refuse_script, traced_whole
+from bigmodel_kernels.ops.linear.op import prefer as linear_prefer
 
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
+_FUSED_ACTIVATIONS = {F.relu: 1, F.gelu: 2}  # as torch.nn.TransformerEncoderLayer numbers them
+_PLAIN_BLOCKS = {torch.nn.Linear, Linear, torch.nn.LayerNorm}
+_MANY_SCORES = 1 << 19  # from which on holding them all costs more than the calls that are saved
 
 
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
-    """torch.nn.TransformerEncoderLayer: same constructor, parameters and results. Its eval-mode fast path is never taken."""
+    """torch.nn.TransformerEncoderLayer: same constructor, parameters and results.
+
+    Inference without masks goes to torch.nn's one call of the whole layer where that is faster, as it is for short sequences.
+    """
 
     __prepare_scriptable__ = refuse_script
 
@@ -43,6 +53,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Output like src. is_causal promises that src_mask is the causal mask."""
+        if src_mask is None and src_key_padding_mask is None and not is_causal and self._is_torchs(src):
+            _registry.announce("transformer_encoder_layer", "one call of PyTorch's for the whole layer", src)
+            twin = _share(torch.nn.TransformerEncoderLayer, self)
+            twin.activation_relu_or_gelu = _FUSED_ACTIVATIONS[self.activation]
+            return twin.forward(src)  # which goes on by blocks where PyTorch sees anything against it
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
@@ -52,6 +67,32 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
             return x + self._ff_block(self.norm2(x))
         x = self.norm1(src + attend(src))
         return self.norm2(x + self._ff_block(x))
+
+    def _is_torchs(self, src: Tensor) -> bool:
+        """By the table "Transformer layers" in docs/decisions.md: PyTorch's one call of the whole layer saves a dozen others, and
+        loses where it holds many scores, and where its products are slow."""
+        attention, blocks = self.self_attn, (self.linear1, self.linear2, self.norm1, self.norm2)
+        if self.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return False
+        if (
+            not is_plain_eager(range(1), (src,))
+            or src.dim() != 3
+            or not src.is_cpu
+            or src.is_nested
+            or not attention.batch_first
+        ):
+            return False
+        plain = type(self) is TransformerEncoderLayer and self.activation in _FUSED_ACTIVATIONS
+        if (
+            not plain
+            or not _PLAIN_BLOCKS.issuperset(map(type, blocks))
+            or _registry.wanted(attention.backend) != "auto"
+        ):
+            return False
+        batch, length, width = src.shape
+        if 2 * length > width and batch * attention.num_heads * length**2 >= _MANY_SCORES:
+            return False
+        return linear_prefer(src, self.linear1.weight, False)[0] == "torch"
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout2(_feed_forward(self, x))

@@ -171,3 +171,51 @@ def test_wrong_sizes_raise_as_torch_does():
         model(make(N, L, D + 1), make(N, L, D + 1))
     with pytest.raises(AssertionError, match="query"):
         bmk.nn.TransformerEncoderLayer(D, HEADS, WIDTH)(make(1, 1, L, D))
+
+
+def calls_of(layer, x):
+    return [(call.op, call.backend) for call in bmk.explain(layer, x).calls]
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=["relu", "gelu", "callable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_short_sequences_go_to_torchs_one_call_of_the_layer(dtype, activation):
+    theirs, ours = pair("TransformerEncoderLayer", D, HEADS, WIDTH, 0.1, activation, batch_first=True, dtype=dtype)
+    theirs.eval(), ours.eval()
+    x = make(N, L, D, dtype=dtype)
+    whole = [("transformer_encoder_layer", "torch")]
+    with torch.no_grad():
+        assert (calls_of(ours, x) == whole) == (activation != F.silu)
+        if activation != F.silu:
+            assert torch.equal(ours(x), theirs(x))
+        for name in ("cpu", "torch"):
+            with bmk.use_backend(name):
+                assert whole != calls_of(ours, x)
+                torch.testing.assert_close(ours(x), theirs(x), rtol=1e-2, atol=2e-2)
+    assert whole != calls_of(ours, x)  # there may be a gradient
+    assert ours.activation_relu_or_gelu == 0 and type(ours.self_attn) is bmk.nn.MultiheadAttention
+    with torch.no_grad():
+        assert whole != calls_of(ours.train(), x)
+
+
+def test_torchs_one_call_does_not_pass_over_what_a_layer_was_given():
+    x = make(N, L, D)
+
+    class Doubled(bmk.nn.TransformerEncoderLayer):
+        def _ff_block(self, x):
+            return 2 * super()._ff_block(x)
+
+    class Adapted(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    torch.manual_seed(0)
+    doubled = Doubled(D, HEADS, WIDTH, 0.0, batch_first=True).eval()
+    adapted = bmk.nn.TransformerEncoderLayer(D, HEADS, WIDTH, 0.0, batch_first=True).eval()
+    adapted.linear1 = Adapted(D, WIDTH)
+    hooked = bmk.nn.TransformerEncoderLayer(D, HEADS, WIDTH, 0.0, batch_first=True).eval()
+    hooked.linear2.register_forward_hook(lambda layer, args, out: out + 1)
+    for layer in (doubled, adapted, hooked):
+        expected = layer(x).detach()  # with gradients recorded the layer goes by its blocks
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
