@@ -193,7 +193,8 @@ def test_short_sequences_go_to_torchs_one_call_of_the_layer(dtype, activation):
                 assert whole != calls_of(ours, x)
                 torch.testing.assert_close(ours(x), theirs(x), rtol=1e-2, atol=2e-2)
     assert whole != calls_of(ours, x)  # there may be a gradient
-    assert ours.activation_relu_or_gelu == 0 and type(ours.self_attn) is bmk.nn.MultiheadAttention
+    assert ours.activation_relu_or_gelu == 0
+    assert type(ours.self_attn) is bmk.nn.MultiheadAttention
     with torch.no_grad():
         assert whole != calls_of(ours.train(), x)
 
