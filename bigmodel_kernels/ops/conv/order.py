@@ -34,7 +34,7 @@ def _bfloat16_training_is_ours(last, axes, taps, channels, weights, groups, tran
         return weights <= 128 * 128
     if strided and 9 <= taps <= 16:
         return weights <= 128 * 256
-    most = {1: 128 * 128, 9: 64 * 64, 25: 32 * 32}
+    most = {1: 128 * 128 if channels >= 32 else 0, 9: 64 * 64, 25: 32 * 32}
     return not last and weights <= most.get(taps, 0)
 
 
@@ -62,7 +62,7 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     pixels = math.prod(x_shape[2:])
     taps, weights = math.prod(kernel), first * second
     places = x_shape[0] * math.prod(-(-n // s) for n, s in zip(x_shape[2:], stride))
-    few = places <= (96 if last else 256)
+    few = places <= (96 if last or taps > 1 else 256)
     strided = any(v > 1 for v in stride)
     filtered, tiles = _filtered(x_shape, weight_shape, stride, dilation, groups, transposed)
     filtered = filtered and dtype == torch.float32
@@ -102,7 +102,7 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
     elif len(kernel) == 1:
         ours = taps > 1 and weights <= 128 * 128
     elif filtered and not strided and min(first, second) >= 32:
-        ours = weights <= 256 * 256
+        ours = weights <= min(256 * 256, 400 * tiles)
     elif save:
         ours = second <= 8 if in_runs else taps <= 9 and taps > 1 and second <= 16
     elif taps == 1:
