@@ -313,18 +313,18 @@ inline void direct_band(const Pass& pass, const Band& band, const std::vector<st
 
 // Runs compute(scratch, n, group, band, y) and then sink(n, group, i, y, y_columns, y_stride) for band i of each image and group. Rows
 // that the windows of a band share with those of the band above it are computed once, where the same thread has just done so: `band`
-// is what is left. y is where its first row belongs; a row before and one after those of the band may be written as well. `scratch` is
+// is what is left. y is where its first row belongs; `rim` rows before and after those of the band may be written as well. `scratch` is
 // `scratch_size` numbers of type M.
 template <class T, class M, class Sink, class Compute>
-inline void each_band(const Pass& pass, const Bands& bands, int64_t y_columns, int64_t scratch_size, const Sink& sink,
+inline void each_band(const Pass& pass, const Bands& bands, int64_t y_columns, int64_t scratch_size, int64_t rim, const Sink& sink,
                       const Compute& compute) {
   const int64_t padded = padded_channels<T>(pass.out_channels), y_row = y_columns * padded;
   const int64_t per_image = bands.count(), per_group = pass.batch * per_image;
   const int64_t shared_rows = bands.across() == 1 ? std::max<int64_t>(0, bands.window.h - bands.window.stride_h) : 0;
   torch::stable::parallel_for(0, pass.groups * per_group, 1, [&](int64_t begin, int64_t end) {
     Scratch<M> scratch(scratch_size);
-    Scratch<T> with_rim((bands.full_rows() + 2) * y_row + kLanes<T>), kept(shared_rows * y_row);
-    T* y = with_rim.get() + y_row;
+    Scratch<T> with_rim((bands.full_rows() + 2 * rim) * y_row + kLanes<T>), kept(shared_rows * y_row);
+    T* y = with_rim.get() + rim * y_row;
     int64_t kept_bottom = -1;  // the row of the image below those that are kept
     for (int64_t task = begin; task < end; ++task) {
       const int64_t g = task / per_group, n = task % per_group / per_image, i = task % per_image;
@@ -356,7 +356,7 @@ inline void direct_pass(const Pass& given, const Bands& bands, const M* packed, 
   const auto taps = pass.taps(columns, C);
   const Image<const M> in_place = sources_in_place<T, M>(given, source);
   const int64_t block_size = in_place.data ? 0 : rows * columns * C;
-  each_band<T, M>(pass, bands, y_columns, block_size, sink, [&](M* block, int64_t n, int64_t g, const Band& band, T* y) {
+  each_band<T, M>(pass, bands, y_columns, block_size, 0, sink, [&](M* block, int64_t n, int64_t g, const Band& band, T* y) {
     const M* weights = packed + g * group_weights;
     if (in_place.data) {
       const M* first = in_place.data + n * in_place.n + g * C + band.top * in_place.h + band.left * in_place.w;
@@ -377,7 +377,7 @@ inline void row_pairs_pass(const Pass& given, const Bands& bands, const bfloat16
   const int64_t C = given.channels, y_columns = bands.full_columns(), columns = given.w.span(y_columns);
   const auto taps = pass.taps(columns, C);
   const int64_t block_size = given.h.span(bands.full_rows()) * columns * C + 1;
-  each_band<T, bfloat16>(given, bands, y_columns, block_size, sink, [&](bfloat16* block, int64_t n, int64_t, const Band& band, T* y) {
+  each_band<T, bfloat16>(given, bands, y_columns, block_size, 0, sink, [&](bfloat16* block, int64_t n, int64_t, const Band& band, T* y) {
     const int64_t rows = given.h.span(band.rows());
     load_operands<T>(block, C, columns, source, n, 0, C, given.h.lowest(band.top), rows, given.w.lowest(band.left), columns);
     block[rows * columns * C] = {0};

@@ -185,7 +185,8 @@ struct Bands {
 
   int64_t count() const { return down * across(); }
   int64_t across() const { return (width + columns - 1) / columns; }
-  int64_t first_row(int64_t i) const { return std::min(height, (height + row_unit - 1) / row_unit * i / down * row_unit); }
+  // The first of the bands are the larger ones: a thread that begins further down may have to compute rows of the band above.
+  int64_t first_row(int64_t i) const { return std::min(height, ((height + row_unit - 1) / row_unit * i + down - 1) / down * row_unit); }
   // Pooled coordinates.
   Band pooled(int64_t i) const {
     const int64_t left = i % across() * columns;

@@ -82,12 +82,18 @@ inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>
   }
   if constexpr (std::is_same_v<T, float>) {
     if (winograd && taps_apply<T>(pass) && !pairs_apply<S>(pass) && all_finite<T>(packed.get(), packed_weights_size<T>(pass))) {
-      const TapPoints points(pass);
-      Scratch<T> u(points.terms() * padded);
-      pack_taps<T>(u.get(), pass, points, packed.get());
-      const int64_t per_pixel = (pass.channels * pass.h.axis.stride * pass.w.axis.stride + padded) * sizeof(T);
-      const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_pixel, 2 * kCacheBudget, 2);
-      taps_pass<T>(pass, bands, points, packed.get(), u.get(), source, make_sink(bands));
+      const auto run_taps = [&](auto rows) {
+        const auto points = TapPoints::of<rows.value>(pass);
+        Scratch<T> u(points.terms * padded);
+        pack_taps<rows.value, T>(u.get(), pass, points, packed.get());
+        const int64_t per_pixel = (pass.channels * pass.h.axis.stride * pass.w.axis.stride + padded) * sizeof(T);
+        const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, per_pixel, 2 * kCacheBudget, rows.value);
+        taps_pass<rows.value, T>(pass, bands, points, packed.get(), u.get(), source, make_sink(bands));
+      };
+      if (rows_of_tiles(pass) == 3)
+        run_taps(std::integral_constant<int, 3>{});
+      else
+        run_taps(std::integral_constant<int, 2>{});
       return;
     }
   }

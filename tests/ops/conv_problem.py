@@ -140,7 +140,10 @@ TAPS = {
     "k4s2": (1, 16, 65, (18, 30), (4, 4), {"stride": 2}),
     "k4x6": (1, 3, 40, (12, 25), (4, 6), {"stride": (1, 2), "padding": 2}),
     "k11s2": (1, 1, 32, (30, 41), (11, 8), {"stride": 2, "padding": 5}),
+    "k8s2": (2, 3, 33, (29, 40), (8, 8), {"stride": 2, "padding": 3}),
+    "k10x5": (1, 4, 34, (16, 21), (10, 5), {"padding": (5, 2)}),
     "bands": (1, 3, 32, (90, 270), (5, 5), {"padding": 2}),
+    "k7bands": (1, 3, 32, (100, 270), (7, 7), {"padding": 3}),
     "transposed": (1, 32, 6, (9, 13), (5, 5), {"transposed": True, "stride": 2, "padding": 2, "output_padding": 1}),
 }
 TAPS_BY_NAME = {f"taps_{name}": geometry for name, geometry in TAPS.items()}

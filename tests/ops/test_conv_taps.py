@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
-from bigmodel_kernels.testing import make
+from bigmodel_kernels.testing import assert_matches, make
 from tests.ops.conv_problem import LAYOUTS, TAPS, Problem
 from tests.rerun import rerun
 
@@ -27,7 +27,7 @@ def test_integers_are_exact(geometry, tail):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
-@pytest.mark.parametrize("geometry", ["k7s2", "k5", "k4x6", "bands"])
+@pytest.mark.parametrize("geometry", ["k7s2", "k5", "k4x6", "bands", "k7bands", "k10x5"])
 def test_an_infinity_reaches_the_outputs_that_read_it_and_no_other(geometry, value, layout):
     p = Problem(f"taps_{geometry}", "bias")
     x = p.tensors["x"]
@@ -39,6 +39,18 @@ def test_an_infinity_reaches_the_outputs_that_read_it_and_no_other(geometry, val
     assert torch.equal(ours.isfinite(), exact.isfinite())
     assert torch.equal(ours.isnan(), exact.isnan())
     torch.testing.assert_close(ours[ours.isfinite()], exact.float()[ours.isfinite()], rtol=1e-4, atol=1e-4)
+
+
+# Tiles of three rows: the largest errors of what they are for, over inputs as they come after a ReLU and of images.
+@pytest.mark.parametrize("inputs", [torch.relu, torch.sigmoid], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("channels", "stride", "size"), [(3, 2, (90, 90)), (3, 1, (40, 40)), (16, 1, (30, 30))])
+def test_inputs_of_one_sign(channels, stride, size, inputs):
+    for seed in range(5):
+        x, w = inputs(make(1, channels, *size, seed=seed)), make(64, channels, 7, 7, seed=seed + 50) / 7
+        options = {"stride": stride, "padding": 3}
+        exact = bmk.conv(x.double(), w.double(), **options, backend="torch")
+        ours, baseline = (bmk.conv(x, w, **options, backend=backend) for backend in ("cpu", "torch"))
+        assert_matches(ours, exact, baseline, dtype=torch.float32)
 
 
 def test_weights_that_are_not_finite():
@@ -84,5 +96,5 @@ def test_bfloat16(geometry, layout):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
-    selected = "integers or infinity or (test_matches_float64 and norm_relu_padded)"
+    selected = "integers or infinity or one_sign or (test_matches_float64 and norm_relu_padded)"
     rerun(__file__, selected, isa)
