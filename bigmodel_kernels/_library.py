@@ -82,7 +82,8 @@ class Op:
             output that nothing used; `needs` tells per argument (per element of a list) whether its gradient is wanted.
         differentiable: `differentiable(*args)` gives the same outputs in plain torch ops; gradients of gradients go through it.
         results: how many of the outputs are the op's results; those after them are saved for the backward only and carry
-            no gradient.
+            no gradient. Where a backend has `train`, it runs in place of its fwd in plain eager mode if a gradient may be asked
+            for, and may give more of these than the schema has: `backward` hands them to `op.bwd` as `kept`.
         reads_results: `reads_results(*args)` says whether the backward reads the results themselves, for all of them or, as a
             tuple, for each. Those that it does not read are not saved, so that the caller may overwrite them, as an in-place ReLU
             after a layer does; the backward gets None.
@@ -190,14 +191,15 @@ class Op:
         """The forward on the backend named last, which has been selected for these arguments; no gradient."""
         return self._run("fwd", args)
 
-    def bwd(self, *args: Any):
-        """The backward; as `fwd`."""
-        return self._run("bwd", args)
+    def bwd(self, *args: Any, kept: torch.Tensor | None = None):
+        """The backward; as `fwd`. What the backend's `train` has `kept` spares it work, and is left out on the way through the
+        operator, whose schema does not have it."""
+        return self._run("bwd", args, None if kept is None else {"kept": kept})
 
-    def _run(self, direction: str, args: tuple):
+    def _run(self, direction: str, args: tuple, more: dict[str, Any] | None = None):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
         if args[-1] != "auto" and is_plain_eager(self._tensors[direction], args):
-            return _run(self.name, args[-1], direction, args[:-1])
+            return _run(self.name, args[-1], direction, args[:-1], more)
         return self._operators[direction](*args)
 
 
@@ -225,10 +227,11 @@ class ForwardOp:
         return (self._run if is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
 
 
-def _run(name: str, backend: str, direction: str, args: Sequence):
+def _run(name: str, backend: str, direction: str, args: Sequence, more: dict[str, Any] | None = None):
     """The backend's function on these arguments; lack of memory is told as PyTorch tells it."""
     try:
-        return getattr(_registry.module(name, backend), direction)(*args)
+        function = getattr(_registry.module(name, backend), direction)
+        return function(*args, **more) if more else function(*args)
     except RuntimeError as error:
         if (lack := _extension.lack_of_memory(error, name, args)) is None:
             raise
@@ -346,7 +349,7 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         op, args = call.op, _unflatten(call.fill(tensors), call.lengths)
-        outputs = _run(op.name, call.backend, "fwd", args)
+        outputs = _run(op.name, call.backend, call.direction, args)
         ctx.call = call
         if not isinstance(outputs, tuple):
             outputs = outputs.data if outputs._is_view() else outputs
@@ -379,10 +382,11 @@ _apply_eagerly = super(torch.autograd.Function, _EagerPair).apply
 class Call:
     """A call of an op, on a backend selected for it, that records for its backward, apart from its tensors; serves many calls."""
 
-    __slots__ = ("at", "backend", "constants", "first", "lengths", "op")
+    __slots__ = ("at", "backend", "constants", "direction", "first", "lengths", "op")
 
     def __init__(self, op: Op, backend: str, flat: Sequence, lengths: tuple[int, ...] = ()):
         self.op, self.backend, self.lengths = op, backend, lengths
+        self.direction = "train" if hasattr(_registry.module(op.name, backend), "train") else "fwd"
         self.at = op.tensors_at(lengths)
         self.first = self.at[-1] == len(self.at) - 1  # the tensors are, before all else
         if self.first:

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "pooled_tensor.h"
 
 namespace bmk {
 
@@ -38,6 +39,17 @@ void check_saved(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, 
   if (!grad_lse) return;
   CHECK_CPU(*grad_lse);
   CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
+}
+
+// What a forward of these arguments has kept.
+const uint16_t* read_kept(const AttentionArgs& a, const Tensor& q, const Tensor& kept) {
+  const int64_t groups = a.groups(), rows = a.group_rows(), row = a.kept_row();
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 && keeps_probabilities(a), "kept must be empty where nothing is kept");
+  CHECK_CPU(kept);
+  CHECK_DTYPE_IS(kept, ScalarType::Half);
+  CHECK_CONTIGUOUS(kept);
+  CHECK_SHAPE(kept, groups, rows, row);
+  return static_cast<const uint16_t*>(kept.const_data_ptr());
 }
 
 void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slopes) {
@@ -229,17 +241,22 @@ void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
+// The third is what is kept for the backward, if `save` and where keeps_probabilities says so, or empty.
+std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                                          const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
-                                         double dropout_p, double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
+                                         double dropout_p, double softcap, int64_t window_left, int64_t window_right, bool lower_right,
+                                         bool save) {
   AttentionForward problem{
       read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
   const AttentionArgs& a = problem.a;
   Tensor out = torch::stable::new_empty(q, {a.batch, a.q_len, a.heads, a.value_dim});
   Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len}, lse_dtype(q));
   problem.out = out.mutable_data_ptr(), problem.lse = lse.mutable_data_ptr();
+  const bool keeps = save && q.scalar_type() == ScalarType::BFloat16 && keeps_probabilities(a);
+  Tensor kept = pooled_empty(q, {keeps ? a.groups() : 0, a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept);
+  if (keeps) problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
   DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return {torch::stable::transpose(out, 1, 2), lse, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
@@ -247,7 +264,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
                                                          const Tensor& v, const std::optional<Tensor>& attn_mask,
                                                          const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed,
                                                          double scale, double dropout_p, double softcap, int64_t window_left,
-                                                         int64_t window_right, bool lower_right) {
+                                                         int64_t window_right, bool lower_right, const std::optional<Tensor>& kept) {
   AttentionBackward problem{
       read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
   const AttentionArgs& a = problem.a;
@@ -258,6 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
+  g.kept = kept && kept->numel() > 0 ? read_kept(a, q, *kept) : nullptr;
   if (grad_lse) {
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);
@@ -421,11 +439,11 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, "
-      "float softcap, int window_left, int window_right, bool lower_right) -> (Tensor, Tensor)");
+      "float softcap, int window_left, int window_right, bool lower_right, bool save=False) -> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, Tensor q, Tensor k, Tensor v, "
       "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, float softcap, int window_left, "
-      "int window_right, bool lower_right) -> (Tensor, Tensor, Tensor, Tensor)");
+      "int window_right, bool lower_right, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
       "int max_seqlen_q, int max_seqlen_k, float scale, float dropout_p, float softcap, int window_left, int window_right, "

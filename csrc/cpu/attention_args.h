@@ -39,17 +39,27 @@ struct AttentionArgs {
 
   int64_t groups() const { return batch * kv_heads; }
   int64_t group_rows() const { return heads / (kv_heads > 0 ? kv_heads : 1) * q_len; }
+  int64_t kept_row() const { return (k_len + 15) / 16 * 16; }  // from a row to the next of what is kept for the backward
 };
 
 // A group with fewer rows of bfloat16 is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys
 // or rows there, and their rounding would show beside that of the result.
 inline constexpr int64_t kFewestPairedRows = 32;
+inline constexpr int64_t kMostKeysKept = 192;    // the block of keys
 inline constexpr int64_t kFewRows = 16;  // of a group; with at most so many, keys and values can be read where they lie
 
 struct Float8 {
   uint8_t bits;  // float8_e4m3fn
 };
 enum class CacheType { same, int8, float8 };  // same: the type of q
+
+// Whether a forward in bfloat16 keeps its probabilities for the backward (attention_kept_kernel.h): 2 bytes each, in all no more than
+// q, k, v and out take.
+inline bool keeps_probabilities(const AttentionArgs& a) {
+  const int64_t rows = a.group_rows(), width = a.head_dim + a.value_dim;
+  return selected_isa() == Isa::avx512_bf16 && selected_tiles() == Tiles::none && rows >= kFewestPairedRows && a.k_len <= kMostKeysKept &&
+         a.dropout_p == 0 && a.softcap == 0 && rows * a.kept_row() <= (rows + a.k_len) * width;
+}
 
 // Caches of keys and values to decode with: sequence b has the first lengths[b] keys, in pages where there is a table of them.
 struct AttentionCache {
@@ -66,6 +76,7 @@ struct AttentionGradArgs {
   Strided out;           // [B, Hq, Sq, Dv]
   Strided lse;           // [B, Hq, Sq, 1]
   Strided grad_lse;      // [B, Hq, Sq, 1]
+  const uint16_t* kept;  // of the forward, or null: see AttentionForward
   void* dq;              // [B, Sq, Hq, D], contiguous, like the next two
   void* dk;              // [B, Sk, Hkv, D]
   void* dv;              // [B, Sk, Hkv, Dv]

@@ -7,13 +7,17 @@
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
 // number of parts depends on the shape alone, so the results never depend on the number of threads.
 
-template <class S, class T>
+// A is the type that was multiplied.
+template <class A, class S, class T>
 INLINE void write_scaled(S* out, const T* row, int64_t n, T factor) {
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<A, bfloat16>) return round_scaled(out, row, n, factor);
+#endif
   for (int64_t d = 0; d < n; d += kLanes<T>) store_any(out + d, load(row + d) * factor, n - d);
 }
 
 // The sums of `parts` parts of dq of a block of rows, part_step apart, times the scale.
-template <class S, class T>
+template <class S, class A, class T>
 inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, T* parts_dq, int64_t parts, int64_t part_step,
                      int64_t depth_ld) {
   const auto& [a, g] = problem;
@@ -24,7 +28,7 @@ inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, 
       for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
     }
     const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
-    write_scaled(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
+    write_scaled<A>(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
   }
 }
 
@@ -98,13 +102,18 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
         for (int64_t block = 0; block < blocks; ++block) {
           const RowBlock<T> rows(a, group, block * kRows);
           T* block_dq = part_dq + block * kRows * depth_ld;
+          const bool last_rows = block + 1 == blocks, last_keys = i + 1 == (part + 1) * key_blocks / parts;
+          // Written block by block: all of dq at once would wait for memory.
+          const auto finish_dq = [&] {
+            if (parts == 1 && last_keys) write_dq<S, A>(problems[problem], rows, part_dq, 1, 0, depth_ld);
+          };
           if (!x.meet(rows)) {
             if (fresh_dq) std::fill(block_dq, block_dq + rows.tiles * kTileRows<T> * depth_ld, T(0));
+            finish_dq();
             continue;
           }
           x.template load_rows<S>(rows);
           // While this block is computed, what comes next is fetched.
-          const bool last_rows = block + 1 == blocks, last_keys = i + 1 == (part + 1) * key_blocks / parts;
           const int64_t next_task = last_rows && last_keys ? task + 1 : task, next_group = next_task / parts;
           if (next_group < a.groups()) {
             fetch_queries<S>(a, a.q, a.head_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
@@ -114,10 +123,14 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
               fetch_keys<S>(a, next_group, first_key, std::min(kBlockKeys, a.k_len - first_key));
             }
           }
-          x.probabilities(rows, true);
+          const uint16_t* kept = g.kept ? g.kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr;
+          if constexpr (std::is_same_v<A, bfloat16>)
+            if (kept) kept_probabilities(x, rows, kept);
+          if (!kept) x.probabilities(rows, true);
           x.add_dv(rows, dv, fresh_keys);
           x.add_dk(rows, dk, fresh_keys);
           x.add_dq(rows, block_dq, fresh_dq);
+          finish_dq();
           fresh_keys = false;
         }
         if (fresh_keys) clear_keys();
@@ -126,12 +139,12 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
         const T *dk_sums = x.sum_rows(dk, depth_ld, dk_rows), *dv_sums = x.sum_rows(dv, value_ld, dv_rows);
         for (int64_t j = 0; j < x.n; ++j) {
           const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;
-          write_scaled(static_cast<S*>(g.dk) + row * a.head_dim, dk_sums + j * depth_ld, a.head_dim, dk_factor);
-          write_scaled(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
+          write_scaled<A>(static_cast<S*>(g.dk) + row * a.head_dim, dk_sums + j * depth_ld, a.head_dim, dk_factor);
+          write_scaled<A>(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
       }
-      for (int64_t block = 0; parts == 1 && block < blocks; ++block)
-        write_dq<S>(problems[problem], RowBlock<T>(a, group, block * kRows), part_dq, 1, 0, depth_ld);
+      for (int64_t block = 0; key_blocks == 0 && block < blocks; ++block)
+        write_dq<S, A>(problems[problem], RowBlock<T>(a, group, block * kRows), part_dq, 1, 0, depth_ld);
     });
   });
   if (summed.total() == 0) return;
@@ -140,7 +153,7 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
       const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
       const int64_t group = task / blocks, part_step = padded_rows * depth_ld;
       const RowBlock<T> rows(problems[problem].a, group, task % blocks * kRows);
-      write_dq<S>(problems[problem], rows, dq_values + first_dq + group * parts * part_step, parts, part_step, depth_ld);
+      write_dq<S, A>(problems[problem], rows, dq_values + first_dq + group * parts * part_step, parts, part_step, depth_ld);
     });
   });
 }

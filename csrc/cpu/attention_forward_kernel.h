@@ -41,8 +41,8 @@ struct ForwardScratch {
   void start() {
     std::fill(m, m + kRows, -std::numeric_limits<T>::infinity());
     std::fill(l, l + kRows, T(0));
-    std::fill(o.get(), o.get() + kRows * padded_value, T(0));
   }
+  void clear_output(int64_t begin, int64_t end) { std::fill(o + begin * padded_value, o + end * padded_value, T(0)); }
 };
 
 // Keys and values of one group, packed once for all of its rows.
@@ -171,14 +171,21 @@ INLINE void tile_output(ForwardScratch<T, A>& x, int64_t first, int64_t count, c
                         .c_row = ld, .add = true});
 }
 
-// A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys.
+// A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys. Where there is one block of
+// keys its probabilities may be kept, from the first row on.
 template <class S, class T, class A>
 inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T, A>& packed, int64_t k_begin, int64_t k_end,
-                   Scores<T>& scores, ForwardScratch<T, A>& x) {
+                   Scores<T>& scores, ForwardScratch<T, A>& x, uint16_t* kept) {
   constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>;
   const int64_t D = packed.depth, ld = x.padded_depth, value_ld = x.padded_value, strip_tiles = x.strip_tiles;
   x.start();
-  for (int64_t r = 0; r < round_up(rows.tiles * R, x.tiled ? kTileSide : R); ++r) {
+  const A* q_rows = x.q;
+  int64_t q_stride = ld;
+  bool in_place = false;
+  if constexpr (step == 2) in_place = read_in_pairs(a.q, rows, a.head_dim) && !x.tiled;
+  if constexpr (step == 2)
+    if (in_place) q_rows = a.q.at<A>(rows.batch, rows.head[0], rows.query[0]), q_stride = a.q.stride[2];
+  for (int64_t r = 0; !in_place && r < round_up(rows.tiles * R, x.tiled ? kTileSide : R); ++r) {
     A* q = x.q + r * ld;
     if (r >= rows.count) {
       std::fill(q, q + ld, A{});
@@ -191,13 +198,16 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       pack_row<S, T>(q, row, a.q.stride[3], D, ld, scores.factor);
   }
   const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
+  if (first >= last || x.tiled) x.clear_output(0, kBlockRows<T>);
   for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
+    const bool fresh = k0 == first && !x.tiled;  // what o holds is replaced
     const int64_t n = std::min(kBlockKeys, k_end - k0);
     // The part of the block that each tile of rows needs, in keys of the block.
     int64_t lo[8], hi[8];
     for (int64_t t = 0; t < rows.tiles; ++t) {
       lo[t] = std::clamp<int64_t>(rows.tile_lo[t] - k0, 0, n);
       hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
+      if (fresh && lo[t] >= hi[t]) x.clear_output(t * R, (t + 1) * R);
     }
     for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
       const int64_t tiles = std::min(rows.tiles, strip + strip_tiles), last_row = std::min(rows.count, tiles * R);
@@ -219,8 +229,8 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
         const A* panel = keys + j * D;
         for (int64_t t = strip; t < tiles; ++t)
           if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
-            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, x.q + t * R * ld, ld, step, panel, P * step, D / step,
-                                   x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
+            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, q_rows + t * R * q_stride, q_stride, step, panel,
+                                   P * step, D / step, x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
       }
       const auto place = [&](int64_t r) -> ScoreRow<T> {
         const int64_t t = r / R;
@@ -232,7 +242,10 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       if constexpr (step == 2)
         for (int64_t r = strip * R; r < last_row; ++r) {
           const ScoreRow<T> row = place(r);
-          round_row(x.p(r) + row.begin, row.s + row.begin, row.end - row.begin);
+          if (kept)
+            round_and_keep(x.p(r) + row.begin, kept + r * a.kept_row() + row.begin, row.s + row.begin, row.end - row.begin);
+          else
+            round_row(x.p(r) + row.begin, row.s + row.begin, row.end - row.begin);
           if (!x.tiled) continue;
           const bool any = row.begin < row.end;
           std::fill(x.p(r) + strip_lo, x.p(r) + (any ? row.begin : strip_hi), A{});
@@ -243,10 +256,16 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       for (int64_t d = 0; d < value_ld && !x.tiled; d += P)
         for (int64_t t = strip; t < tiles; ++t) {
           const int64_t from = lo[t] / step * step;
-          if (lo[t] < hi[t])
-            product<Start::scaled>(rows.tile_count(t), (value_ld - d) / W, x.p(t * R) + from, kBlockKeys, step,
-                                   values + from * value_ld + d * step, value_ld * step,
-                                   (hi[t] - from + step - 1) / step, x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
+          if (lo[t] >= hi[t]) continue;
+          const auto output = [&](auto start) __attribute__((always_inline)) {
+            product<start.value>(rows.tile_count(t), (value_ld - d) / W, x.p(t * R) + from, kBlockKeys, step,
+                                 values + from * value_ld + d * step, value_ld * step, (hi[t] - from + step - 1) / step,
+                                 x.o + t * R * value_ld + d, value_ld, x.alpha + t * R);
+          };
+          if (fresh)
+            output(std::integral_constant<Start, Start::zero>{});
+          else
+            output(std::integral_constant<Start, Start::scaled>{});
         }
     }
     packed.aside.add(x.o.get(), value_ld, rows.count, value_ld, k0, k0 + n, [&](int64_t r, int64_t key) {
@@ -261,13 +280,24 @@ template <class S, class T, class A>
 inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T, A>& x, S* out, T* lse) {
   constexpr int64_t W = kLanes<T>;
   const T kept = static_cast<T>(1 - a.dropout_p);
+  double logs[W];
+  T factors[W];
   for (int64_t r = 0; r < rows.count; ++r) {
+    if (r % W == 0) {
+      log_each<T>(logs, x.l + r);
+      const vec<T> l = load(x.l + r) * kept;
+      store(factors, l == 0 ? l : 1 / l);
+    }
     const bool empty = x.l[r] == 0;
-    const T divisor = empty || kept <= 0 ? std::numeric_limits<T>::infinity() : x.l[r] * kept;
     S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
     const T* o = x.o.get() + r * x.padded_value;
-    for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
-    const double row_lse = x.m[r] + std::log(static_cast<double>(x.l[r])) - alibi_of_row(a, rows, r);
+    if constexpr (kStep<A> == 2) {
+      round_scaled(row, o, a.value_dim, factors[r % W]);
+    } else {
+      const T divisor = empty || kept <= 0 ? std::numeric_limits<T>::infinity() : x.l[r] * kept;
+      for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
+    }
+    const double row_lse = x.m[r] + logs[r % W] - alibi_of_row(a, rows, r);
     lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
         empty ? -std::numeric_limits<T>::infinity() : static_cast<T>(row_lse);
   }
@@ -341,7 +371,7 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
     Scores<T> scores(any);
     PackedGroup<T, A> packed(any, most_keys);
     costed.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [a, out, lse] = problems[problem];
+      const auto& [a, out, lse, kept] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (scores.a != &a) scores.a = &a, packed.group = -1;
       const int64_t group = task / (blocks * parts), part = task / blocks % parts;
@@ -354,7 +384,7 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
         fetch_queries<S>(a, a.q, a.head_dim, next_group, from_both_ends((task + 1) % blocks, blocks) * kRows);
         if (next_group != group) fetch_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
       }
-      attend<S>(a, rows, packed, k_begin, k_end, scores, x);
+      attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr);
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
       } else {
@@ -369,12 +399,13 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
   torch::stable::parallel_for(0, merged.total(), kGrain, [&](int64_t begin, int64_t end) {
     ForwardScratch<T, A> x(any);
     merged.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [a, out, lse] = problems[problem];
+      const auto& [a, out, lse, kept] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (parts == 1) return;
       const int64_t group = task / blocks;
       const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       x.start();
+      x.clear_output(0, kRows);
       for (int64_t part = 0; part < parts; ++part) {
         const T* saved = partial + (first_task + (group * parts + part) * blocks + task % blocks) * state;
         merge(x, saved, saved + kRows, saved + 2 * kRows, rows.count);

@@ -15,6 +15,8 @@ struct GradBlock {
   const int64_t depth, width, depth_ld, value_ld;  // D and Dv in whole steps, and in whole vectors
   Scratch<A> keys_t, values_t, keys;               // panels of [depth][kPanel] and [width][kPanel]; rows [kKeys][depth_ld]
   Scratch<A> q, grad_out;                          // rows [kRows][depth_ld] and [kRows][value_ld]; q is times scores.factor
+  const A *q_rows, *grad_rows;                     // the same, or in pairs the tensors themselves, their rows a stride apart
+  int64_t q_stride, grad_stride;
   Scratch<A> p, ds;                                // [kRows][kKeys]: first the products q k^T and do v^T
   Scratch<A> q_pairs, grad_pairs, ds_pairs;        // q, grad_out and ds once more as [pair of rows][..][2]; p is only that
   Scratch<A> q_t, grad_t;                          // in tiles: their transposes [depth_ld][kRows] and [value_ld][kRows]
@@ -67,7 +69,7 @@ struct GradBlock {
     k0 = first_key, n = std::min(kKeys, a->k_len - k0);
     const int64_t b = group / a->kv_heads, h = group % a->kv_heads;
     const S *k = a->k.at<S>(b, h, k0), *v = a->v.at<S>(b, h, k0);
-    pack_transposed(keys_t.get(), k, a->k.stride[2], a->k.stride[3], n, a->head_dim, depth);
+    if (!kPaired || !g->kept) pack_transposed(keys_t.get(), k, a->k.stride[2], a->k.stride[3], n, a->head_dim, depth);
     pack_transposed(values_t.get(), v, a->v.stride[2], a->v.stride[3], n, a->value_dim, width);
     // A key that is attended and not finite has made ds NaN already, which it stays times 0: nothing is to be added afterwards.
     SetAside<T> aside;
@@ -89,21 +91,23 @@ struct GradBlock {
   template <class S>
   NOINLINE void load_rows(const RowBlock<T>& rows) {
     const T infinity = std::numeric_limits<T>::infinity();
-    const int64_t padded = round_up(rows.tiles * kTileRows<T>, tiled ? kTileSide : 1);
-    std::fill(q + rows.count * depth_ld, q + padded * depth_ld, A{});
-    std::fill(grad_out + rows.count * value_ld, grad_out + padded * value_ld, A{});
     q_aside.clear(), grad_out_aside.clear();
-    vec<T> poison = {};
+    if constexpr (kPaired) {
+      pair_rows(rows, a->q, a->head_dim, depth_ld, q, q_pairs, q_aside, q_rows, q_stride);
+      pair_rows(rows, g->grad_out, a->value_dim, value_ld, grad_out, grad_pairs, grad_out_aside, grad_rows, grad_stride);
+      if (tiled) {
+        pad_rows(q_pairs, rows.count, depth_ld), pad_rows(grad_pairs, rows.count, value_ld);
+        transpose_pairs(q_t, kRows, q_pairs, depth_ld, rows.count);
+        transpose_pairs(grad_t, kRows, grad_pairs, value_ld, rows.count);
+      }
+    } else {
+      const vec<T> poison = copy_rows<S>(rows, a->q, a->head_dim, depth_ld, q, scores.factor) +
+                            copy_rows<S>(rows, g->grad_out, a->value_dim, value_ld, grad_out, T(1));
+      any_aside = reduce_add(poison) != 0;
+      q_rows = q, q_stride = depth_ld, grad_rows = grad_out, grad_stride = value_ld;
+    }
     for (int64_t r = 0; r < rows.count; ++r) {
       const int64_t b = rows.batch, h = rows.head[r], i = rows.query[r];
-      const S *query = a->q.at<S>(b, h, i), *grad = g->grad_out.at<S>(b, h, i);
-      if constexpr (kPaired) {
-        copy_row(q + r * depth_ld, query, a->q.stride[3], a->head_dim, depth_ld);
-        copy_row(grad_out + r * value_ld, grad, g->grad_out.stride[3], a->value_dim, value_ld);
-      } else {
-        poison += pack_row<S, T>(q + r * depth_ld, query, a->q.stride[3], a->head_dim, depth_ld, scores.factor);
-        poison += pack_row<S, T>(grad_out + r * value_ld, grad, g->grad_out.stride[3], a->value_dim, value_ld, T(1));
-      }
       const T saved = *g->lse.at<T>(b, h, i);
       lse[r] = saved == -infinity ? infinity : static_cast<T>(saved + alibi_of_row(*a, rows, r));
       if (in_block(rows, r / kTileRows<T>))
@@ -111,17 +115,31 @@ struct GradBlock {
       else
         delta[r] = deltas[(b * a->heads + h) * a->q_len + i];
     }
-    if constexpr (kPaired) {
-      pack_rows(q_pairs.get(), q.get(), depth_ld, 1, rows.count, depth_ld, depth_ld, 0, q_aside);
-      pack_rows(grad_pairs.get(), grad_out.get(), value_ld, 1, rows.count, value_ld, value_ld, 0, grad_out_aside);
-      if (tiled) {
-        pad_rows(q_pairs, rows.count, depth_ld), pad_rows(grad_pairs, rows.count, value_ld);
-        transpose_pairs(q_t, kRows, q_pairs, depth_ld, rows.count);
-        transpose_pairs(grad_t, kRows, grad_pairs, value_ld, rows.count);
-      }
-    } else {
-      any_aside = reduce_add(poison) != 0;
+  }
+
+  // Copies the rows of a tensor of queries, times `factor` but in pairs; rows up to whole tiles become 0.
+  template <class S>
+  vec<T> copy_rows(const RowBlock<T>& rows, const Strided& from, int64_t columns, int64_t ld, A* to, T factor) const {
+    std::fill(to + rows.count * ld, to + round_up(rows.tiles * kTileRows<T>, tiled ? kTileSide : 1) * ld, A{});
+    vec<T> poison = {};
+    for (int64_t r = 0; r < rows.count; ++r) {
+      const S* row = from.at<S>(rows.batch, rows.head[r], rows.query[r]);
+      if constexpr (kPaired)
+        copy_row(to + r * ld, row, from.stride[3], columns, ld);
+      else
+        poison += pack_row<S, T>(to + r * ld, row, from.stride[3], columns, ld, factor);
     }
+    return poison;
+  }
+
+  // The same in pairs of rows too. Rows of one head are read where they lie, unless a tile would read past their end.
+  void pair_rows(const RowBlock<T>& rows, const Strided& from, int64_t columns, int64_t ld, A* copies, A* pairs, SetAside<T>& aside,
+                 const A*& at, int64_t& stride) const {
+    const bool in_place = read_in_pairs(from, rows, columns) && !tiled;
+    if (!in_place) copy_rows<A>(rows, from, columns, ld, copies, T(1));
+    at = in_place ? from.at<A>(rows.batch, rows.head[0], rows.query[0]) : copies;
+    stride = in_place ? from.stride[2] : ld;
+    pack_rows(pairs, at, stride, 1, rows.count, in_place ? columns : ld, ld, 0, aside);
   }
 
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
@@ -197,22 +215,23 @@ struct GradBlock {
     if (panels.lo >= panels.hi) return;
     const int64_t row = strip * kTileRows<T>;
     TileProduct product{.rows = round_up(std::min(strip_rows, rows.count - row), kTileSide), .columns = panels.hi - panels.lo,
-                        .steps = depth_ld, .a = q + row * depth_ld, .a_row = depth_ld, .b = keys_t + panels.lo * depth, .b_pair = 2 * P,
-                        .b_block = P * depth, .c = p_strip + panels.lo, .c_row = kLd, .add = false};
+                        .steps = depth_ld, .a = q_rows + row * depth_ld, .a_row = depth_ld, .b = keys_t + panels.lo * depth,
+                        .b_pair = 2 * P, .b_block = P * depth, .c = p_strip + panels.lo, .c_row = kLd, .add = false};
     tile_scores(tile_task, product, scores.factor);
-    product.steps = product.a_row = value_ld, product.a = grad_out + row * value_ld;
+    product.steps = product.a_row = value_ld, product.a = grad_rows + row * value_ld;
     product.b = values_t + panels.lo * width, product.b_block = P * width, product.c = ds_strip + panels.lo;
     tile_task.multiply(product);
   }
 
-  // q k^T and do v^T of a tile of rows and a panel of keys.
+  // q k^T, where p_rows is given, and do v^T of a tile of rows and a panel of keys.
   INLINE void products(const RowBlock<T>& rows, int64_t t, int64_t j, T* p_rows, T* ds_rows) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) return;
     const int64_t vectors = hi[t] - j > W ? 2 : 1;
-    product<kRawScores<A>>(rows.tile_count(t), vectors, q + t * R * depth_ld, depth_ld, step, keys_t + j * depth, P * step, depth / step,
-                           p_rows + j, kLd, &scores.factor);
-    product<Start::zero>(rows.tile_count(t), vectors, grad_out + t * R * value_ld, value_ld, step, values_t + j * width, P * step,
+    if (p_rows)
+      product<kRawScores<A>>(rows.tile_count(t), vectors, q_rows + t * R * q_stride, q_stride, step, keys_t + j * depth, P * step,
+                             depth / step, p_rows + j, kLd, &scores.factor);
+    product<Start::zero>(rows.tile_count(t), vectors, grad_rows + t * R * grad_stride, grad_stride, step, values_t + j * width, P * step,
                          width / step, ds_rows + j, kLd);
   }
 

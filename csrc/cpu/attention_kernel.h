@@ -1,7 +1,8 @@
 // Attention for one instruction set: out = softmax(softcap(scale q k^T) + bias) v, its log-sum-exp, and all gradients.
 //
 // Who owns what: a task is a block of rows (forward) or of keys (backward) of one batch entry and key/value head; see the
-// two files. Saved for the backward: out and lse. Refused: nothing but other dtypes; any strides, sizes and head widths.
+// two files. Saved for the backward: out and lse, and in bfloat16 of few keys the probabilities (attention_kept_kernel.h).
+// Refused: nothing but other dtypes; any strides, sizes and head widths.
 //
 // Floor: 2 (D + Dv) operations per score forward and 2 (3 D + 2 Dv) backward at the machine's peak, halved where causal;
 // on two Zen 5 cores 480 GFLOP/s, for B1 H8 S1024 D64 4.5 ms forward full, 2.2 ms causal, 11.2 and 5.6 ms backward; 831 where
@@ -20,6 +21,8 @@
 #include "attention_mask_kernel.h"
 
 #include "attention_few_kernel.h"
+
+#include "attention_kept_kernel.h"
 
 #include "attention_forward_kernel.h"
 

@@ -85,6 +85,12 @@ struct RowBlock {
   int64_t tile_count(int64_t t) const { return std::min<int64_t>(kTileRows<T>, count - t * kTileRows<T>); }
 };
 
+// Whether rows of bfloat16 may be multiplied in pairs where they lie: those of one head, of which no tile reads past the last one.
+template <class T>
+inline bool read_in_pairs(const Strided& queries, const RowBlock<T>& rows, int64_t columns) {
+  return queries.stride[3] == 1 && columns % 2 == 0 && rows.count % (kTileRows<T> / 2) == 0 && rows.head[0] == rows.head[rows.count - 1];
+}
+
 // Tasks walk the row blocks of a group from both ends in turn: any run of tasks then has an even share of causal work.
 inline int64_t from_both_ends(int64_t i, int64_t n) { return i % 2 == 0 ? i / 2 : n - 1 - i / 2; }
 

@@ -13,6 +13,7 @@ struct AttentionForward {
   AttentionArgs a;
   void* out;  // [B, Sq, Hq, Dv], contiguous
   void* lse;  // [B, Hq, Sq], a.lse_stride from head to head
+  uint16_t* kept = nullptr;  // [B, Hkv, rows of the group, a.kept_row()], where the probabilities are kept
 };
 
 struct AttentionBackward {

@@ -23,7 +23,7 @@ inline bool multiplied_in_pairs(const AttentionArgs& a) {
 template <class T>
 inline constexpr int64_t kBlockRows = 8 * kTileRows<T>;  // query rows of a block
 inline constexpr int64_t kBlockKeys = 192;               // keys of a block: whole panels, tiles and Philox groups
-static_assert(kBlockKeys % 64 == 0);
+static_assert(kBlockKeys % 64 == 0 && kBlockKeys == kMostKeysKept);
 
 inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -212,6 +212,32 @@ INLINE vec<T> exp_nonpositive(vec<T> x) {
   using bits = typename bits_of<vec<T>>::type;
   const vec<T> scaled = reinterpret_cast<vec<T>>(reinterpret_cast<bits>(p) + (reinterpret_cast<bits>(shifted) << E::kMantissa));
   return x >= E::kLow ? scaled : maximum(vec<T>{}, x);  // a NaN stays one, whatever its bits
+}
+
+// log x of normal numbers, with an error below 3e-11: of float sums it is rounded to float afterwards.
+// x = 2^n f with f from 0.7 to 1.4, log f = 2 (s + s^3 / 3 + s^5 / 5 + ...) with s = (f - 1) / (f + 1).
+template <class T>
+INLINE void log_each(double* out, const T* x) {
+  constexpr int64_t W = kLanes<T>, H = kLanes<double>;
+  if constexpr (std::is_same_v<T, double>) {
+    for (int64_t i = 0; i < W; ++i) out[i] = std::log(x[i]);
+  } else {
+    typedef T half __attribute__((vector_size(ISA_VECTOR_BYTES / 2)));
+    constexpr int64_t kRootOfHalf = 0x3fe6a09e667f3bcd;
+    constexpr int kMantissa = 52;
+    for (int64_t i = 0; i < W; i += H) {
+      half part;
+      std::memcpy(&part, x + i, sizeof part);
+      const vec<double> wide = __builtin_convertvector(part, vec<double>);
+      const ints<double> bits = reinterpret_cast<ints<double>>(wide), n = (bits - kRootOfHalf) >> kMantissa;
+      const vec<double> f = reinterpret_cast<vec<double>>(bits - (n << kMantissa)), s = (f - 1) / (f + 1), square = s * s;
+      vec<double> series = broadcast(1.0 / 13);
+#pragma GCC unroll 6
+      for (int term = 11; term > 0; term -= 2) series = series * square + 1.0 / term;
+      const vec<double> sum = __builtin_convertvector(n, vec<double>) * 0.69314718055994530942 + 2 * s * series;
+      store(out + i, sum + (wide - wide));  // a NaN stays one
+    }
+  }
 }
 
 // ---- packing ----------------------------------------------------------------------------------------------------

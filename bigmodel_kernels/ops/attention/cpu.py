@@ -12,8 +12,15 @@ def supports(q, k, v, attn_mask, *rest) -> str | None:
 
 
 def fwd(*args):
-    return torch.ops.bigmodel_native.attention_fwd(*args[:12])  # lse comes always, and every result is deterministic
+    return torch.ops.bigmodel_native.attention_fwd(*args[:12], False)[
+        :2
+    ]  # lse comes always, and every result is deterministic
 
 
-def bwd(grad_out, grad_lse, out, lse, mask_grad, *args):
-    return torch.ops.bigmodel_native.attention_bwd(grad_out, grad_lse, out, lse, mask_grad, *args[:12])
+def train(*args):
+    """As fwd; where a row's keys are few also its probabilities, for bwd."""
+    return torch.ops.bigmodel_native.attention_fwd(*args[:12], True)
+
+
+def bwd(grad_out, grad_lse, out, lse, mask_grad, *args, kept=None):
+    return torch.ops.bigmodel_native.attention_bwd(grad_out, grad_lse, out, lse, mask_grad, *args[:12], kept)
