@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bigmodel_kernels as bmk
+from bigmodel_kernels.ops.attention import op as attention_op
 from bigmodel_kernels.ops.conv import op as conv_op
 from bigmodel_kernels.ops.linear import op as linear_op
 
@@ -70,6 +71,21 @@ def test_conv(shape, options, parameters, training):
 @pytest.mark.parametrize("shape", [(3, 20), (2, 5, 20), (600, 20)], ids=str)
 def test_linear(shape, activation, residual, training):
     check(linear_op, bmk.linear, linear_tensors(shape, residual), {"activation": activation}, training)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"is_causal": True}, {"window": (3, 0)}, {"softcap": 5.0}, {"enable_gqa": True, "scale": 0.5}],
+    ids=str,
+)
+@pytest.mark.parametrize("length", [4, 80])
+def test_attention(length, options, dtype, training):
+    torch.manual_seed(0)
+    heads = (4, 2, 2) if "enable_gqa" in options else (4, 4, 4)
+    tensors = {name: torch.randn(2, h, length, 32, dtype=dtype) for name, h in zip("qkv", heads)}
+    check(attention_op, bmk.attention, tensors, options, training)
 
 
 @pytest.mark.parametrize("op", ["conv", "linear"])

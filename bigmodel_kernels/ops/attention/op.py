@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._arguments import flag, integer, number
-from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels._library import Op, autocast, needs_grad
+from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.attention import reference
 
 ALIGNMENTS = ("upper_left", "lower_right")
@@ -65,6 +66,13 @@ def attention(
         ValueError: dropout_p, window, softcap, alignment or backend out of range.
         TypeError: an argument of the wrong type.
     """
+    key = plan = None
+    if attn_mask is None and alibi_slopes is None and dropout_p == 0 and not return_lse:
+        tensors, window = (q, k, v, None, None, None), tuple(window) if isinstance(window, list) else window
+        options = (is_causal, alignment, scale, dropout_p, enable_gqa, window, softcap, deterministic)
+        key, plan = _PLANS.look_up(backend, tensors, options)
+        if plan is not None:
+            return plan(*tensors)
     args = prepare(
         q, k, v, attn_mask=attn_mask, is_causal=is_causal, alignment=alignment, scale=scale, dropout_p=dropout_p,
         enable_gqa=enable_gqa, window=window, softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse,
@@ -76,6 +84,8 @@ def attention(
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
         args = (*args[:5], seed, *args[6:])
     out, lse = OP(*args, backend=backend)
+    if key is not None and q.dim() == 4:
+        _PLANS.remember(key, args, save=needs_grad(q, k, v))
     if q.dim() != 4:
         shape, first = _batch_shape(q, k, v), max(1, 4 - q.dim())
         out, lse = (t if t is None else t.reshape(*shape, *t.shape[first:]) for t in (out, lse))
@@ -339,5 +349,6 @@ OP = Op(
     differentiable=reference.fwd,
     results=2,
 )
+_PLANS = Plans(OP)
 attention.prepare = prepare
 attention.op = OP

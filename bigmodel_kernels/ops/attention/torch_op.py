@@ -74,6 +74,16 @@ def call(
     )
 
 
+def plan(q, k, v, attn_mask, alibi_slopes, seed, *options):
+    """`call` without masks for arguments of these shapes and options as a function of its six tensors."""
+    scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse, _ = options
+    limited = window_left >= 0 or window_right >= 0
+    if limited or not _plain(softcap, return_lse):
+        return lambda *tensors: call(*tensors, *options)[0]
+    known = _sdpa_arguments(q, k, None, None, scale, dropout_p, window_left, window_right, lower_right)
+    return lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, **known)
+
+
 def _heads_inside(t: Tensor) -> Tensor:
     """The same [B, H, S, D], stored as [B, S, H, D]: the layout of all results."""
     return t.transpose(1, 2).contiguous().transpose(1, 2)
