@@ -243,9 +243,9 @@ void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
 
 // The third is what is kept for the backward, if `save` and where keeps_probabilities says so, or empty.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
-                                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
-                                         double dropout_p, double softcap, int64_t window_left, int64_t window_right, bool lower_right,
-                                         bool save) {
+                                                 const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
+                                                 double dropout_p, double softcap, int64_t window_left, int64_t window_right,
+                                                 bool lower_right, bool save) {
   AttentionForward problem{
       read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
   const AttentionArgs& a = problem.a;

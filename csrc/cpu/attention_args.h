@@ -45,7 +45,7 @@ struct AttentionArgs {
 // A group with fewer rows of bfloat16 is multiplied in float32: p and ds, rounded for the dot products, are averaged over few keys
 // or rows there, and their rounding would show beside that of the result.
 inline constexpr int64_t kFewestPairedRows = 32;
-inline constexpr int64_t kMostKeysKept = 192;    // the block of keys
+inline constexpr int64_t kMostKeysKept = 192;  // the block of keys
 inline constexpr int64_t kFewRows = 16;  // of a group; with at most so many, keys and values can be read where they lie
 
 struct Float8 {

@@ -229,8 +229,8 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
         const A* panel = keys + j * D;
         for (int64_t t = strip; t < tiles; ++t)
           if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
-            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, q_rows + t * R * q_stride, q_stride, step, panel,
-                                   P * step, D / step, x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
+            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, q_rows + t * R * q_stride, q_stride, step, panel, P * step,
+                                   D / step, x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
       }
       const auto place = [&](int64_t r) -> ScoreRow<T> {
         const int64_t t = r / R;

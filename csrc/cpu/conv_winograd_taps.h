@@ -399,8 +399,7 @@ struct TapTiles {
         else
           taps_products<1, T>(tiles, kHalf, depths, sources, kTileLanes, weights, m, kSums);
         for (int64_t tile = 0; tile < tiles; ++tile)
-          for (int64_t c = 0; c < width; c += W)
-            add_outputs<last.value>(m + tile * kColumns + c, y + 2 * tile * padded + first + c, y_row);
+          for (int64_t c = 0; c < width; c += W) add_outputs<last.value>(m + tile * kColumns + c, y + 2 * tile * padded + first + c, y_row);
         sources += points.first[0][0] * kTileLanes, weights += points.first[0][0] * width;
       };
       half(points.depths, std::false_type{});

@@ -29,10 +29,8 @@ def plan(*args):
     return run
 
 
-def fwd(*args):
-    return torch.ops.bigmodel_native.attention_fwd(*args[:12], False)[
-        :2
-    ]  # lse comes always, and every result is deterministic
+def fwd(*args):  # lse comes always, and every result is deterministic
+    return torch.ops.bigmodel_native.attention_fwd(*args[:12], False)[:2]
 
 
 def train(*args):
