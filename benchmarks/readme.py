@@ -23,11 +23,10 @@ def put(readme: str, name: str, text: str) -> str:
 def newest(results: Path = RESULTS) -> list[tuple[Path, dict]]:
     """The newest report of every CPU, results/CPU/FILE.json, and what is in it; the newest of all first."""
     reports = [(path, json.loads(path.read_text())) for path in results.glob("*/*.json")]
-    by_date = sorted(reports, key=lambda item: item[1]["date"])
-    of_cpus = {
-        path.parent: (path, kept) for path, kept in by_date if "outcomes" not in kept
-    }  # a GPU's has its own table
-    return sorted(of_cpus.values(), key=lambda item: item[1]["date"], reverse=True)
+    of_cpus = [(path, kept) for path, kept in reports if "outcomes" not in kept]  # a GPU's has its own table
+    of_cpus.sort(key=lambda item: item[1]["date"])
+    last = {path.parent: (path, kept) for path, kept in of_cpus}
+    return sorted(last.values(), key=of_cpus.index, reverse=True)
 
 
 def table(path: Path, header: dict, opened: bool) -> str:

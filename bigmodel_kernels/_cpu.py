@@ -68,21 +68,15 @@ def tiles_preferred(family: str) -> bool:
 
 
 @functools.cache
-def _amd_mkl() -> bool:
-    """Whether PyTorch's float32 products go to MKL on an AMD processor with AVX-512: its AVX-512 kernels are for Intel's own."""
+def slow_few_rows() -> bool:
+    """Whether PyTorch's float32 products of a few rows with many weights are slow: they go to MKL, whose AVX-512 kernels are for
+    Intel's own processors, and took up to twice the kernels' time on AMD's with AVX-512 (Zen 4 and 5)."""
     mkl = torch.backends.mkl.is_available()
     return mkl and vendor() == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache
 def slow_products() -> bool:
-    """Whether PyTorch's float32 products are held far below this CPU's peak: on Zen 5 (family 26) MKL's kernels of 256 bits reach
-    half of it. On Zen 4 (family 25) a vector of 512 bits takes two cycles, and they reach nine tenths."""
-    return _amd_mkl() and int(_cpuinfo("cpu family") or 0) >= 26
-
-
-@functools.cache
-def slow_few_rows() -> bool:
-    """Whether PyTorch's float32 products of a few rows with many weights are slow: on Zen 4 too MKL took up
-    to twice the kernels' time."""
-    return _amd_mkl()
+    """Whether all of PyTorch's float32 products are: on Zen 5 (family 26) MKL's kernels of 256 bits reach half of the peak. On
+    Zen 4 (family 25) a vector of 512 bits takes two cycles, and they reach nine tenths."""
+    return slow_few_rows() and int(_cpuinfo("cpu family") or 0) >= 26

@@ -126,7 +126,7 @@ class Op:
             else:
                 _registry.require(self.name, backend, forward_args)
             with torch.no_grad():  # the gradient is _Pair's business, whoever calls the operator
-                return _run(self.name, backend, direction, rest)
+                return run_backend(self.name, backend, direction, rest)
 
         return _operator(name, schema, implementation, fake)
 
@@ -151,7 +151,7 @@ class Op:
             if not plain:
                 return self.fwd(*args, backend)
             direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
-            return _run(self.name, backend, direction, args)
+            return run_backend(self.name, backend, direction, args)
         flat, lengths = _flatten(args, self._lists)
         if compiling:
             flat = _each_once(flat)
@@ -199,7 +199,7 @@ class Op:
     def _run(self, direction: str, args: tuple, more: dict[str, Any] | None = None):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
         if args[-1] != "auto" and is_plain_eager(self._tensors[direction], args):
-            return _run(self.name, args[-1], direction, args[:-1], more)
+            return run_backend(self.name, args[-1], direction, args[:-1], more)
         return self._operators[direction](*args)
 
 
@@ -221,13 +221,13 @@ class ForwardOp:
         *rest, backend = args
         backend = _registry.select(self.name, backend, self.prefer, tuple(rest))
         with torch.no_grad():
-            return _run(self.name, backend, "fwd", rest)
+            return run_backend(self.name, backend, "fwd", rest)
 
     def __call__(self, *args: Any, backend: str):
         return (self._run if is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
 
 
-def _run(name: str, backend: str, direction: str, args: Sequence, more: dict[str, Any] | None = None):
+def run_backend(name: str, backend: str, direction: str, args: Sequence, more: dict[str, Any] | None = None):
     """The backend's function on these arguments; lack of memory is told as PyTorch tells it."""
     try:
         function = getattr(_registry.module(name, backend), direction)
@@ -349,7 +349,7 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         op, args = call.op, _unflatten(call.fill(tensors), call.lengths)
-        outputs = _run(op.name, call.backend, call.direction, args)
+        outputs = run_backend(op.name, call.backend, call.direction, args)
         ctx.call = call
         if not isinstance(outputs, tuple):
             outputs = outputs.data if outputs._is_view() else outputs

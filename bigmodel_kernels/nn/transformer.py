@@ -74,20 +74,12 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         attention, blocks = self.self_attn, (self.linear1, self.linear2, self.norm1, self.norm2)
         if self.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
             return False
-        if (
-            not is_plain_eager(range(1), (src,))
-            or src.dim() != 3
-            or not src.is_cpu
-            or src.is_nested
-            or not attention.batch_first
-        ):
+        if not is_plain_eager(range(1), (src,)) or _registry.wanted(attention.backend) != "auto":
             return False
-        plain = type(self) is TransformerEncoderLayer and self.activation in _FUSED_ACTIVATIONS
-        if (
-            not plain
-            or not _PLAIN_BLOCKS.issuperset(map(type, blocks))
-            or _registry.wanted(attention.backend) != "auto"
-        ):
+        if not src.is_cpu or src.is_nested or src.dim() != 3 or not attention.batch_first:
+            return False
+        plain = type(self) is TransformerEncoderLayer and _PLAIN_BLOCKS.issuperset(map(type, blocks))
+        if not plain or self.activation not in _FUSED_ACTIVATIONS:
             return False
         batch, length, width = src.shape
         if 2 * length > width and batch * attention.num_heads * length**2 >= _MANY_SCORES:

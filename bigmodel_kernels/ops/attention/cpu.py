@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from bigmodel_kernels import _cpu, _extension
-from bigmodel_kernels._library import needs_grad
+from bigmodel_kernels import _cpu
+from bigmodel_kernels._library import needs_grad, run_backend
 
 
 def supports(q, k, v, attn_mask, *rest) -> str | None:
@@ -17,16 +17,7 @@ def plan(*args):
     if needs_grad(*args[:3]):
         return None
     options = args[6:]
-
-    def run(*tensors):
-        try:
-            return fwd(*tensors, *options)[0]
-        except RuntimeError as error:
-            if (lack := _extension.lack_of_memory(error, "attention", tensors)) is None:
-                raise
-            raise lack from error
-
-    return run
+    return lambda *tensors: run_backend("attention", "cpu", "fwd", (*tensors, *options))[0]
 
 
 def fwd(*args):  # lse comes always, and every result is deterministic
