@@ -137,7 +137,7 @@ def test_linear_layer_is_torchs():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
-    selected = "test_integers_are_exact or (test_matches_float64 and float32 and bias) or not_finite"
+    selected = "test_integers_are_exact or (test_matches_float64 and float32 and bias) or not_finite or threads"
     rerun(__file__, selected, isa)
 
 

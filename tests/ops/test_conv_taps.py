@@ -96,5 +96,5 @@ def test_bfloat16(geometry, layout):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_other_instruction_sets(isa):
-    selected = "integers or infinity or one_sign or (test_matches_float64 and norm_relu_padded)"
+    selected = "integers or infinity or one_sign or threads or (test_matches_float64 and norm_relu_padded)"
     rerun(__file__, selected, isa)

@@ -99,13 +99,15 @@ def test_takes_any_layout(layout):
 def test_every_instruction_set(isa):
     """The layer and its step, in a process of its own: the instruction set is chosen once."""
     code = (
-        "import torch\nfrom tests.ops import test_conv_step\nfrom tests.ops.test_gated_conv import check, problem\n"
+        "import torch\nfrom tests.ops import test_conv_step\n"
+        "from tests.ops.test_gated_conv import check, problem, test_result_does_not_depend_on_threads\n"
         "for dtype in (torch.float32, torch.float64, torch.bfloat16):\n"
         "    for sizes in ('odd', 'few steps', 'long dilation'):\n"
         "        for layout in ('contiguous', 'innermost'):\n"
         "            check(*problem(sizes, layout=layout), dtype, 'cpu')\n"
         "    for name in test_conv_step.CASES:\n"
         "        test_conv_step.test_gives_the_columns_of_the_whole_sequence(name, 'cpu', dtype)\n"
+        "test_result_does_not_depend_on_threads(torch.float32)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"BIGMODEL_ISA": isa}, capture_output=True, text=True

@@ -109,7 +109,7 @@ def test_lower_instruction_sets(isa):
         "no:cacheprovider",
         __file__,
         "-k",
-        "parts or layout or exact",
+        "parts or layout or exact or threads",
     ]
     done = subprocess.run(command, env=os.environ | {"BIGMODEL_ISA": isa}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]
