@@ -259,6 +259,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   return {torch::stable::transpose(out, 1, 2), lse, kept};
 }
 
+// With `kept`, be it empty, gradients lie as their tensors do where these are contiguous: whoever calls so asks for no fixed layout, and
+// a leaf of autograd would copy what lies otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
                                                          const Tensor& lse, bool mask_grad, const Tensor& q, const Tensor& k,
                                                          const Tensor& v, const std::optional<Tensor>& attn_mask,
@@ -275,28 +277,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
-  g.kept = kept && kept->numel() > 0 ? read_kept(a, q, *kept) : nullptr;
+  g.kept = kept && kept->numel() > 0 && !mask_grad ? read_kept(a, q, *kept) : nullptr;
   if (grad_lse) {
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);
   }
-  Tensor dq = torch::stable::new_empty(q, {a.batch, a.q_len, a.heads, a.head_dim});
-  Tensor dk = torch::stable::new_empty(q, {a.batch, a.k_len, a.kv_heads, a.head_dim});
-  Tensor dv = torch::stable::new_empty(q, {a.batch, a.k_len, a.kv_heads, a.value_dim});
-  g.dq = dq.mutable_data_ptr(), g.dk = dk.mutable_data_ptr(), g.dv = dv.mutable_data_ptr();
+  const bool as_inputs = kept.has_value();
+  const auto gradient = [&](const Tensor& of, GradientRows& rows) {
+    const int64_t heads = of.size(1), tokens = of.size(2), columns = of.size(3);
+    const bool outside = as_inputs && of.is_contiguous();
+    Tensor out = torch::stable::new_empty(of, {a.batch, outside ? heads : tokens, outside ? tokens : heads, columns});
+    rows = (outside ? heads_outside : heads_inside)(out.mutable_data_ptr(), heads, tokens);
+    return outside ? out : torch::stable::transpose(out, 1, 2);
+  };
+  Tensor dq = gradient(q, g.dq), dk = gradient(k, g.dk), dv = gradient(v, g.dv);
   STD_TORCH_CHECK(!mask_grad || (attn_mask && a.mask_type != MaskType::boolean), "attn_mask must be floating where its gradient is wanted");
   Tensor dmask =
       mask_grad ? torch::stable::new_empty(*attn_mask, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
                 : torch::stable::new_empty(q, {0});
   g.dmask = mask_grad ? dmask.mutable_data_ptr() : nullptr;
   for (int64_t i = 0; i < 4; ++i) g.mask_size[i] = mask_grad ? attn_mask->size(i) : 0;
-  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_backward<scalar_t>, &problem, 1); });
-  if (mask_grad) {
+  if (mask_grad && a.batch * a.heads * a.q_len * a.k_len == 0) {
     torch::stable::zero_(dmask);
-    if (a.batch * a.heads * a.q_len * a.k_len != 0)
-      DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_dbias<scalar_t>, problem); });
+    g.dmask = nullptr;
   }
-  return {torch::stable::transpose(dq, 1, 2), torch::stable::transpose(dk, 1, 2), torch::stable::transpose(dv, 1, 2), dmask};
+  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_backward<scalar_t>, &problem, 1); });
+  return {dq, dk, dv, dmask};
 }
 
 std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
@@ -347,9 +353,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, 
     AttentionGradArgs g = all;
     g.grad_out = from_token(all.grad_out, q0, size), g.out = from_token(all.out, q0, size), g.lse = from_token(all.lse, q0, lse_size);
     if (grad_lse) g.grad_lse = from_token(all.grad_lse, q0, lse_size);
-    g.dq = advanced(dq.mutable_data_ptr(), q0 * heads * s.all.head_dim, size);
-    g.dk = advanced(dk.mutable_data_ptr(), k0 * s.all.kv_heads * s.all.head_dim, size);
-    g.dv = advanced(dv.mutable_data_ptr(), k0 * s.all.kv_heads * value_dim, size);
+    const int64_t kv_heads = s.all.kv_heads;  // the one batch entry of a sequence needs no step
+    g.dq = heads_inside(advanced(dq.mutable_data_ptr(), q0 * heads * s.all.head_dim, size), heads, 0);
+    g.dk = heads_inside(advanced(dk.mutable_data_ptr(), k0 * kv_heads * s.all.head_dim, size), kv_heads, 0);
+    g.dv = heads_inside(advanced(dv.mutable_data_ptr(), k0 * kv_heads * value_dim, size), kv_heads, 0);
     problems[b] = {s.at(b), g};
   }
   each_kind(problems, q.scalar_type(), [&](const AttentionBackward* first, int64_t count) {

@@ -70,6 +70,19 @@ struct AttentionCache {
   Strided k_scale, v_scale;  // float [pages, Hkv, page_size], for caches of 8 bits
 };
 
+// A gradient of q, k or v: rows of D or Dv elements, contiguous as [B, S, H] or as [B, H, S]; steps count rows.
+struct GradientRows {
+  void* data = nullptr;
+  int64_t batch = 0, head = 0, token = 0;
+
+  template <class T>
+  T* at(int64_t b, int64_t h, int64_t i, int64_t columns) const {
+    return static_cast<T*>(data) + (b * batch + h * head + i * token) * columns;
+  }
+};
+inline GradientRows heads_inside(void* data, int64_t heads, int64_t tokens) { return {data, tokens * heads, 1, heads}; }
+inline GradientRows heads_outside(void* data, int64_t heads, int64_t tokens) { return {data, tokens * heads, tokens, 1}; }
+
 // What the backward adds. grad_lse may be null.
 struct AttentionGradArgs {
   Strided grad_out;      // [B, Hq, Sq, Dv]
@@ -77,9 +90,7 @@ struct AttentionGradArgs {
   Strided lse;           // [B, Hq, Sq, 1]
   Strided grad_lse;      // [B, Hq, Sq, 1]
   const uint16_t* kept;  // of the forward, or null: see AttentionForward
-  void* dq;              // [B, Sq, Hq, D], contiguous, like the next two
-  void* dk;              // [B, Sk, Hkv, D]
-  void* dv;              // [B, Sk, Hkv, Dv]
+  GradientRows dq, dk, dv;
   void* dmask;           // [B or 1, Hq or 1, Sq or 1, Sk or 1], contiguous, of the mask's dtype; null when not wanted
   int64_t mask_size[4];  // its sizes
 };

@@ -5,7 +5,8 @@
 //
 // A task is a group (a batch entry and a key/value head) and a part of its keys: it owns dk and dv of those keys and one
 // partial dq, and meets its blocks of keys one by one, each with all rows. The partial dq are added in order. The
-// number of parts depends on the shape alone, so the results never depend on the number of threads.
+// number of parts depends on the shape alone, so the results never depend on the number of threads. Where the gradient of a mask is
+// wanted a task has a run of groups: attention_dbias_kernel.h.
 
 // A is the type that was multiplied.
 template <class A, class S, class T>
@@ -27,8 +28,7 @@ inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, 
       const T* other = sum + part * part_step;
       for (int64_t d = 0; d < depth_ld; d += kLanes<T>) store(sum + d, load(sum + d) + load(other + d));
     }
-    const int64_t row = (rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r];
-    write_scaled<A>(static_cast<S*>(g.dq) + row * a.head_dim, sum, a.head_dim, static_cast<T>(a.scale));
+    write_scaled<A>(g.dq.at<S>(rows.batch, rows.head[r], rows.query[r], a.head_dim), sum, a.head_dim, static_cast<T>(a.scale));
   }
 }
 
@@ -45,20 +45,26 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
   for (int64_t i = 0; i < count; ++i) all_groups += problems[i].a.groups();
   if (all_groups == 0) return;
   struct Plan {
+    GroupRuns of;
     int64_t blocks, key_blocks, parts, padded_rows;
     int64_t first_dq;  // its dq of every part, [groups][parts][rows][depth_ld], among all problems'
+    bool own;          // a task has dq of its group to itself
   };
-  std::vector<Plan> plans(count);
+  std::vector<Plan> plans;
+  plans.reserve(count);
   CostedTasks costed, apart, summed;
   for (int64_t i = 0; i < count; ++i) {
     const AttentionArgs& a = problems[i].a;
-    const int64_t groups = a.groups(), rows = a.group_rows(), key_blocks = (a.k_len + kBlockKeys - 1) / kBlockKeys;
-    const int64_t parts = std::clamp<int64_t>((kWantedTasks + all_groups - 1) / all_groups, 1, std::max<int64_t>(1, key_blocks));
-    plans[i] = {(rows + kRows - 1) / kRows, key_blocks, parts, round_up(rows, tiled ? kTileSide : kTileRows<T>), dq_count};
+    const GroupRuns of(problems[i]);
+    const int64_t groups = a.groups(), rows = a.group_rows(), key_blocks = GroupRuns::key_blocks(a);
+    const int64_t wanted = problems[i].g.dmask ? (of.each_key() ? key_blocks : 1) : (kWantedTasks + all_groups - 1) / all_groups;
+    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, key_blocks));
+    const bool own = parts == 1 && !problems[i].g.dmask;
+    plans.push_back({of, (rows + kRows - 1) / kRows, key_blocks, parts, round_up(rows, tiled ? kTileSide : kTileRows<T>), dq_count, own});
     const int64_t part_dq = plans[i].padded_rows * depth_ld;
     delta_count += a.batch * a.heads * a.q_len;
-    costed.add(groups * parts, 2 * rows * ((a.k_len + parts - 1) / parts) * (a.head_dim + a.value_dim));
-    if (parts == 1) {
+    costed.add(of.tasks() * parts, 2 * of.run * rows * ((a.k_len + parts - 1) / parts) * (a.head_dim + a.value_dim));
+    if (own) {
       own_dq = std::max(own_dq, part_dq);
       apart.add(0, 0), summed.add(0, 0);
     } else {
@@ -67,6 +73,8 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
       summed.add(groups * plans[i].blocks, std::min(kRows, rows) * parts * depth_ld);
     }
   }
+  const GroupRuns& masked = plans[0].of;  // one of many sequences has no mask
+  Scratch<T> mask_sums(masked.runs > 1 ? masked.runs * masked.all : 0);
   Scratch<T> delta_values(delta_count), dq_values(dq_count);
   std::vector<T*> deltas(count);
   for (int64_t i = 0, first = 0; i < count; ++i) {
@@ -79,33 +87,45 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
     GradBlock<T, A> x(any, problems[0].g, deltas[0]);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld), dq(own_dq);
+    Scratch<T> sums(masked.rows * kBlockKeys);
     Scratch<T> dk_rows(tiled ? padded_keys * depth_ld : 0), dv_rows(tiled ? padded_keys * value_ld : 0);
     costed.each(begin, end, [&](int64_t problem, int64_t task) {
       const auto& [a, g] = problems[problem];
-      const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
+      const auto& [of, blocks, key_blocks, parts, padded_rows, first_dq, own] = plans[problem];
       x.enter(problems[problem], deltas[problem]);
-      const int64_t group = task / parts, part = task % parts, b = group / a.kv_heads, h = group % a.kv_heads;
+      const int64_t part = task % parts, first_block = part * key_blocks / parts, last_block = (part + 1) * key_blocks / parts;
       const int64_t group_heads = a.heads / a.kv_heads;
-      T* part_dq = parts == 1 ? dq.get() : dq_values + first_dq + task * padded_rows * depth_ld;
-      if (tiled || key_blocks == 0) std::fill(part_dq, part_dq + padded_rows * depth_ld, T(0));
-      for (int64_t head = h * group_heads; parts == 1 && needs_deltas(a) && head < (h + 1) * group_heads; ++head)
-        head_deltas<S>(problems[problem], b, head, deltas[problem] + (b * a.heads + head) * a.q_len);
-      for (int64_t i = part * key_blocks / parts; i < (part + 1) * key_blocks / parts; ++i) {
+      const auto dq_of = [&](int64_t group) {
+        return own ? dq.get() : dq_values + first_dq + (group * parts + part) * padded_rows * depth_ld;
+      };
+      for (int64_t i = 0; i < of.run; ++i) {
+        const int64_t group = of.group(task / parts, i), b = group / a.kv_heads, h = group % a.kv_heads;
+        if (tiled || key_blocks == 0) std::fill(dq_of(group), dq_of(group) + padded_rows * depth_ld, T(0));
+        for (int64_t head = h * group_heads; own && needs_deltas(a) && head < (h + 1) * group_heads; ++head)
+          head_deltas<S>(problems[problem], b, head, deltas[problem] + (b * a.heads + head) * a.q_len);
+      }
+      // Block of keys after block of keys, each with all groups of the run.
+      for (int64_t step = first_block * of.run; step < last_block * of.run; ++step) {
+        const int64_t i = step / of.run, group = of.group(task / parts, step % of.run), b = group / a.kv_heads, h = group % a.kv_heads;
+        const bool first_of_run = step % of.run == 0, last_of_run = (step + 1) % of.run == 0;
+        if (g.dmask && first_of_run && (of.each_key() || i == first_block)) std::fill(sums.get(), sums + of.rows * kBlockKeys, T(0));
+        if (g.dmask) x.bias_sums = sums;
+        T* part_dq = dq_of(group);
         x.template load_keys<S>(group, from_both_ends(i, key_blocks) * kBlockKeys);
         const auto clear_keys = [&] {
           std::fill(dk.get(), dk + padded_keys * depth_ld, T(0));
           std::fill(dv.get(), dv + padded_keys * value_ld, T(0));
         };
         if (tiled) clear_keys();
-        const bool fresh_dq = !tiled && i == part * key_blocks / parts;
+        const bool fresh_dq = !tiled && i == first_block;
         bool fresh_keys = !tiled;
         for (int64_t block = 0; block < blocks; ++block) {
           const RowBlock<T> rows(a, group, block * kRows);
           T* block_dq = part_dq + block * kRows * depth_ld;
-          const bool last_rows = block + 1 == blocks, last_keys = i + 1 == (part + 1) * key_blocks / parts;
+          const bool last_rows = block + 1 == blocks, last_keys = i + 1 == last_block;
           // Written block by block: all of dq at once would wait for memory.
           const auto finish_dq = [&] {
-            if (parts == 1 && last_keys) write_dq<S, A>(problems[problem], rows, part_dq, 1, 0, depth_ld);
+            if (own && last_keys) write_dq<S, A>(problems[problem], rows, part_dq, 1, 0, depth_ld);
           };
           if (!x.meet(rows)) {
             if (fresh_dq) std::fill(block_dq, block_dq + rows.tiles * kTileRows<T> * depth_ld, T(0));
@@ -114,19 +134,21 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           }
           x.template load_rows<S>(rows);
           // While this block is computed, what comes next is fetched.
-          const int64_t next_task = last_rows && last_keys ? task + 1 : task, next_group = next_task / parts;
-          if (next_group < a.groups()) {
+          const int64_t next_task = task + (last_rows && last_keys && last_of_run);
+          const int64_t next_group = of.group(next_task / parts, (step + last_rows) % of.run);
+          if (next_task < of.tasks() * parts) {
             fetch_queries<S>(a, a.q, a.head_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
             fetch_queries<S>(a, g.grad_out, a.value_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
             if (last_rows) {
-              const int64_t first_key = from_both_ends(last_keys ? next_task % parts * key_blocks / parts : i + 1, key_blocks) * kBlockKeys;
+              const int64_t next_block = next_task == task ? (step + 1) / of.run : next_task % parts * key_blocks / parts;
+              const int64_t first_key = from_both_ends(next_block, key_blocks) * kBlockKeys;
               fetch_keys<S>(a, next_group, first_key, std::min(kBlockKeys, a.k_len - first_key));
             }
           }
           const uint16_t* kept = g.kept ? g.kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr;
           if constexpr (std::is_same_v<A, bfloat16>)
             if (kept) kept_probabilities(x, rows, kept);
-          if (!kept) x.probabilities(rows, true);
+          if (!kept) x.probabilities(rows);
           x.add_dv(rows, dv, fresh_keys);
           x.add_dk(rows, dk, fresh_keys);
           x.add_dq(rows, block_dq, fresh_dq);
@@ -138,19 +160,21 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
         const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
         const T *dk_sums = x.sum_rows(dk, depth_ld, dk_rows), *dv_sums = x.sum_rows(dv, value_ld, dv_rows);
         for (int64_t j = 0; j < x.n; ++j) {
-          const int64_t row = (b * a.k_len + x.k0 + j) * a.kv_heads + h;
-          write_scaled<A>(static_cast<S*>(g.dk) + row * a.head_dim, dk_sums + j * depth_ld, a.head_dim, dk_factor);
-          write_scaled<A>(static_cast<S*>(g.dv) + row * a.value_dim, dv_sums + j * value_ld, a.value_dim, dv_factor);
+          write_scaled<A>(g.dk.at<S>(b, h, x.k0 + j, a.head_dim), dk_sums + j * depth_ld, a.head_dim, dk_factor);
+          write_scaled<A>(g.dv.at<S>(b, h, x.k0 + j, a.value_dim), dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
+        if (g.dmask && last_of_run && (of.each_key() || i + 1 == last_block))
+          finish_sums<T>(problems[problem], of, task / parts, x.k0, x.n, sums, mask_sums);
       }
       for (int64_t block = 0; key_blocks == 0 && block < blocks; ++block)
-        write_dq<S, A>(problems[problem], RowBlock<T>(a, group, block * kRows), part_dq, 1, 0, depth_ld);
+        write_dq<S, A>(problems[problem], RowBlock<T>(a, of.group(task, 0), block * kRows), dq.get(), 1, 0, depth_ld);
     });
   });
+  if (masked.runs > 1) merge_sums<T>(problems[0], masked, mask_sums);
   if (summed.total() == 0) return;
   torch::stable::parallel_for(0, summed.total(), kGrain, [&](int64_t begin, int64_t end) {
     summed.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [blocks, key_blocks, parts, padded_rows, first_dq] = plans[problem];
+      const auto& [of, blocks, key_blocks, parts, padded_rows, first_dq, own] = plans[problem];
       const int64_t group = task / blocks, part_step = padded_rows * depth_ld;
       const RowBlock<T> rows(problems[problem].a, group, task % blocks * kRows);
       write_dq<S, A>(problems[problem], rows, dq_values + first_dq + group * parts * part_step, parts, part_step, depth_ld);

@@ -218,6 +218,7 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       for (int64_t t = strip; t < tiles; ++t)
         if (lo[t] < hi[t]) strip_lo = std::min(strip_lo, lo[t] / P * P), strip_hi = std::max(strip_hi, round_up(hi[t], P));
       if (strip_lo >= strip_hi) continue;
+      fetch_mask(a, rows, strip * R, last_row, k0 + strip_lo, std::min(n, strip_hi) - strip_lo);
       if constexpr (step == 2)
         if (x.tiled)
           tile_scores(x.tile_task,

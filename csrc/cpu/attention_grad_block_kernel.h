@@ -28,6 +28,7 @@ struct GradBlock {
   int64_t lo[8], hi[8];        // the part of it that each tile of rows needs
   T lse[kRows], delta[kRows];  // of the block of rows, lse is +inf where there is none
   T row_factor[kRows];         // what p is to be multiplied by
+  T* bias_sums = nullptr;      // where the mask's gradient is wanted: attention_dbias_kernel.h
   bool any_aside = false;      // whether q or grad_out, not in pairs, hold what is to be set aside
   const TileTask tile_task{tiled};
 
@@ -143,12 +144,11 @@ struct GradBlock {
   }
 
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
-  // cap_slope: ds is the gradient of the product (with softcap), not of the score that the mask is added to.
-  NOINLINE void probabilities(const RowBlock<T>& rows, bool cap_slope) {
+  NOINLINE void probabilities(const RowBlock<T>& rows) {
     if (scores.plain() && !scores.dropped)
       probabilities_of<false>(rows, false);
     else
-      probabilities_of<true>(rows, cap_slope && scores.capped);
+      probabilities_of<true>(rows, scores.capped);
   }
 
   template <bool featured>
@@ -158,6 +158,7 @@ struct GradBlock {
       const int64_t end = row_elements<T>(n, tiled);
       for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
         const int64_t tiles = tiled ? strip + strip_tiles : std::min(rows.tiles, strip + strip_tiles);
+        fetch_mask(*a, rows, strip * R, std::min(rows.count, tiles * R), k0, n);
         if (tiled) products_in_tiles(rows, strip);
         for (int64_t j = 0; j < n && !tiled; j += P)
           for (int64_t t = strip; t < tiles; ++t) products(rows, t, j, p_strip + (t - strip) * R * kLd, ds_strip + (t - strip) * R * kLd);
@@ -174,12 +175,13 @@ struct GradBlock {
               round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, Finished{p_rows + row, ds_rows + row},
                               Finished{p_rows + row + kLd, ds_rows + row + kLd});
             else
-              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, weighed<featured>(t, r, sloped, p_rows, ds_rows),
-                              weighed<featured>(t, r + 1, sloped, p_rows, ds_rows));
+              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, weighed<featured>(rows, t, r, sloped, p_rows, ds_rows),
+                              weighed<featured>(rows, t, r + 1, sloped, p_rows, ds_rows));
           }
         }
       }
     } else {
+      fetch_mask(*a, rows, 0, rows.count, k0, n);
       for (int64_t j = 0; j < n; j += P)
         for (int64_t t = 0; t < rows.tiles; ++t) products(rows, t, j, p + t * R * kLd, ds + t * R * kLd);
       for (int64_t t = 0; t < rows.tiles; ++t) {
@@ -190,7 +192,7 @@ struct GradBlock {
         }
         weigh_tile<featured, false>(rows, t, sloped, p_rows, ds_rows);
         for (int64_t r = 0; r < R; ++r) {
-          const Weighed<featured> row = weighed<featured>(t, r, sloped, p_rows, ds_rows);
+          const Weighed<featured> row = weighed<featured>(rows, t, r, sloped, p_rows, ds_rows);
           for (int64_t j = 0; j < round_up(n, kLanes<T>); j += kLanes<T>) {
             const auto [weight, gradient] = row.at(j);
             store(p_rows + r * kLd + j, weight), store(ds_rows + r * kLd + j, gradient);
@@ -264,7 +266,8 @@ struct GradBlock {
         if (!used) continue;
         if constexpr (featured) scores.read_biases(rows, r, k0, first, hi[t]), scores.read_kept(rows, r, k0, hi[t]);
         weigh_row<featured, at_once>({p_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0}, ds_row, lse[r], delta[r],
-                                     sloped ? slopes + at : nullptr, p_sums[i], dp_sums[i]);
+                                     sloped ? slopes + at : nullptr,
+                                     at_once ? row_of_sums(*a, *g, rows, r, bias_sums) : nullptr, p_sums[i], dp_sums[i]);
       }
       if constexpr (!at_once) {
         const bool whole = in_block(rows, t);
@@ -285,7 +288,8 @@ struct GradBlock {
   // at_once: turns the products of a row into the p that dv takes and ds. Else into p, negative where it is dropped, and what
   // dropout leaves of dp, and sums p and p dp by lane.
   template <bool featured, bool at_once>
-  INLINE void weigh_row(const ScoreRow<T>& row, T* dp_row, T row_lse, T row_delta, T* slope_row, vec<T>& p_sum, vec<T>& dp_sum) const {
+  INLINE void weigh_row(const ScoreRow<T>& row, T* dp_row, T row_lse, T row_delta, T* slope_row, T* bias_row, vec<T>& p_sum,
+                        vec<T>& dp_sum) const {
     constexpr int64_t W = kLanes<T>;
     const T kept = a->dropout_p < 1 ? static_cast<T>(1 / (1 - a->dropout_p)) : T(0);
     const auto one = [&](int64_t j, bool edge) __attribute__((always_inline)) {
@@ -311,6 +315,7 @@ struct GradBlock {
       // Selected rather than multiplied: dp is NaN where a masked value is.
       if constexpr (at_once) {
         vec<T> gradient = probability * (dp - row_delta);
+        if (featured && bias_row) add_to_sums<T>(bias_row + j, probability, gradient);
         if (featured && slope_row) gradient *= slope;
         dp = probability == 0 ? vec<T>{} : gradient;
       } else {
@@ -339,6 +344,7 @@ struct GradBlock {
   template <bool featured>
   struct Weighed {
     const T *p, *dp, *slope;
+    T* bias_row;
     vec<T> factor, delta;
     bool dropped;
 
@@ -354,16 +360,20 @@ struct GradBlock {
         }
       }
       vec<T> gradient = probability * (load(dp + j) - delta);
-      if constexpr (featured)
+      if constexpr (featured) {
+        if (bias_row) add_to_sums<T>(bias_row + j, signed_p, gradient);
         if (slope) gradient *= load(slope + j);
+      }
       return {weight, signed_p == 0 ? vec<T>{} : gradient};
     }
   };
 
   template <bool featured>
-  INLINE Weighed<featured> weighed(int64_t t, int64_t row, bool sloped, const T* p_rows, const T* dp_rows) const {
+  INLINE Weighed<featured> weighed(const RowBlock<T>& rows, int64_t t, int64_t row, bool sloped, const T* p_rows, const T* dp_rows) const {
     const int64_t r = t * kTileRows<T> + row, at = row * kLd;
-    return {p_rows + at, dp_rows + at, sloped ? slopes.get() + at : nullptr, broadcast(row_factor[r]), broadcast(delta[r]), scores.dropped};
+    const T* slope = sloped ? slopes.get() + at : nullptr;
+    T* sums = row_of_sums(*a, *g, rows, r, bias_sums);
+    return {p_rows + at, dp_rows + at, slope, sums, broadcast(row_factor[r]), broadcast(delta[r]), scores.dropped};
   }
 
   // The next three add to what is there, or where it is `fresh` memory, replace it; in tiles it is to be 0 first.

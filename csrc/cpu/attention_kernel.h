@@ -28,8 +28,8 @@
 
 #include "attention_deltas_kernel.h"
 
+#include "attention_dbias_kernel.h"
+
 #include "attention_grad_block_kernel.h"
 
 #include "attention_backward_kernel.h"
-
-#include "attention_dbias_kernel.h"

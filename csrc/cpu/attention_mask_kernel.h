@@ -140,6 +140,23 @@ NOINLINE void read_bias(T* out, const AttentionArgs& a, const RowBlock<T>& rows,
   }
 }
 
+// Asks for the mask of rows first .. last for n keys from k0 on, before the products that need it: its rows lie too far apart for the
+// processor to foresee the next one.
+template <class T>
+INLINE void fetch_mask(const AttentionArgs& a, const RowBlock<T>& rows, int64_t first, int64_t last, int64_t k0, int64_t n) {
+  if (a.mask_type == MaskType::none || a.mask.stride[3] != 1) return;
+  constexpr int64_t kLine = 64;
+  const MaskType type = a.mask_type;
+  const int64_t size = type == MaskType::boolean ? 1 : type == MaskType::bfloat16 ? 2 : type == MaskType::float32 ? 4 : 8;
+  if (a.mask.stride[2] == 0) last = std::min(last, first + 1);
+  for (int64_t r = first; r < last; ++r) {
+    const int64_t* stride = a.mask.stride;
+    const int64_t first_key = rows.batch * stride[0] + rows.head[r] * stride[1] + rows.query[r] * stride[2] + k0;
+    const char* row = static_cast<const char*>(a.mask.data) + first_key * size;
+    for (int64_t at = 0; at < n * size; at += kLine) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 // Philox 4x32-10 (Salmon et al., SC 2011). The counter of key j of query i in head h of batch entry b is
 // (j / 64 * 16 + j % 16, i, b * Hq + h, 0), the key is the seed, and word j % 64 / 16 of the result decides: kept
 // when it is at least p * 2^32. So one round of 16 lanes serves 64 keys, whatever the tiling.

@@ -249,7 +249,8 @@ uint64_t attention_results() {
       g.out = results, g.out.data = out.data();
       g.grad_out = {grad.data(), {heads * q_len * value_dim, q_len * value_dim, value_dim, 1}};
       g.lse = {lse.data(), {heads * q_len, q_len, 1, 0}};
-      g.dq = dq.data(), g.dk = dk.data(), g.dv = dv.data();
+      g.dq = bmk::heads_inside(dq.data(), heads, q_len);
+      g.dk = bmk::heads_inside(dk.data(), kv_heads, k_len), g.dv = bmk::heads_inside(dv.data(), kv_heads, k_len);
       bmk::avx512::attention_backward<bfloat16>(&backward, 1);
       take(lse.data(), lse.size() * sizeof lse[0]);
       for (const auto* t : {&out, &dq, &dk, &dv}) take(t->data(), t->size() * sizeof(bfloat16));
