@@ -1,4 +1,5 @@
-"""What every test shares: the cores are divided among the workers, and each test starts from the same seed."""
+"""What every test shares: the cores are divided among the workers, and each test starts from the same seed
+and number of threads."""
 
 import os
 
@@ -15,5 +16,9 @@ def pytest_configure():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _start_and_end():
+    threads = torch.get_num_threads()
     torch.manual_seed(0)
+    yield
+    if torch.get_num_threads() != threads:  # a command that was run in this process chose its own
+        torch.set_num_threads(threads)
