@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 #if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
 #define EMULATOR_SWITCH
 #else
@@ -25,13 +26,19 @@ void emulator_switch(void** save, void* to);  // scheduler.cpp
 namespace emulator {
 
 struct Stack {
-  static constexpr std::size_t kBytes = 256 * 1024, kGuard = 4096;
+  static constexpr std::size_t kBytes = 256 * 1024, kGuard = 4096, kMadeAtOnce = 32;
   unsigned char* bottom;
+  bool used = false;
 
-  static Stack make() {
-    void* p = mmap(nullptr, kBytes + kGuard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED || mprotect(p, kGuard, PROT_NONE) != 0) __builtin_trap();
-    return {static_cast<unsigned char*>(p) + kGuard};
+  static void make(std::vector<Stack>& stacks) {
+    constexpr std::size_t step = kGuard + kBytes;
+    void* p = mmap(nullptr, kMadeAtOnce * step, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) __builtin_trap();
+    for (std::size_t i = 0; i < kMadeAtOnce; ++i) {
+      unsigned char* guard = static_cast<unsigned char*>(p) + i * step;
+      if (mprotect(guard, kGuard, PROT_NONE) != 0) __builtin_trap();
+      stacks.push_back({guard + kGuard});
+    }
   }
 };
 
@@ -48,7 +55,8 @@ struct Context {
   void start(Stack stack, void (*entry)()) {
     bottom = stack.bottom;
     size = Stack::kBytes;
-    if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(bottom, size);
+    // The frames of the thread before it are still fenced off. On a stack nobody has used, saying so would only make pages.
+    if (stack.used && __asan_unpoison_memory_region) __asan_unpoison_memory_region(bottom, size);
 #ifdef EMULATOR_SWITCH
     auto* top = reinterpret_cast<uint64_t*>(stack.bottom + Stack::kBytes);
     *--top = 0;  // where entry would return to: it never does; keeps the stack aligned as a call does

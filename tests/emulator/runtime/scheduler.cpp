@@ -77,7 +77,7 @@ void start_block(Block& block) {
     fiber->home = &block;
     fiber->index = i;
     fiber->warp = i / 32;
-    if (free_stacks.empty()) free_stacks.push_back(Stack::make());
+    if (free_stacks.empty()) Stack::make(free_stacks);
     fiber->stack = free_stacks.back();
     free_stacks.pop_back();
     fiber->context.start(fiber->stack, fiber_main);
@@ -119,7 +119,7 @@ void finish(Fiber* fiber) {
     if (open.mask >> fiber->lane & 1)
       fail_with_state("a thread has exited while its warp waits for it in %s (mask %08x)", open.what, open.mask);
   finish_copies_of(*fiber);
-  free_stacks.push_back(fiber->stack);
+  free_stacks.push_back({fiber->stack.bottom, true});
   made_progress();
   Cluster& cluster = *block.cluster;
   if (++block.finished_fibers == block.fibers.size()) {
