@@ -277,7 +277,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
-  g.kept = kept && kept->numel() > 0 && !mask_grad ? read_kept(a, q, *kept) : nullptr;
+  const bool rounded = !mask_grad || a.mask_type == MaskType::bfloat16;  // the mask's gradient would show what was kept in half precision
+  g.kept = kept && kept->numel() > 0 && rounded ? read_kept(a, q, *kept) : nullptr;
   if (grad_lse) {
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);

@@ -23,14 +23,18 @@ __attribute__((target("avx512bf16"))) inline void round_and_keep(bfloat16* out, 
   }
 }
 
-// A row of what was kept and of dp, and what makes p and ds of them.
+// A row of what was kept and of dp, and what makes p and ds of them; `summed`: ds is added to the sums of the mask's gradient too.
+template <bool summed>
 struct KeptRow {
   const uint16_t* kept;
   const float* dp;
+  float* sums;
   vec<float> factor, delta;
 
   INLINE std::pair<vec<float>, vec<float>> at(int64_t j) const {
     const vec<float> p = kept_value(kept + j), weight = p == 0 ? p : p * factor, gradient = weight * (load(dp + j) - delta);
+    if constexpr (summed)
+      if (sums) add_to_sums<float>(sums + j, p, gradient);
     return {weight, p == 0 ? p : gradient};
   }
 };
@@ -77,12 +81,20 @@ NOINLINE void kept_probabilities(Block& x, const RowBlock<float>& rows, const ui
         std::fill(p + 2 * from, p + 2 * to, bfloat16{}), std::fill(ds_pairs + 2 * from, ds_pairs + 2 * to, bfloat16{});
         std::fill(ds + from, ds + to, bfloat16{}), std::fill(ds + ld + from, ds + ld + to, bfloat16{});
       };
-      const auto of_row = [&](int64_t r) -> KeptRow {
-        if (r >= count) return {kNothingKept, x.ds_strip + i * ld + first, vec<float>{}, vec<float>{}};
-        return {kept + (first_row + r) * kept_row + first, x.ds_strip + r * ld + first, broadcast(inverse[r]), broadcast(deltas[r])};
+      const auto round = [&](auto summed) __attribute__((always_inline)) {
+        const auto of_row = [&](int64_t r) -> KeptRow<summed.value> {
+          const float* dp = x.ds_strip + std::min(r, count - 1) * ld + first;
+          if (r >= count) return {kNothingKept, dp, nullptr, vec<float>{}, vec<float>{}};
+          float* sums = summed.value ? row_of_sums(*x.a, *x.g, rows, first_row + r, x.bias_sums) + first : nullptr;
+          return {kept + (first_row + r) * kept_row + first, dp, sums, broadcast(inverse[r]), broadcast(deltas[r])};
+        };
+        round_gradients(p + 2 * first, ds_pairs + 2 * first, ds + first, ld, last - first, of_row(i), of_row(i + 1));
       };
       clear(0, first);
-      round_gradients(p + 2 * first, ds_pairs + 2 * first, ds + first, ld, last - first, of_row(i), of_row(i + 1));
+      if (x.bias_sums)
+        round(std::true_type{});
+      else
+        round(std::false_type{});
       clear(last, end);
     }
   }

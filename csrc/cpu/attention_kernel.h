@@ -22,13 +22,13 @@
 
 #include "attention_few_kernel.h"
 
+#include "attention_dbias_kernel.h"
+
 #include "attention_kept_kernel.h"
 
 #include "attention_forward_kernel.h"
 
 #include "attention_deltas_kernel.h"
-
-#include "attention_dbias_kernel.h"
 
 #include "attention_grad_block_kernel.h"
 

@@ -135,3 +135,13 @@ def test_gradients_lie_as_the_tensors_do(keys, dtype):
             assert grad.stride() == leaf.stride()
         results.append(grads)
     assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_of_a_float32_mask_of_bfloat16_tensors_keeps_its_digits():
+    """The probabilities kept in half precision are not what it is summed from."""
+    problem = problem_of((2, 2, 2, 64, 96, 16, 16), (True, True, False, False), torch.bfloat16)
+    problem.mask = problem.mask.float()
+    dmask = problem.run()[5]
+    exact = problem.exact()[0][5]
+    assert dmask.dtype == torch.float32
+    assert (dmask.double() - exact).norm() <= 4e-6 * exact.norm()
