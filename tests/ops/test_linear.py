@@ -1,9 +1,6 @@
 """bmk.linear: contract, the C++ kernels against float64, PyTorch's ops."""
 
 import math
-import os
-import subprocess
-import sys
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +14,7 @@ from bigmodel_kernels.ops.linear import reference
 from bigmodel_kernels.ops.linear.op import ACTIVATIONS
 from bigmodel_kernels.testing import LAYOUTS, make
 from tests.ops.fused import DTYPES, check, check_compiled, check_operators, run
+from tests.rerun import rerun
 from tests.triton_interpreter import interpreted
 
 # Rows, inputs, outputs: tails of the 8 x 48 tile, of blocks of 96 rows and of 192 inputs; 0 and 1.
@@ -100,19 +98,7 @@ def test_integers_are_exact(size):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_lower_instruction_sets(isa):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "parts or layout or exact or threads",
-    ]
-    done = subprocess.run(command, env=os.environ | {"BIGMODEL_ISA": isa}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    rerun(__file__, "parts or layout or exact or threads", isa)
 
 
 def test_result_does_not_depend_on_the_number_of_threads():
