@@ -133,18 +133,30 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
             continue;
           }
           x.template load_rows<S>(rows);
-          // While this block is computed, what comes next is fetched.
+          // While this block is computed, what comes next is fetched, and what is written soon.
           const int64_t next_task = task + (last_rows && last_keys && last_of_run);
-          const int64_t next_group = of.group(next_task / parts, (step + last_rows) % of.run);
+          const int64_t next_group = of.group(next_task / parts, (step + last_rows) % of.run), next_row = last_rows ? 0 : (block + 1) * kRows;
+          x.fetcher.clear();
           if (next_task < of.tasks() * parts) {
-            fetch_queries<S>(a, a.q, a.head_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
-            fetch_queries<S>(a, g.grad_out, a.value_dim, next_group, last_rows ? 0 : (block + 1) * kRows);
+            x.fetcher.template add_queries<S>(a, a.q, a.head_dim, next_group, next_row);
+            x.fetcher.template add_queries<S>(a, g.grad_out, a.value_dim, next_group, next_row);
+            if (g.kept)
+              x.fetcher.add(g.kept + (next_group * a.group_rows() + next_row) * a.kept_row(), a.kept_row(),
+                            std::min(kRows, a.group_rows() - next_row), a.k_len);
             if (last_rows) {
               const int64_t next_block = next_task == task ? (step + 1) / of.run : next_task % parts * key_blocks / parts;
               const int64_t first_key = from_both_ends(next_block, key_blocks) * kBlockKeys;
-              fetch_keys<S>(a, next_group, first_key, std::min(kBlockKeys, a.k_len - first_key));
+              x.fetcher.template add_keys<S>(a, next_group, first_key, std::min(kBlockKeys, a.k_len - first_key));
             }
           }
+          if (own && last_keys && rows.head[0] == rows.head[rows.count - 1])
+            x.fetcher.add(g.dq.at<S>(b, rows.head[0], rows.query[0], a.head_dim), g.dq.token * a.head_dim, rows.count, a.head_dim, true);
+          if (last_rows) {
+            x.fetcher.add(g.dk.at<S>(b, h, x.k0, a.head_dim), g.dk.token * a.head_dim, x.n, a.head_dim, true);
+            x.fetcher.add(g.dv.at<S>(b, h, x.k0, a.value_dim), g.dv.token * a.value_dim, x.n, a.value_dim, true);
+          }
+          constexpr int64_t R = kTileRows<T>, P = kPanel<T>;  // of the tiles of products, roughly
+          x.fetcher.share_among(rows.tiles * (x.n + P - 1) / P + (x.n + R - 1) / R * (depth_ld + value_ld + P) / P);
           const uint16_t* kept = g.kept ? g.kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr;
           if constexpr (std::is_same_v<A, bfloat16>)
             if (kept) kept_probabilities(x, rows, kept);

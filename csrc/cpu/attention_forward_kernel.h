@@ -172,13 +172,15 @@ INLINE void tile_output(ForwardScratch<T, A>& x, int64_t first, int64_t count, c
 }
 
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys. Where there is one block of
-// keys its probabilities may be kept, from the first row on.
+// keys its probabilities may be kept, from the first row on. What `fetcher` has is fetched meanwhile.
 template <class S, class T, class A>
 inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T, A>& packed, int64_t k_begin, int64_t k_end,
-                   Scores<T>& scores, ForwardScratch<T, A>& x, uint16_t* kept) {
+                   Scores<T>& scores, ForwardScratch<T, A>& x, uint16_t* kept, Fetcher& fetcher) {
   constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>;
   const int64_t D = packed.depth, ld = x.padded_depth, value_ld = x.padded_value, strip_tiles = x.strip_tiles;
   x.start();
+  fetcher.share_among(std::max<int64_t>(0, std::min(k_end, rows.block_hi) - k_begin + P - 1) / P * rows.tiles);  // tiles of scores
+  const bool plain = step == 2 && !x.tiled && scores.plain() && !scores.dropped && scores.factor > 0;  // see round_softmax
   const A* q_rows = x.q;
   int64_t q_stride = ld;
   bool in_place = false;
@@ -228,20 +230,36 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
                       scores.factor);
       for (int64_t j = 0; j < n && !x.tiled; j += P) {
         const A* panel = keys + j * D;
-        for (int64_t t = strip; t < tiles; ++t)
-          if (lo[t] < j + P && hi[t] > j && lo[t] < hi[t])
-            product<kRawScores<A>>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, q_rows + t * R * q_stride, q_stride, step, panel, P * step,
-                                   D / step, x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
+        for (int64_t t = strip; t < tiles; ++t) {
+          if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) continue;
+          const auto raw_scores = [&](auto start) __attribute__((always_inline)) {
+            product<start.value>(rows.tile_count(t), hi[t] - j > W ? 2 : 1, q_rows + t * R * q_stride, q_stride, step, panel, P * step,
+                                 D / step, x.s + (t - strip) * R * kBlockKeys + j, kBlockKeys, &scores.factor);
+          };
+          fetcher.some();
+          if (plain)
+            raw_scores(std::integral_constant<Start, Start::zero>{});
+          else
+            raw_scores(std::integral_constant<Start, kRawScores<A>>{});
+        }
       }
       const auto place = [&](int64_t r) -> ScoreRow<T> {
         const int64_t t = r / R;
         if (lo[t] >= hi[t]) return {};
         return {x.s + (r - strip * R) * kBlockKeys, lo[t] / W * W, round_up(hi[t], W), rows.lo[r] - k0, rows.hi[r] - k0};
       };
-      for (int64_t r = strip * R; r < last_row; r += W)
+      for (int64_t r = strip * R; r < last_row && !plain; r += W)
         softmax_rows<T>(rows, r, std::min(W, last_row - r), k0, place, scores, x.m, x.l, x.alpha);
       if constexpr (step == 2)
-        for (int64_t r = strip * R; r < last_row; ++r) {
+        for (int64_t r = strip * R; r < last_row && plain; r += W) {
+          const int64_t count = std::min(W, last_row - r);
+          if (kept)
+            round_softmax<true>(r, count, place, scores.factor, x.m, x.l, x.alpha, x.p(0), kept, a.kept_row());
+          else
+            round_softmax<false>(r, count, place, scores.factor, x.m, x.l, x.alpha, x.p(0), nullptr, 0);
+        }
+      if constexpr (step == 2)
+        for (int64_t r = strip * R; r < last_row && !plain; ++r) {
           const ScoreRow<T> row = place(r);
           if (kept)
             round_and_keep(x.p(r) + row.begin, kept + r * a.kept_row() + row.begin, row.s + row.begin, row.end - row.begin);
@@ -275,6 +293,12 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   }
 }
 
+// Row r of a block in the result.
+template <class S, class T>
+INLINE S* row_of(const AttentionArgs& a, S* out, const RowBlock<T>& rows, int64_t r) {
+  return out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
+}
+
 // Writes o / l and lse = m + log l, less what ALiBi takes from all scores, of a block of rows; a row without keys gets 0 and -inf.
 // The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
 template <class S, class T, class A>
@@ -290,7 +314,7 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
       store(factors, l == 0 ? l : 1 / l);
     }
     const bool empty = x.l[r] == 0;
-    S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
+    S* row = row_of(a, out, rows, r);
     const T* o = x.o.get() + r * x.padded_value;
     if constexpr (kStep<A> == 2) {
       round_scaled(row, o, a.value_dim, factors[r % W]);
@@ -371,6 +395,7 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
     ForwardScratch<T, A> x(any);
     Scores<T> scores(any);
     PackedGroup<T, A> packed(any, most_keys);
+    Fetcher fetcher;
     costed.each(begin, end, [&](int64_t problem, int64_t task) {
       const auto& [a, out, lse, kept] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
@@ -379,13 +404,16 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
       const RowBlock<T> rows(a, group, from_both_ends(task % blocks, blocks) * kRows);
       const int64_t k_begin = std::min(k_last, k_first + part * part_keys), k_end = std::min(k_last, k_begin + part_keys);
       packed.template pack<S>(a, group, k_begin, k_end);
-      // While this block is computed, what the next one needs is fetched; what lies side by side comes by itself, and asking costs 3 %.
-      const int64_t next_group = (task + 1) / (blocks * parts);
-      if (next_group < a.groups() && a.k.stride[2] != a.head_dim) {
-        fetch_queries<S>(a, a.q, a.head_dim, next_group, from_both_ends((task + 1) % blocks, blocks) * kRows);
-        if (next_group != group) fetch_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
+      // While this block is computed, its lines of the result and what the next block needs are fetched.
+      const int64_t next_group = (task + 1) / (blocks * parts), next_block = from_both_ends((task + 1) % blocks, blocks);
+      fetcher.clear();
+      if (rows.count > 0 && rows.head[0] == rows.head[rows.count - 1])
+        fetcher.add(row_of(a, static_cast<S*>(out), rows, 0), a.heads * a.value_dim, rows.count, a.value_dim, true);
+      if (next_group < a.groups()) {
+        fetcher.add_queries<S>(a, a.q, a.head_dim, next_group, next_block * kRows);
+        if (next_group != group) fetcher.add_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
       }
-      attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr);
+      attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr, fetcher);
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
       } else {

@@ -31,6 +31,7 @@ struct GradBlock {
   T* bias_sums = nullptr;      // where the mask's gradient is wanted: attention_dbias_kernel.h
   bool any_aside = false;      // whether q or grad_out, not in pairs, hold what is to be set aside
   const TileTask tile_task{tiled};
+  Fetcher fetcher;
 
   GradBlock(const AttentionArgs& args, const AttentionGradArgs& grads, const T* all_deltas)
       : a(&args),
@@ -230,6 +231,7 @@ struct GradBlock {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     if (lo[t] >= j + P || hi[t] <= j || lo[t] >= hi[t]) return;
     const int64_t vectors = hi[t] - j > W ? 2 : 1;
+    fetcher.some();
     if (p_rows)
       product<kRawScores<A>>(rows.tile_count(t), vectors, q_rows + t * R * q_stride, q_stride, step, keys_t + j * depth, P * step,
                              depth / step, p_rows + j, kLd, &scores.factor);
@@ -403,7 +405,7 @@ struct GradBlock {
 
   // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
   NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c,
-                               bool fresh) const {
+                               bool fresh) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {
@@ -416,6 +418,7 @@ struct GradBlock {
           continue;
         }
         const int64_t row = first * R, count = std::min(rows.count, last * R) - row;
+        fetcher.some();
         add_or_replace(fresh, std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
                        b + row * columns + d * step, step * columns, (count + step - 1) / step, sums, columns);
       }

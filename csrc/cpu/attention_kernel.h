@@ -26,6 +26,8 @@
 
 #include "attention_kept_kernel.h"
 
+#include "attention_softmax_kernel.h"
+
 #include "attention_forward_kernel.h"
 
 #include "attention_deltas_kernel.h"

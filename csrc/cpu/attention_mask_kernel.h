@@ -10,33 +10,74 @@ inline KeyRange key_range(const AttentionArgs& a, int64_t i) {
           a.right < 0 ? a.k_len : std::clamp<int64_t>(position + a.right + 1, 0, a.k_len)};
 }
 
-// Asks for the cache lines of `count` rows that are read soon: in tensors [B, S, H, D] those of a head lie apart, and nothing else would.
-// Inlined always: GCC takes a function that only prefetches for one without effect, and drops the call.
-template <class S>
-INLINE void fetch_rows(const S* rows, int64_t row_stride, int64_t count, int64_t columns) {
-  constexpr int64_t kLine = 64 / sizeof(S);
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t d = 0; d < columns; d += kLine) __builtin_prefetch(rows + r * row_stride + d, 0, 2);
-}
+// Rows that are read or written soon, whose cache lines are asked for a few at a time while something else is computed: all at once would
+// fill the queue of misses. In tensors [B, S, H, D] the rows of a head lie apart, and nothing else would ask for them.
+class Fetcher {
+ public:
+  void clear() { runs_ = run_ = row_ = rows_ = share_ = 0; }
 
-// The same of a block of keys and their values.
-template <class S>
-INLINE void fetch_keys(const AttentionArgs& a, int64_t group, int64_t first_key, int64_t count) {
-  const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
-  fetch_rows(a.k.at<S>(b, h, first_key), a.k.stride[2], count, a.head_dim);
-  fetch_rows(a.v.at<S>(b, h, first_key), a.v.stride[2], count, a.value_dim);
-}
-
-// The same of a block of rows of a group in a tensor of queries.
-template <class S>
-INLINE void fetch_queries(const AttentionArgs& a, const Strided& queries, int64_t columns, int64_t group, int64_t first_row) {
-  const int64_t first_head = group % a.kv_heads * (a.heads / a.kv_heads);
-  const int64_t end = std::min(a.group_rows(), first_row + kBlockRows<compute_t<S>>);
-  for (int64_t r = first_row, count; r < end; r += count) {
-    count = std::min(end - r, a.q_len - r % a.q_len);
-    fetch_rows(queries.at<S>(group / a.kv_heads, first_head + r / a.q_len, r % a.q_len), queries.stride[2], count, columns);
+  // `count` rows of `columns` elements. What does not fit is not asked for.
+  template <class S>
+  void add(const S* rows, int64_t row_stride, int64_t count, int64_t columns, bool to_write = false) {
+    constexpr int64_t kMostBytes = 4096;
+    const int64_t bytes = columns * static_cast<int64_t>(sizeof(S));
+    if (runs_ == kMost || count <= 0 || bytes > kMostBytes) return;
+    run_at_[runs_++] = {reinterpret_cast<const char*>(rows), row_stride * static_cast<int64_t>(sizeof(S)), count, bytes, to_write};
+    rows_ += count;
   }
-}
+  // A block of rows of a group in a tensor of queries.
+  template <class S>
+  void add_queries(const AttentionArgs& a, const Strided& queries, int64_t columns, int64_t group, int64_t first_row) {
+    const int64_t first_head = group % a.kv_heads * (a.heads / a.kv_heads);
+    const int64_t end = std::min(a.group_rows(), first_row + kBlockRows<compute_t<S>>);
+    for (int64_t r = first_row, count; r < end; r += count) {
+      count = std::min(end - r, a.q_len - r % a.q_len);
+      add(queries.at<S>(group / a.kv_heads, first_head + r / a.q_len, r % a.q_len), queries.stride[2], count, columns);
+    }
+  }
+
+  template <class S>
+  void add_keys(const AttentionArgs& a, int64_t group, int64_t first_key, int64_t count) {
+    const int64_t b = group / a.kv_heads, h = group % a.kv_heads;
+    add(a.k.at<S>(b, h, first_key), a.k.stride[2], count, a.head_dim);
+    add(a.v.at<S>(b, h, first_key), a.v.stride[2], count, a.value_dim);
+  }
+
+  // How often `some` will be called.
+  void share_among(int64_t calls) { share_ = calls > 0 ? (rows_ + calls - 1) / calls : 0; }
+
+  // The next few rows. Inlined always: GCC takes a function that only prefetches for one without effect, and drops the call.
+  INLINE void some() {
+    for (int64_t count = share_; count > 0 && run_ < runs_; --count) {
+      const Run& run = run_at_[run_];
+      const char* row = run.first + row_ * run.step;
+      if (run.to_write)
+        for (int64_t i = 0; i < run.bytes; i += kLine) fetch_to_write(row + i);
+      else
+        for (int64_t i = 0; i < run.bytes; i += kLine) __builtin_prefetch(row + i, 0, 2);
+      if (++row_ == run.count) ++run_, row_ = 0;
+    }
+  }
+
+ private:
+  // The compiler's own is for reading only, but where all processors meant have the instruction.
+  INLINE static void fetch_to_write(const char* at) {
+#if defined(__x86_64__) && ISA_VECTOR_BYTES > 16
+    asm volatile("prefetchw %0" ::"m"(*at));
+#else
+    __builtin_prefetch(at, 1, 2);
+#endif
+  }
+
+  static constexpr int64_t kMost = 16, kLine = 64;
+  struct Run {
+    const char* first;
+    int64_t step, count, bytes;
+    bool to_write;
+  };
+  Run run_at_[kMost];
+  int64_t runs_ = 0, run_ = 0, row_ = 0, rows_ = 0, share_ = 0;
+};
 
 // Rows of one group (a batch entry and a key/value head): its query heads one after the other, so that the heads that
 // share keys share tiles too. Row r of a group is query r % Sq of head r / Sq.
@@ -59,13 +100,18 @@ struct RowBlock {
     block_lo = a.k_len, block_hi = 0;
     int64_t next_head = first_head, next_query = 0;  // a division for each row would show
     if (count > 0) next_head += first / a.q_len, next_query = first % a.q_len;
+    const bool every_key = a.left < 0 && a.right < 0 && !a.alibi;
     for (int64_t t = 0; t < tiles; ++t) {
-      tile_lo[t] = a.k_len, tile_hi[t] = 0;
+      tile_lo[t] = every_key ? 0 : a.k_len, tile_hi[t] = every_key ? a.k_len : 0;
       for (int64_t r = t * kTileRows<T>; r < (t + 1) * kTileRows<T>; ++r) {
         lo[r] = hi[r] = nearest[r] = 0;
         if (r >= count) continue;
         head[r] = next_head, query[r] = next_query;
         if (++next_query == a.q_len) ++next_head, next_query = 0;
+        if (every_key) {
+          hi[r] = a.k_len;
+          continue;
+        }
         const KeyRange range = key_range(a, query[r]);
         if (range.lo >= range.hi) continue;
         lo[r] = range.lo, hi[r] = range.hi;
