@@ -67,7 +67,7 @@ def kernels(path: Path, tool) -> list[Kernel]:
     used = {m[1]: m for m in re.finditer(r"Function (\w+):\s*\n\s*REG:(\d+).* SHARED:(\d+)", usage)}
     reserved = 1024 if "sm_9" in path.suffix else 0
     found = []
-    for part in tool("nvdisasm", "-c", str(path)).split("\n.text.")[1:]:
+    for part in tool("nvdisasm", "-c", "-ndf", str(path)).split("\n.text.")[1:]:
         mangled, _, code = part.partition(":")
         lines = code.splitlines()
         looped = _lines_in_loops(lines)

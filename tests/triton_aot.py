@@ -79,7 +79,7 @@ def _read(key: str, compiled, constants: dict) -> Binary:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = tool("nvdisasm", "-c", file.name)
+        sass = tool("nvdisasm", "-c", "-ndf", file.name)  # without the analysis of dataflow, which changes no line
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     spills = len(re.findall(r"\b(?:STL|LDL)\b", sass))
     return Binary(compiled.metadata.name, constants, registers, compiled.metadata.shared, spills, sass)
