@@ -267,6 +267,13 @@ def have_plain_sizes(tensors: Sequence) -> bool:
     return _PLAIN.issuperset(map(type, tensors)) and not torch.compiler.is_compiling()
 
 
+def are_plain_eager(tensors: Sequence) -> bool:
+    """`is_plain_eager` of arguments that are all to be tensors or None."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return False
+    return _PLAIN.issuperset(map(type, tensors)) and not torch._C._are_functorch_transforms_active()
+
+
 _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -376,7 +383,17 @@ class _EagerPair(torch.autograd.Function):
         return None, *[found[i] for i in call.at]
 
 
-_apply_eagerly = super(torch.autograd.Function, _EagerPair).apply
+def function_apply(function: type[torch.autograd.Function]) -> Callable:
+    """What `function.apply` does outside torch.func, in a third of the time; tensors are to come as `unwrapped` gives them."""
+    return super(torch.autograd.Function, function).apply
+
+
+def unwrapped(t: torch.Tensor | None) -> torch.Tensor | None:
+    """A tensor that outlived a transform, which no Parameter is, without its wrapper."""
+    return _unwrap_if_dead(t) if type(t) is torch.Tensor else t
+
+
+_apply_eagerly = function_apply(_EagerPair)
 
 
 class Call:
@@ -407,9 +424,7 @@ class Call:
 
     def __call__(self, tensors: Sequence):
         """The op's results; `tensors` are all there may be, in order, None for those left out."""
-        # What torch.autograd.Function.apply does outside torch.func, in a third of the time: tensors that outlived a transform,
-        # which no Parameter is, are unwrapped.
-        return _apply_eagerly(self, *[_unwrap_if_dead(t) if type(t) is torch.Tensor else t for t in tensors])
+        return _apply_eagerly(self, *[unwrapped(t) for t in tensors])
 
 
 def _keep(ctx, op: Op, tensors: Iterable, args: Sequence, outputs: tuple) -> None:
@@ -421,6 +436,20 @@ def _keep(ctx, op: Op, tensors: Iterable, args: Sequence, outputs: tuple) -> Non
         outputs = (*[o if r else None for o, r in zip(outputs, read)], *outputs[op.results :])
     ctx.save_for_backward(*tensors, *outputs)
     ctx.set_materialize_grads(False)
+
+
+def is_plainly_grad(grad: torch.Tensor) -> bool:
+    """Whether a backward of tensors, with this upstream gradient, has no graph to record and nobody who watches its calls."""
+    return (
+        not torch.is_grad_enabled()
+        and are_plain_eager((grad,))
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)
+    )
+
+
+def gradients(op: Op, backend: str, args: Sequence, needs: Sequence[bool], outputs: tuple, grads: Sequence) -> Sequence:
+    """One gradient per argument of an op without lists of tensors, whatever the backward is asked to record."""
+    return _gradients(op, backend, args, (), needs, outputs, grads)
 
 
 def _gradients(

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import Call, Op, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels._library import Call, Op, are_plain_eager, in_forward_mode, needs_grad
 
 _MOST = 4096
 
@@ -30,7 +29,7 @@ class Plans:
 
         `tensors` are x, the weight, and those that may be None.
         """
-        if not is_plain_eager(range(len(tensors)), tensors) or not _registry.is_free(backend):
+        if not are_plain_eager(tensors) or not _registry.is_free(backend):
             return None, None
         key = _key(tensors, options)
         try:
@@ -57,20 +56,13 @@ def _recording(call: Call) -> Callable:
 
 def _key(tensors: Sequence, options: tuple) -> tuple | None:
     x, weight, *others = tensors
-    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or not (x.is_cpu and weight.is_cpu):
+    if x is None or weight is None or not (x.is_cpu and weight.is_cpu):
         return None
     if torch._C._is_any_autocast_enabled() or in_forward_mode():
         return None
-    rest: list = []
-    for t in others:
-        if t is None:
-            rest.append(None)
-        elif isinstance(t, Tensor):
-            rest += t.shape, t.dtype, t.device
-        else:
-            return None
-    save = torch.is_grad_enabled() and needs_grad(*tensors)
-    if save and any(map(Tensor.is_inference, [t for t in tensors if t is not None])):  # autograd saves no such tensor
+    rest = [None if t is None else (t.shape, t.dtype, t.device) for t in others]
+    save = needs_grad(*tensors)
+    if save and any([t.is_inference() for t in tensors if t is not None]):  # autograd saves no such tensor
         return None
     kinds = tuple(map(type, options))  # True, 1 and 1.0 are one key else, and not all of them are valid
     return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, *rest, save, kinds, *options

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "new_tensor.h"
 #include "pooled_tensor.h"
 
 namespace bmk {
@@ -19,6 +20,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 namespace {
+
+// [B, H, S, D], stored as [B, S, H, D]. Not made as a view: autograd has to take it apart from the tensor it is a view of.
+Tensor new_heads_inside(int64_t batch, int64_t heads, int64_t tokens, int64_t columns, ScalarType dtype) {
+  const auto step = [](int64_t n) { return std::max<int64_t>(n, 1); };
+  const int64_t sizes[] = {batch, heads, tokens, columns}, row = step(columns), token = step(heads) * row;
+  const int64_t strides[] = {step(tokens) * token, row, token, 1};
+  return new_strided(4, sizes, strides, dtype);
+}
 
 Strided strided(const Tensor& t) {
   Strided out;
@@ -249,14 +258,15 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   AttentionForward problem{
       read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
   const AttentionArgs& a = problem.a;
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.q_len, a.heads, a.value_dim});
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len}, lse_dtype(q));
+  Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
+  Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
   problem.out = out.mutable_data_ptr(), problem.lse = lse.mutable_data_ptr();
   const bool keeps = save && q.scalar_type() == ScalarType::BFloat16 && keeps_probabilities(a);
-  Tensor kept = pooled_empty(q, {keeps ? a.groups() : 0, a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept);
+  Tensor kept = keeps ? pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept)
+                      : new_contiguous({0}, ScalarType::Half);
   if (keeps) problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
   DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
-  return {torch::stable::transpose(out, 1, 2), lse, kept};
+  return {out, lse, kept};
 }
 
 // With `kept`, be it empty, gradients lie as their tensors do where these are contiguous: whoever calls so asks for no fixed layout, and
@@ -287,15 +297,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   const auto gradient = [&](const Tensor& of, GradientRows& rows) {
     const int64_t heads = of.size(1), tokens = of.size(2), columns = of.size(3);
     const bool outside = as_inputs && of.is_contiguous();
-    Tensor out = torch::stable::new_empty(of, {a.batch, outside ? heads : tokens, outside ? tokens : heads, columns});
+    Tensor out = outside ? new_contiguous({a.batch, heads, tokens, columns}, of.scalar_type())
+                         : new_heads_inside(a.batch, heads, tokens, columns, of.scalar_type());
     rows = (outside ? heads_outside : heads_inside)(out.mutable_data_ptr(), heads, tokens);
-    return outside ? out : torch::stable::transpose(out, 1, 2);
+    return out;
   };
   Tensor dq = gradient(q, g.dq), dk = gradient(k, g.dk), dv = gradient(v, g.dv);
   STD_TORCH_CHECK(!mask_grad || (attn_mask && a.mask_type != MaskType::boolean), "attn_mask must be floating where its gradient is wanted");
   Tensor dmask =
-      mask_grad ? torch::stable::new_empty(*attn_mask, {attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)})
-                : torch::stable::new_empty(q, {0});
+      mask_grad ? new_contiguous({attn_mask->size(0), attn_mask->size(1), attn_mask->size(2), attn_mask->size(3)}, attn_mask->scalar_type())
+                : new_contiguous({0}, q.scalar_type());
   g.dmask = mask_grad ? dmask.mutable_data_ptr() : nullptr;
   for (int64_t i = 0; i < 4; ++i) g.mask_size[i] = mask_grad ? attn_mask->size(i) : 0;
   if (mask_grad && a.batch * a.heads * a.q_len * a.k_len == 0) {
@@ -435,11 +446,11 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   } else {
     CHECK_SAME_DTYPE(k_cache, q);
   }
-  Tensor out = torch::stable::new_empty(q, {a.batch, a.q_len, a.heads, a.value_dim});
-  Tensor lse = torch::stable::new_empty(q, {a.batch, a.heads, a.q_len}, lse_dtype(q));
+  Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
+  Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
   DISPATCH_FLOATING(q.scalar_type(), "attention_decode",
                     [&] { ISA_CALL(attention_few<scalar_t>, a, &cache, out.mutable_data_ptr(), lse.mutable_data_ptr()); });
-  return {torch::stable::transpose(out, 1, 2), lse};
+  return {out, lse};
 }
 
 }  // namespace bmk

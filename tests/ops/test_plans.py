@@ -114,3 +114,31 @@ def test_what_was_valid_for_other_tensors_is_refused():
         bmk.conv(tensors["x"].double(), tensors["weight"], tensors["bias"], pool=("max", 2))
     with pytest.raises((RuntimeError, ValueError), match="pool"):
         bmk.conv(**tensors, pool=("max", 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_known_training_call_of_attention_keeps_to_autograd(dtype):
+    """Gradients of gradients, batches of gradients, some gradients only, and a result written into before its backward."""
+
+    def tensors():
+        torch.manual_seed(0)
+        return [torch.randn(1, 2, 40, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+
+    attention_op._PLANS._plans.clear()
+    found = []
+    for _ in range(2):
+        q, k, v = tensors()
+        first = torch.autograd.grad(bmk.attention(q, k, v).square().sum(), (q, k, v), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+        several = torch.autograd.grad(
+            bmk.attention(q, k, v), v, torch.ones(3, *q.shape, dtype=dtype), is_grads_batched=True
+        )
+        alone = torch.autograd.grad(bmk.attention(q, k.detach(), v.detach()).sum(), q)
+        found.append([*first, *second, *several, *alone])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+    q, k, v = tensors()
+    out = bmk.attention(q, k, v)
+    out.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()

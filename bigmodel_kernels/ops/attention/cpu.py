@@ -2,32 +2,77 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 
-from bigmodel_kernels import _cpu
-from bigmodel_kernels._library import needs_grad, run_backend
+from bigmodel_kernels import _cpu, _extension
+from bigmodel_kernels._library import function_apply, gradients, is_plainly_grad, needs_grad, unwrapped
+from bigmodel_kernels.ops.attention import op
 
 
 def supports(q, k, v, attn_mask, *rest) -> str | None:
     return _cpu.reason(q, "q")
 
 
+@functools.cache
+def _native() -> tuple[Callable, Callable]:
+    """The operators; to look one up by its name takes as long as to hand it its arguments."""
+    return torch.ops.bigmodel_native.attention_fwd.default, torch.ops.bigmodel_native.attention_bwd.default
+
+
+def _run(native: Callable, *args):
+    try:
+        return native(*args)
+    except RuntimeError as error:
+        if (lack := _extension.lack_of_memory(error, "attention", args)) is None:
+            raise
+        raise lack from error
+
+
+class _Recorded(torch.autograd.Function):
+    """A call without masks whose one result is out, as `_EagerPair` would run it, by fewer steps of Python: they take up to eight
+    times as long where a kernel has just filled the caches."""
+
+    @staticmethod
+    def forward(ctx, options, q, k, v):
+        out, lse, kept = _run(_native()[0], q, k, v, None, None, None, *options[:6], True)
+        ctx.options = options
+        ctx.save_for_backward(q, k, v, out, lse, kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, kept = ctx.saved_tensors
+        options = ctx.options
+        if is_plainly_grad(grad):
+            args = (grad, None, out, lse, False, q, k, v, None, None, None, *options[:6], kept)
+            return None, *_run(_native()[1], *args)[:3]
+        args, needs = (q, k, v, None, None, None, *options), (*ctx.needs_input_grad[1:], *[False] * (3 + len(options)))
+        return None, *gradients(op.OP, "cpu", args, needs, (out, lse, kept), (grad, None))[:3]
+
+
+_apply = function_apply(_Recorded)
+
+
 def plan(*args):
-    """`fwd` without masks for such arguments as a function of its six tensors; None where a backward follows."""
-    if needs_grad(*args[:3]):
-        return None
+    """`fwd` without masks for such arguments as a function of its six tensors."""
     options = args[6:]
-    return lambda *tensors: run_backend("attention", "cpu", "fwd", (*tensors, *options))[0]
+    if needs_grad(*args[:3]):
+        return lambda q, k, v, *_: _apply(options, unwrapped(q), unwrapped(k), unwrapped(v))
+    native, numbers = _native()[0], options[:6]
+    return lambda *tensors: _run(native, *tensors, *numbers)[0]
 
 
 def fwd(*args):  # lse comes always, and every result is deterministic
-    return torch.ops.bigmodel_native.attention_fwd(*args[:12], False)[:2]
+    return _native()[0](*args[:12], False)[:2]
 
 
 def train(*args):
     """As fwd; where a row's keys are few also its probabilities, for bwd."""
-    return torch.ops.bigmodel_native.attention_fwd(*args[:12], True)
+    return _native()[0](*args[:12], True)
 
 
 def bwd(grad_out, grad_lse, out, lse, mask_grad, *args, kept=None):
-    return torch.ops.bigmodel_native.attention_bwd(grad_out, grad_lse, out, lse, mask_grad, *args[:12], kept)
+    return _native()[1](grad_out, grad_lse, out, lse, mask_grad, *args[:12], kept)

@@ -305,28 +305,21 @@ def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest
     )
 
 
-# Operations below which a call costs more than it computes: "cpu" is at 0.6 of "torch" for 1.0 million, at 1.3 for 1.6 million.
-_SMALL = 1.5e6
-
-
 def prefer(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse,
     deterministic,
 ) -> tuple[str, ...]:  # fmt: skip
-    """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag but in small plain calls, all overhead.
+    """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag, in small plain calls of the two ways from here.
 
     PyTorch multiplies bfloat16 on AMX tiles where the machine has any; there its kernel is kept for all but decoding, until
     `python -m bigmodel_kernels tune --cpu` has found ours faster.
     What masks anything out is never given to PyTorch's kernels: NaNs behind the mask would come through.
     """
     masked = attn_mask is not None or window_left >= 0 or window_right >= 0
-    if masked or dropout_p > 0 or softcap > 0 or alibi_slopes is not None or return_lse:
+    if masked or dropout_p > 0 or softcap > 0 or alibi_slopes is not None or return_lse or q.dtype != torch.bfloat16:
         return ("cpu", "torch")
-    if q.dtype == torch.bfloat16:
-        theirs = q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported() and not _cpu.tiles_preferred("attention")
-        return ("torch",) if theirs else ("cpu", "torch")
-    operations = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
-    return ("torch",) if operations < _SMALL else ("cpu", "torch")
+    theirs = q.shape[2] >= 32 and torch.cpu._is_amx_tile_supported() and not _cpu.tiles_preferred("attention")
+    return ("torch",) if theirs else ("cpu", "torch")
 
 
 def _backward(op, args, outputs, grads, needs, backend):
