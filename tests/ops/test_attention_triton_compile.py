@@ -138,7 +138,7 @@ def test_table_is_within_budget(row, monkeypatch):
         assert numbers["copies"] == allowed["copies"], (kernel, numbers)
 
 
-# Sequences laid end to end take the same kernels: what changes scores, and odd sizes, compile here for one GPU, there for the other.
+# Sequences laid end to end take the same kernels: other scores and odd sizes compile here for one GPU, there for the other.
 @pytest.mark.parametrize(
     ("options", "gpu"),
     [("mask_and_window", "sm_80"), ("mask_and_window", "sm_90"), ("scores", "sm_90"), ("odd", "sm_90")],
