@@ -166,14 +166,21 @@ INLINE void multiply_rows(vec<T> (&acc)[kRows][kVectors], const T* a, int64_t ro
 template <int kRows, int kVectors, class T>
 INLINE void flush(vec<T> (&acc)[kRows][kVectors], T* y, int64_t y_stride, bool add) {
   constexpr int W = kLanes<T>;
+  const auto write = [&](bool adds) {
+    asm("" : "+r"(y));  // else GCC computes the address of every vector before the products, whose registers it then lacks
 #pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r)
+    for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      T* out = y + r * y_stride + v * W;
-      store(out, add ? load(out) + acc[r][v] : acc[r][v]);
-      acc[r][v] = vec<T>{};
-    }
+      for (int v = 0; v < kVectors; ++v) {
+        T* out = y + r * y_stride + v * W;
+        store(out, adds ? load(out) + acc[r][v] : acc[r][v]);
+        acc[r][v] = vec<T>{};
+      }
+  };
+  if (add)
+    write(true);
+  else
+    write(false);
 }
 
 // kRows outputs, `row_stride` apart in the source block and `y_stride` apart in y. add: to what y holds.
@@ -242,16 +249,23 @@ __attribute__((target("avx512bf16"))) inline void conv_tile(const bfloat16* a, i
 }
 #endif
 
-// f(first, rows as a constant) for tiles of as equal a size as can be that cover `pixels`.
+// f(first, count, rows as a constant) for runs of `count` tiles of the same size; they are of as equal a size as can be and cover `pixels`.
+template <class T, class F>
+INLINE void each_run_of_tiles(int64_t pixels, F f) {
+  constexpr int kRows = ConvTile<T>::kRows;
+  int64_t tiles = (pixels + kRows - 1) / kRows;
+  for (int64_t p = 0; tiles > 0;) {
+    const int64_t rows = (pixels - p + tiles - 1) / tiles, larger = (pixels - p) % tiles, count = larger > 0 ? larger : tiles;
+    with_constant<kRows>(rows, [&](auto constant) { f(p, count, constant); });
+    p += count * rows, tiles -= count;
+  }
+}
+// f(first, rows as a constant) for each of those tiles.
 template <class T, class F>
 INLINE void each_tile(int64_t pixels, F f) {
-  constexpr int kRows = ConvTile<T>::kRows;
-  const int64_t tiles = (pixels + kRows - 1) / kRows;
-  for (int64_t t = 0, p = 0; t < tiles; ++t) {
-    const int64_t rows = (pixels - p + tiles - t - 1) / (tiles - t);
-    with_constant<kRows>(rows, [&](auto count) { f(p, count); });
-    p += rows;
-  }
+  each_run_of_tiles<T>(pixels, [&](int64_t first, int64_t count, auto rows) {
+    for (int64_t i = 0; i < count; ++i) f(first + i * rows.value, rows);
+  });
 }
 
 template <int kVectors, class T, class M>

@@ -181,47 +181,11 @@ NOINLINE void phase_outputs(const T* m, int64_t m_step, int64_t columns, T* y, c
   }
 }
 
-// m[tile][kColumns] (+)= v[tile][channels] u[channels][kVectors vectors]; sums of at most `chain` terms one after another. The weights of
-// a chain stay in the first-level cache for all tiles, while those of the next, at last at `next`, are asked for.
-template <int kVectors, class T>
-NOINLINE void point_products(int64_t tiles, const T* v, int64_t stride, int64_t channels, int64_t chain, const T* u, const T* next, T* m,
-                             bool add) {
-  constexpr int64_t kColumns = ConvTile<T>::kColumns, kWidth = kVectors * kLanes<T>, kLine = 64 / sizeof(T);
-  for (int64_t c = 0; c < channels; c += chain) {
-    const int64_t depth = std::min(chain, channels - c);
-    const T* ahead = c + depth < channels ? u + (c + depth) * kWidth : next;
-    each_tile<T>(tiles, [&](int64_t t, auto rows) {
-      const T* end = ahead + (depth * kWidth * rows.value / tiles / kLine + 1) * kLine;
-      for (; ahead < end; ahead += kLine) __builtin_prefetch(ahead);
-      vec<T> acc[rows.value][kVectors] = {};
-      multiply_rows<rows.value, kVectors, T>(acc, v + t * stride + c, stride, u + c * kWidth, depth);
-      flush<rows.value, kVectors, T>(acc, m + t * kColumns, kColumns, add || c > 0);
-    });
-  }
-}
-
-CONV_PRODUCT void point_products<1, float>(int64_t, const float*, int64_t, int64_t, int64_t, const float*, const float*, float*, bool);
-CONV_PRODUCT void point_products<2, float>(int64_t, const float*, int64_t, int64_t, int64_t, const float*, const float*, float*, bool);
-
-// How the tiles of a pass fall into tasks: bands of one image, or `images` images that are one band each.
-struct PhaseTasks {
-  Bands bands;
-  int64_t tasks, images;  // images: of a task at most
-};
-inline PhaseTasks phase_tasks(const Pass& pass, const Window& window) {
-  constexpr int64_t kTiles = 64, kFewTasks = 8;
-  const int64_t side = pass.h.scatter ? 4 : 2;
-  const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, 1, kTiles * side * side, side);
-  if (bands.count() > 1) return {bands, pass.batch * bands.count(), 1};
-  const int64_t of_image = ((bands.full_height + side - 1) / side) * ((bands.full_width + side - 1) / side);
-  const int64_t images = std::max<int64_t>(1, std::min(kTiles / of_image, pass.batch / kFewTasks));
-  const int64_t tasks = (pass.batch + images - 1) / images;
-  return {bands, tasks, (pass.batch + tasks - 1) / tasks};
-}
+inline TileTasks phase_tasks(const Pass& pass, const Window& window) { return tile_tasks(pass, window, pass.h.scatter ? 4 : 2, 64); }
 
 // As direct_pass; `packed` are the weights of direct_pass, u those of pack_phases.
 template <class T, class Source, class Sink>
-inline void phases_pass(const Pass& pass, const PhaseTasks& plan, const T* packed, const T* u, const Source& source, const Sink& sink) {
+inline void phases_pass(const Pass& pass, const TileTasks& plan, const T* packed, const T* u, const Source& source, const Sink& sink) {
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kDepth = 144;
   const Bands& bands = plan.bands;
   const bool scatter = pass.h.scatter;
@@ -304,10 +268,11 @@ inline void phases_pass(const Pass& pass, const PhaseTasks& plan, const T* packe
               const T* panel = weights + first * points * C + (point * C + c) * width;
               // Of a gather every phase adds to the points of the first, which has as many as any.
               T* of_point = sums + (scatter ? point : point / w.points() * 3 + point % w.points()) * m_step;
+              const PointSteps steps{0, C * width, 0};
               if (width == kColumns)
-                point_products<2, T>(tiles, v.get() + point * v_step, stride, depth, chain, panel, panel + C * width, of_point, add);
+                point_products<2, T>(1, tiles, v.get() + point * v_step, stride, depth, chain, panel, of_point, steps, add, true);
               else
-                point_products<1, T>(tiles, v.get() + point * v_step, stride, depth, chain, panel, panel + C * width, of_point, add);
+                point_products<1, T>(1, tiles, v.get() + point * v_step, stride, depth, chain, panel, of_point, steps, add, true);
             }
             if (last) finish(sums, first, width);
           }

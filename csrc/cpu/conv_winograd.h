@@ -1,15 +1,17 @@
-// Winograd's minimal filtering F(2x2, 3x3) (Lavin & Gray, 2016): 3x3 passes of stride 1 with 16 products for 4 outputs in
-// place of 36. Included by for_each_isa.h inside the namespace of each instruction set.
+// Winograd's minimal filtering (Lavin & Gray, 2016) of 3x3 passes of stride 1: F(4x4, 3x3) with 49 products for 16 outputs in place of 144,
+// or F(2x2, 3x3) with 16 for 4 in place of 36. Included by for_each_isa.h inside the namespace of each instruction set.
 //
-//   Y = A' [ (G w G') * (B' x B) ] A     for every 4 x 4 tile x of the source and the 2 x 2 tile Y of the output
+//   Y = A' [ (G w G') * (B' x B) ] A     for every tile x of the source and its tile Y of the output
 //
-// The sums over the channels are 16 matrix products [tiles, channels] x [channels, output channels], one for each element
-// of the 4 x 4 tile. The matrices hold 0, 1, -1 and 1/2, so inputs and weights that are small integers give exact results.
-// A NaN or an infinity would spread over its tile, so a band that reads one is summed up directly.
-// A 2 x 2 max-pool meets exactly one tile. Floor: 16/36 of the direct operations, plus about a tenth for the transforms.
-// 32 -> 64 channels on 14 x 14 with ReLU and 2x2 max-pool, per image on one Zen 5 core: floor 50,200 cycles (112,900 for the
-// direct sum), predicted 60,000, measured 72,000, of which the products take 51,000; the gradient of its input,
-// read back through the pool: 89,000.
+// The sums over the channels are matrix products [tiles, channels] x [channels, output channels], one for each point of the rows with one
+// of the columns. Tiles of 2 outputs have the points 0, 1, -1 and infinity along an axis; those of 4 have i and -i as well, which take
+// three real products. (The usual points 2 and -2 lose 13 to 19 times as many digits as PyTorch's own convolution.) The numbers beside
+// sources, weights and sums are 1, -1, 1/2 and 1/4, so inputs and weights that are small integers give exact results. A NaN or an infinity
+// would spread over its tile, so a band that reads one is summed up directly.
+//
+// Floor, as parts of the direct products: 0.34 for tiles of 4 and 0.44 for tiles of 2, and about a sixth of that for loads, transforms and
+// stores. One Zen 4 core, 64-64 56² batch 4: direct 8.8 ms at the peak of 105 GFLOP/s, floor 3.0, measured 4.1 (tiles of 2:
+// floor 3.9, 5.3).
 
 // The product pays for the transforms from this many channels on either side; with fewer, the transforms' own roundings
 // would show next to those of the sum as well.
@@ -20,29 +22,77 @@ inline bool winograd_applies(const Pass& pass) {
   const bool square = pass.h.axis.taps == 3 && pass.w.axis.taps == 3;
   const bool dense =
       pass.groups == 1 && pass.h.axis.stride == 1 && pass.w.axis.stride == 1 && pass.h.axis.dilation == 1 && pass.w.axis.dilation == 1;
-  return std::is_same_v<T, float> && square && dense && pass.channels >= kWinogradChannels && pass.out_channels >= kWinogradChannels;
+  return square && dense && pass.channels >= kWinogradChannels && pass.out_channels >= kWinogradChannels;
 }
 
-// w[3][3] of 16 taps: G w G', lanes are output channels.
-template <class T>
-INLINE void transform_weight(const vec<T> (&w)[9], vec<T> (&u)[16]) {
-  vec<T> t[4][3];
-#pragma GCC unroll 4
-  for (int j = 0; j < 3; ++j) {
-    const vec<T> sum = (w[j] + w[6 + j]) * T(0.5), half = w[3 + j] * T(0.5);
-    t[0][j] = w[j], t[1][j] = sum + half, t[2][j] = sum - half, t[3][j] = w[6 + j];
+// Along an axis, the points of the kSide + 2 sources d of a tile, of the taps g, and what the sums m of their products add to the kSide
+// outputs y. The points come in groups, which share what they are made of; one for tiles of 2.
+template <int kSide>
+struct TilePoints {
+  static constexpr int kCount = 4, kGroups = 1;
+  static constexpr int first(int group) { return 4 * group; }
+  template <int kGroup, class T, class Sources>
+  static INLINE void of_sources(const Sources& d, vec<T>* v) {
+    const vec<T> d0 = d(0), d1 = d(1), d2 = d(2), d3 = d(3);
+    v[0] = d0 - d2, v[1] = d1 + d2, v[2] = d2 - d1, v[3] = d3 - d1;
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    const vec<T> sum = (t[i][0] + t[i][2]) * T(0.5), half = t[i][1] * T(0.5);
-    u[4 * i] = t[i][0], u[4 * i + 1] = sum + half, u[4 * i + 2] = sum - half, u[4 * i + 3] = t[i][2];
+  template <class T>
+  static INLINE void of_weights(const vec<T> (&g)[3], vec<T> (&u)[4]) {
+    const vec<T> sum = (g[0] + g[2]) * T(0.5), half = g[1] * T(0.5);
+    u[0] = g[0], u[1] = sum + half, u[2] = sum - half, u[3] = g[2];
   }
+  template <int kGroup, class T>
+  static INLINE void add_outputs(const vec<T>* m, vec<T> (&y)[2]) {
+    y[0] = m[0] + m[1] + m[2], y[1] = m[1] - m[2] + m[3];
+  }
+};
+// Groups of tiles of 4: 1 and -1; i and -i, a product of two numbers modulo x^2 + 1 by Karatsuba's three; 0 and infinity.
+template <>
+struct TilePoints<4> {
+  static constexpr int kCount = 7, kGroups = 3;
+  static constexpr int first(int group) { return group == 0 ? 0 : group == 1 ? 2 : group == 2 ? 5 : 7; }
+  template <int kGroup, class T, class Sources>
+  static INLINE void of_sources(const Sources& d, vec<T>* v) {
+    if constexpr (kGroup == 0) {
+      const vec<T> even = d(2) + d(4), odd = d(1) + d(3);
+      v[0] = even + odd, v[1] = even - odd;
+    } else if constexpr (kGroup == 1) {
+      const vec<T> even = d(4) - d(2), odd = d(3) - d(1);
+      v[0] = even + odd, v[1] = odd - even, v[2] = odd;
+    } else {
+      v[0] = d(0) - d(4), v[1] = d(5) - d(1);
+    }
+  }
+  template <class T>
+  static INLINE void of_weights(const vec<T> (&g)[3], vec<T> (&u)[7]) {
+    const vec<T> sum = (g[0] + g[2]) * T(0.25), quarter = g[1] * T(0.25), difference = (g[0] - g[2]) * T(0.5), half = g[1] * T(0.5);
+    u[0] = sum + quarter, u[1] = sum - quarter, u[2] = difference, u[3] = half, u[4] = difference + half, u[5] = g[0], u[6] = g[2];
+  }
+  template <int kGroup, class T>
+  static INLINE void add_outputs(const vec<T>* m, vec<T> (&y)[4]) {
+    if constexpr (kGroup == 0) {
+      y[0] = y[2] = m[0] + m[1], y[1] = y[3] = m[0] - m[1];
+    } else if constexpr (kGroup == 1) {
+      const vec<T> even = m[0] - m[2], odd = m[1] - m[2];
+      y[0] += even, y[1] += odd, y[2] -= even, y[3] -= odd;
+    } else {
+      y[0] += m[0], y[3] += m[1];
+    }
+  }
+};
+
+// f(the number of a group as a constant), for each group of points.
+template <class Points, class F>
+INLINE void each_group(const F& f) {
+  f(std::integral_constant<int, 0>{});
+  if constexpr (Points::kGroups == 3) f(std::integral_constant<int, 1>{}), f(std::integral_constant<int, 2>{});
 }
 
-// [panel][16][channels][columns of the panel], from the packed weights of the direct pass, which have their taps in the
-// order in which an output meets its sources.
-template <class T>
+// [group of rows][panel][point][channels][columns of the panel], from the packed weights of the direct pass, which have their taps in
+// the order in which an output meets its sources.
+template <int kSide, class T>
 inline void pack_winograd(T* u, const Pass& pass, const T* packed) {
+  using P = TilePoints<kSide>;
   constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>;
   const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels;
   const int64_t panels = (padded + kColumns - 1) / kColumns, chunk = 16, chunks = (C + chunk - 1) / chunk;
@@ -50,56 +100,83 @@ inline void pack_winograd(T* u, const Pass& pass, const T* packed) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i / chunks * kColumns, columns = std::min(kColumns, padded - first);
       const T* panel = packed + first * 9 * C;
-      T* out = u + first * 16 * C;
       for (int64_t c = i % chunks * chunk; c < std::min(C, (i % chunks + 1) * chunk); ++c)
         for (int64_t j = 0; j < columns; j += W) {
-          vec<T> w[9], transformed[16];
-          for (int64_t kh = 0; kh < 3; ++kh)
-            for (int64_t kw = 0; kw < 3; ++kw) {
-              // A scatter meets rows from the last tap to the first as well; its columns are already packed that way.
-              const int64_t row = pass.h.scatter ? 2 - kh : kh;
-              w[kh * 3 + kw] = load(panel + ((row * 3 + kw) * C + c) * columns + j);
+          vec<T> rows[3][P::kCount];  // the points of the rows, for each column of taps
+#pragma GCC unroll 3
+          for (int64_t kw = 0; kw < 3; ++kw) {
+            vec<T> g[3];
+          // A scatter meets rows from the last tap to the first as well; its columns are already packed that way.
+#pragma GCC unroll 3
+            for (int64_t kh = 0; kh < 3; ++kh) g[kh] = load(panel + (((pass.h.scatter ? 2 - kh : kh) * 3 + kw) * C + c) * columns + j);
+            P::template of_weights<T>(g, rows[kw]);
+          }
+          each_group<P>([&](auto group) {
+            constexpr int kFirst = P::first(group.value), kEnd = P::first(group.value + 1);
+            T* out = u + (kFirst * padded + (kEnd - kFirst) * first) * P::kCount * C;
+#pragma GCC unroll 4
+            for (int a = kFirst; a < kEnd; ++a) {
+              const vec<T> g[3] = {rows[0][a], rows[1][a], rows[2][a]};
+              vec<T> points[P::kCount];
+              P::template of_weights<T>(g, points);
+#pragma GCC unroll 7
+              for (int b = 0; b < P::kCount; ++b) store(out + (((a - kFirst) * P::kCount + b) * C + c) * columns + j, points[b]);
             }
-          transform_weight<T>(w, transformed);
-#pragma GCC unroll 16
-          for (int k = 0; k < 16; ++k) store(out + (k * C + c) * columns + j, transformed[k]);
+          });
         }
     }
   });
 }
 
-// B' x B of the 4 x 4 pixels at x: v[k * step], k = 0..15.
-template <class T>
-INLINE void transform_source(const T* x, int64_t row_step, int64_t pixel_step, T* v, int64_t step) {
-  vec<T> t[4][4];
+// The points of one group of rows and of all columns, of the sources of one tile, `channels` of them in whole vectors.
+template <int kSide, int kGroup, class T>
+NOINLINE void tile_sources(const T* x, int64_t row_step, int64_t pixel_step, int64_t channels, T* v, int64_t v_step) {
+  using P = TilePoints<kSide>;
+  constexpr int kRows = P::first(kGroup + 1) - P::first(kGroup);
+  for (int64_t c = 0; c < channels; c += kLanes<T>) {
+    vec<T> t[kSide + 2][kRows];
+#pragma GCC unroll 6
+    for (int j = 0; j < kSide + 2; ++j)
+      P::template of_sources<kGroup, T>([&](int64_t i) { return load(x + i * row_step + j * pixel_step + c); }, t[j]);
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const vec<T> x0 = load(x + j * pixel_step), x1 = load(x + row_step + j * pixel_step);
-    const vec<T> x2 = load(x + 2 * row_step + j * pixel_step), x3 = load(x + 3 * row_step + j * pixel_step);
-    t[0][j] = x0 - x2, t[1][j] = x1 + x2, t[2][j] = x2 - x1, t[3][j] = x1 - x3;
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; ++i) {
-    store(v + (4 * i + 0) * step, t[i][0] - t[i][2]);
-    store(v + (4 * i + 1) * step, t[i][1] + t[i][2]);
-    store(v + (4 * i + 2) * step, t[i][2] - t[i][1]);
-    store(v + (4 * i + 3) * step, t[i][1] - t[i][3]);
+    for (int a = 0; a < kRows; ++a) {
+      vec<T> points[P::kCount];
+      each_group<P>(
+          [&](auto group) { P::template of_sources<group.value, T>([&](int64_t j) { return t[j][a]; }, points + P::first(group.value)); });
+#pragma GCC unroll 7
+      for (int b = 0; b < P::kCount; ++b) store(v + (a * P::kCount + b) * v_step + c, points[b]);
+    }
   }
 }
 
-// A' m A into the 2 x 2 pixels at y.
-template <class T>
-INLINE void transform_output(const T* m, int64_t step, T* y, int64_t row_step, int64_t pixel_step) {
-  vec<T> t[2][4];
+// What those points add to the outputs of one tile, `columns` channels of them in whole vectors.
+template <int kSide, int kGroup, class T>
+NOINLINE void tile_outputs(const T* m, int64_t m_step, int64_t columns, T* y, int64_t row_step, int64_t pixel_step) {
+  using P = TilePoints<kSide>;
+  constexpr int kRows = P::first(kGroup + 1) - P::first(kGroup);
+  for (int64_t c = 0; c < columns; c += kLanes<T>) {
+    vec<T> t[kSide][kRows];
 #pragma GCC unroll 4
-  for (int j = 0; j < 4; ++j) {
-    const vec<T> m0 = load(m + j * step), m1 = load(m + (4 + j) * step), m2 = load(m + (8 + j) * step), m3 = load(m + (12 + j) * step);
-    t[0][j] = m0 + m1 + m2, t[1][j] = m1 - m2 - m3;
-  }
-#pragma GCC unroll 2
-  for (int i = 0; i < 2; ++i) {
-    store(y + i * row_step, t[i][0] + t[i][1] + t[i][2]);
-    store(y + i * row_step + pixel_step, t[i][1] - t[i][2] - t[i][3]);
+    for (int a = 0; a < kRows; ++a) {
+      vec<T> points[P::kCount], row[kSide];
+#pragma GCC unroll 7
+      for (int b = 0; b < P::kCount; ++b) points[b] = load(m + (a * P::kCount + b) * m_step + c);
+      each_group<P>([&](auto group) { P::template add_outputs<group.value, T>(points + P::first(group.value), row); });
+#pragma GCC unroll 4
+      for (int j = 0; j < kSide; ++j) t[j][a] = row[j];
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kSide; ++j) {
+      vec<T> column[kSide];
+      T* to = y + j * pixel_step + c;
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i)
+        if (kGroup > 0) column[i] = load(to + i * row_step);
+      P::template add_outputs<kGroup, T>(t[j], column);
+#pragma GCC unroll 4
+      for (int i = 0; i < kSide; ++i)
+        if (kGroup < 2 || i == 0 || i == kSide - 1) store(to + i * row_step, column[i]);
+    }
   }
 }
 
@@ -116,74 +193,143 @@ inline bool all_finite(const T* x, int64_t size) {
   return reduce_add((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
-// m[k][tile][kColumns] = v[k][tile][channels] u[k][channels][kVectors vectors] for the 16 elements k of up to kRows tiles; sums of
-// at most `chain` terms one after another.
+// m[point][tile][kColumns] (+)= v[point][tile][channels] u[point][channels][kVectors vectors]; sums of at most `chain` terms one after
+// another. The steps are those from point to point. With `in_memory`, the weights of the next sum are asked for during each.
+struct PointSteps {
+  int64_t v, u, m;
+};
 template <int kVectors, class T>
-NOINLINE void winograd_products(int64_t tiles, const T* v, int64_t v_step, int64_t stride, int64_t channels, int64_t chain, const T* u,
-                                T* m, int64_t m_step) {
-  with_constant<ConvTile<T>::kRows>(tiles, [&](auto rows) {
-    vec<T> acc[rows.value][kVectors] = {};
-    for (int64_t k = 0; k < 16; ++k)
+NOINLINE void point_products(int64_t points, int64_t tiles, const T* v, int64_t stride, int64_t channels, int64_t chain, const T* u, T* m,
+                             const PointSteps& steps, bool add, bool in_memory) {
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, kWidth = kVectors * kLanes<T>, kLine = 64 / sizeof(T);
+  each_run_of_tiles<T>(tiles, [&](int64_t first, int64_t count, auto rows) {
+    for (int64_t point = 0; point < points; ++point)
       for (int64_t c = 0; c < channels; c += chain) {
         const int64_t depth = std::min(chain, channels - c);
-        multiply_rows<rows.value, kVectors, T>(acc, v + k * v_step + c, stride, u + (k * channels + c) * kVectors * kLanes<T>, depth);
-        flush<rows.value, kVectors, T>(acc, m + k * m_step, ConvTile<T>::kColumns, c > 0);
+        const T* ahead = u + (c + depth < channels ? point * steps.u + (c + depth) * kWidth : (point + 1) * steps.u);
+        const int64_t lines = in_memory ? depth * kWidth / count / kLine + 1 : 0;
+        const T* from = v + point * steps.v + first * stride + c;
+        T* to = m + point * steps.m + first * kColumns;
+        for (int64_t i = 0; i < count; ++i, from += rows.value * stride, to += rows.value * kColumns) {
+          for (int64_t line = 0; line < lines; ++line, ahead += kLine) __builtin_prefetch(ahead, 0, 2);  // the first-level cache is full
+          vec<T> acc[rows.value][kVectors] = {};
+          multiply_rows<rows.value, kVectors, T>(acc, from, stride, u + point * steps.u + c * kWidth, depth);
+          flush<rows.value, kVectors, T>(acc, to, kColumns, add || c > 0);
+        }
       }
   });
 }
 
-CONV_PRODUCT void winograd_products<1, float>(int64_t, const float*, int64_t, int64_t, int64_t, int64_t, const float*, float*, int64_t);
-CONV_PRODUCT void winograd_products<2, float>(int64_t, const float*, int64_t, int64_t, int64_t, int64_t, const float*, float*, int64_t);
+#define POINT_PRODUCTS(vectors)                                                                                                     \
+  CONV_PRODUCT void point_products<vectors, float>(int64_t, int64_t, const float*, int64_t, int64_t, int64_t, const float*, float*, \
+                                                   const PointSteps&, bool, bool);
+POINT_PRODUCTS(1)
+POINT_PRODUCTS(2)
+#undef POINT_PRODUCTS
 
-// As direct_pass, for bands of even rows and columns; `packed` are the weights of direct_pass, u those of pack_winograd.
-// A band is computed in chunks of up to kTiles tiles: what is between the source block and y stays in the caches.
-template <class T, class Source, class Sink>
-inline void winograd_pass(const Pass& pass, const Bands& bands, const T* packed, const T* u, const Source& source, const Sink& sink) {
-  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kTiles = ConvTile<T>::kRows;
-  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, stride = round_up(C, W);
-  const int64_t across = (bands.full_columns() + 1) / 2, down = (bands.full_rows() + 1) / 2;
-  const int64_t columns = 2 * across + 2, rows = 2 * down + 2, y_columns = 2 * across, per_image = bands.count();
-  // One vector more than the data, so that the 16 matrices do not fall onto the same sets of the first-level cache.
-  const int64_t v_step = kTiles * stride + W, m_step = kTiles * kColumns + W;
+// How the tiles of a pass fall into tasks: bands of one image, or `images` images that are one band each.
+struct TileTasks {
+  Bands bands;
+  int64_t tasks, images;  // images: of a task at most
+};
+// For tasks of about `tiles` tiles of side x side outputs.
+inline TileTasks tile_tasks(const Pass& pass, const Window& window, int64_t side, int64_t tiles) {
+  constexpr int64_t kFewTasks = 4;
+  const Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), window, pass.batch, 1, tiles * side * side, side);
+  if (bands.count() > 1) return {bands, pass.batch * bands.count(), 1};
+  const int64_t of_image = ((bands.full_height + side - 1) / side) * ((bands.full_width + side - 1) / side);
+  const int64_t images = std::max<int64_t>(1, std::min((tiles + of_image / 2) / of_image, pass.batch / kFewTasks));
+  const int64_t tasks = (pass.batch + images - 1) / images;
+  return {bands, tasks, (pass.batch + tasks - 1) / tasks};
+}
+
+// The side of the tiles. A row of weights costs about as much to transform as to multiply with kTransform tiles; the rows of tiles are
+// shared out to two threads at least, so that an image of seven rows of tiles takes the time of eight.
+inline int64_t winograd_side(const Pass& pass) {
+  constexpr int64_t kTransform = 32, kMostWeights = 2 << 20;
+  const auto cost = [&](int64_t side, int64_t points) {
+    const int64_t rows = pass.batch * ((pass.h.outputs() + side - 1) / side), columns = (pass.w.outputs() + side - 1) / side;
+    return points * (kTransform + round_up(rows, 2) * columns);
+  };
+  constexpr int64_t kFour = TilePoints<4>::kCount * TilePoints<4>::kCount, kTwo = TilePoints<2>::kCount * TilePoints<2>::kCount;
+  // More weights than this come from memory for every chunk of tiles.
+  return kFour * pass.channels * pass.out_channels <= kMostWeights && cost(4, kFour) < cost(2, kTwo) ? 4 : 2;
+}
+
+// As direct_pass; `packed` are the weights of direct_pass. A task's tiles are computed in chunks: their transformed sources and their sums
+// stay in the second-level cache, and the weights are read once for each chunk.
+template <int kSide, class T, class Source, class MakeSink>
+inline void winograd_pass(const Pass& pass, const Window& window, const T* packed, const Source& source, const MakeSink& make_sink) {
+  using P = TilePoints<kSide>;
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kTile = ConvTile<T>::kRows, kMostPoints = kSide == 4 ? 21 : 16;
+  // Of the sources and outputs of a task; of the transformed sources of a chunk; numbers in weights that stay in no cache.
+  constexpr int64_t kTaskBytes = 384 << 10, kChunkBytes = 320 << 10, kInMemory = 2 << 20;
+  const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, block_stride = round_up(C, W);
+  const int64_t u_size = P::kCount * P::kCount * C * padded;
+  const bool in_memory = u_size > kInMemory;
+  Scratch<T> u(u_size);
+  pack_winograd<kSide, T>(u.get(), pass, packed);
+  const int64_t most_of_task = std::clamp<int64_t>(kTaskBytes / ((C + padded) * kSide * kSide * sizeof(T)), 2 * kTile, 8 * kTile);
+  // Tiles of a chunk, which may have half as many again.
+  const int64_t usual = std::clamp<int64_t>(kChunkBytes / (kMostPoints * C * sizeof(T)) / kTile, 2, 4) * kTile;
+  const TileTasks plan = tile_tasks(pass, window, kSide, most_of_task);
+  const Bands& bands = plan.bands;
+  const auto sink = make_sink(bands);
+  // One vector more than the channels, so that rows of tiles do not fall onto the same sets of the first-level cache.
+  const int64_t stride = block_stride + W, v_step = 3 * usual / 2 * stride + W, m_step = 3 * usual / 2 * kColumns + W;
+  const int64_t across = (bands.full_columns() + kSide - 1) / kSide, down = (bands.full_rows() + kSide - 1) / kSide;
+  const int64_t columns = across * kSide + 2, rows = down * kSide + 2, block_size = rows * columns * block_stride;
+  const int64_t y_columns = across * kSide, y_row = y_columns * padded, y_size = down * kSide * y_row + W;
   const int64_t chains = (C + pass.sum_length - 1) / pass.sum_length, chain = (C + chains - 1) / chains;
-  const auto taps = pass.taps(columns, stride);
-  torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> block(rows * columns * stride), v(16 * v_step), m(16 * m_step), y(2 * down * y_columns * padded + W);
+  const auto taps = pass.taps(columns, block_stride);
+  const int64_t per_image = bands.count(), whole = pass.batch * per_image;
+  torch::stable::parallel_for(0, plan.tasks, 1, [&](int64_t begin, int64_t end) {
+    Scratch<T> blocks(plan.images * block_size), v(kMostPoints * v_step), m(kMostPoints * m_step), y(plan.images * y_size);
+    std::vector<const T*> from(plan.images * across * down);  // where tiles begin
+    std::vector<T*> to(from.size());
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t n = task / per_image, i = task % per_image;
-      const Band band = bands.full(i);
-      const int64_t band_across = (band.columns() + 1) / 2, tiles = band_across * ((band.rows() + 1) / 2);
-      source.load(block.get(), stride, columns, n, 0, C, pass.h.lowest(band.top), rows, pass.w.lowest(band.left), columns);
-      if (!all_finite(block.get(), rows * columns * stride)) {
-        direct_band<T>(pass, band, taps, packed, block.get(), columns * stride, stride, y.get(), y_columns);
-        sink(n, 0, i, y.get(), y_columns, padded);
-        continue;
-      }
-      const int64_t chunks = (tiles + kTiles - 1) / kTiles;
-      for (int64_t chunk = 0, row = 0, column = 0, done = 0; chunk < chunks; ++chunk) {
-        const int64_t count = tiles * (chunk + 1) / chunks - done;
-        done += count;
-        T* to[kTiles];  // the upper left pixels of the tiles in y
-        for (int64_t t = 0; t < count; ++t) {
-          const T* from = block.get() + (row * columns + column) * stride;
-          for (int64_t c = 0; c < stride; c += W) transform_source<T>(from + c, columns * stride, stride, v.get() + t * stride + c, v_step);
-          to[t] = y.get() + (row * y_columns + column) * padded;
-          column += 2;
-          if (column == 2 * band_across) column = 0, row += 2;
+      const int64_t first_unit = whole * task / plan.tasks, units = whole * (task + 1) / plan.tasks - first_unit;
+      int64_t tiles = 0;
+      for (int64_t unit = 0; unit < units; ++unit) {
+        const Band band = bands.full((first_unit + unit) % per_image);
+        T *block = blocks.get() + unit * block_size, *corner = y.get() + unit * y_size;
+        source.load(block, block_stride, columns, (first_unit + unit) / per_image, 0, C, pass.h.lowest(band.top), rows,
+                    pass.w.lowest(band.left), columns);
+        if (!all_finite(block, block_size)) {
+          direct_band<T>(pass, band, taps, packed, block, columns * block_stride, block_stride, corner, y_columns);
+          continue;
         }
-        for (int64_t first = 0; first < padded; first += kColumns) {
-          const int64_t width = std::min(kColumns, padded - first);
-          const T* panel = u + first * 16 * C;
-          if (width == kColumns)
-            winograd_products<2, T>(count, v, v_step, stride, C, chain, panel, m, m_step);
-          else
-            winograd_products<1, T>(count, v, v_step, stride, C, chain, panel, m, m_step);
+        for (int64_t r = 0; r < band.rows(); r += kSide)
+          for (int64_t p = 0; p < band.columns(); p += kSide, ++tiles) {
+            from[tiles] = block + (r * columns + p) * block_stride;
+            to[tiles] = corner + r * y_row + p * padded;
+          }
+      }
+      const int64_t chunks = std::max<int64_t>(1, (tiles + usual / 2) / usual), chunk = (tiles + chunks - 1) / chunks;
+      for (int64_t begin_of_chunk = 0; begin_of_chunk < tiles; begin_of_chunk += chunk) {
+        const int64_t count = std::min(chunk, tiles - begin_of_chunk);
+        const T* const* chunk_from = from.data() + begin_of_chunk;
+        T* const* chunk_to = to.data() + begin_of_chunk;
+        each_group<P>([&](auto group) {
+          constexpr int64_t kFirst = P::first(group.value), kPoints = (P::first(group.value + 1) - kFirst) * P::kCount;
           for (int64_t t = 0; t < count; ++t)
-            for (int64_t j = 0; j < width; j += W)
-              transform_output<T>(m.get() + t * kColumns + j, m_step, to[t] + first + j, y_columns * padded, padded);
-        }
+            tile_sources<kSide, group.value, T>(chunk_from[t], columns * block_stride, block_stride, block_stride, v.get() + t * stride,
+                                                v_step);
+          for (int64_t first = 0; first < padded; first += kColumns) {
+            const int64_t width = std::min(kColumns, padded - first);
+            const T* panel = u.get() + (kFirst * P::kCount * padded + kPoints * first) * C;
+            const PointSteps steps{v_step, C * width, m_step};
+            if (width == kColumns)
+              point_products<2, T>(kPoints, count, v.get(), stride, C, chain, panel, m.get(), steps, false, in_memory);
+            else
+              point_products<1, T>(kPoints, count, v.get(), stride, C, chain, panel, m.get(), steps, false, in_memory);
+            for (int64_t t = 0; t < count; ++t)
+              tile_outputs<kSide, group.value, T>(m.get() + t * kColumns, m_step, width, chunk_to[t] + first, y_row, padded);
+          }
+        });
       }
-      sink(n, 0, i, y.get(), y_columns, padded);
+      for (int64_t unit = 0; unit < units; ++unit)
+        sink((first_unit + unit) / per_image, 0, (first_unit + unit) % per_image, y.get() + unit * y_size, y_columns, padded);
     }
   });
 }

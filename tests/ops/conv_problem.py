@@ -16,7 +16,7 @@ LAYOUTS = {
 }
 
 # id: batch, Cin, Cout, spatial size, kernel, options. Sizes below, at and above what a vector, a tile of pixels (14), a
-# Winograd tile (2 x 2, from 32 channels) or a band holds; every option alone and with others.
+# Winograd tile of 2 (from 32 channels) or a band holds; every option alone and with others.
 GEOMETRIES = {
     "one": (1, 1, 1, (1,), (1,), {}),
     "k1": (2, 3, 5, (7,), (1,), {}),
@@ -112,6 +112,20 @@ PHASES = {
     "c3": (2, 32, 64, (34, 36), (3, 3), {"stride": 2, "padding": 1}),
     "c4x3": (4, 32, 33, (17, 24), (4, 3), {"stride": 2, "padding": (1, 2)}),
 }
+# 3x3 of stride 1 with so many outputs that they are computed in tiles of 4 x 4: whole and broken tiles, broken vectors of
+# channels, several bands of an image and several images in a task, sums in parts. And, in tiles of 2, weights from memory.
+TILED = {
+    "whole": (1, 32, 64, (40, 48), (3, 3), {"padding": 1}),
+    "odd": (1, 33, 47, (43, 39), (3, 3), {"padding": 1}),
+    "no_padding": (2, 40, 32, (30, 34), (3, 3), {}),
+    "images": (33, 32, 32, (8, 7), (3, 3), {"padding": 1}),
+    "few_images": (19, 35, 33, (7, 8), (3, 3), {"padding": 1}),
+    "bands": (1, 64, 50, (57, 64), (3, 3), {"padding": 1}),
+    "deep": (2, 190, 192, (28, 28), (3, 3), {"padding": 1}),
+    "broad": (1, 32, 32, (13, 300), (3, 3), {"padding": (1, 2)}),
+    "transposed": (1, 48, 33, (44, 42), (3, 3), {"transposed": True, "padding": 1}),
+    "in_memory": (1, 512, 500, (8, 8), (3, 3), {"padding": 1}),
+}
 # Where the gradient of the weights is filtered, from 16 channels on: one batch of tiles (96) and several, which end between
 # bands and inside of them; channels that fill no vector, several parts (64) and a short last one; sizes with and without whole
 # tiles.
@@ -163,6 +177,7 @@ PAIRED = {
 PAIRED_BY_NAME = {f"paired_{name}": geometry for name, geometry in PAIRED.items()}
 FILTERED_BY_NAME = {f"filtered_{name}": geometry for name, geometry in FILTERED.items()}
 PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
+TILED_BY_NAME = {f"tiled_{name}": geometry for name, geometry in TILED.items()}
 
 DEPTHWISE_BY_NAME = {f"depthwise_{name}": geometry for name, geometry in DEPTHWISE.items()}
 
@@ -195,7 +210,15 @@ class Problem:
     """The arguments of one call; `to(dtype)` gives them in another dtype, with gradients asked for."""
 
     def __init__(self, geometry: str, tail: str = "bias", dtype=torch.float32, seed: int = 0, integer: bool = False):
-        named = GEOMETRIES | DEPTHWISE_BY_NAME | PHASES_BY_NAME | FILTERED_BY_NAME | TAPS_BY_NAME | PAIRED_BY_NAME
+        named = (
+            GEOMETRIES
+            | DEPTHWISE_BY_NAME
+            | PHASES_BY_NAME
+            | TILED_BY_NAME
+            | FILTERED_BY_NAME
+            | TAPS_BY_NAME
+            | PAIRED_BY_NAME
+        )
         n, cin, cout, size, kernel, options = named[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
         self.dtype, self.names, self.seed = dtype, (geometry, tail), seed

@@ -330,8 +330,8 @@ def test_the_number_of_threads_does_not_change_a_bit(geometry):
 def test_other_instruction_sets(isa):
     code = """
 import torch
-from tests.ops.conv_problem import FILTERED_BY_NAME, GEOMETRIES, PHASES_BY_NAME, Problem
-for i, geometry in enumerate([*GEOMETRIES, *PHASES_BY_NAME, *FILTERED_BY_NAME]):
+from tests.ops.conv_problem import FILTERED_BY_NAME, GEOMETRIES, PHASES_BY_NAME, TILED_BY_NAME, Problem
+for i, geometry in enumerate([*GEOMETRIES, *PHASES_BY_NAME, *TILED_BY_NAME, *FILTERED_BY_NAME]):
     tail = ("relu_max", "norm_residual_relu", "all_gelu_max", "silu_avg", "gate_max")[i % 5]
     Problem(geometry, tail, (torch.float32, torch.bfloat16, torch.float64)[i % 3]).check()
     p = Problem(geometry, "relu_max", integer=True)
