@@ -377,7 +377,7 @@ def prefer(
     x, weight, bias, scale, shift, residual, stride, padding, dilation, groups, transposed, output_padding, activation,
     pool, pool_size, pool_stride, pool_padding, slope, save,
 ) -> tuple[str, ...]:  # fmt: skip
-    """By the tables "Convolution on the CPU" in docs/decisions.md: where the kernels were measured faster, they run."""
+    """By the tables "Convolution on the CPU" in docs/decisions_conv.md: where the kernels were measured faster, they run."""
     layer = (x.shape, weight.shape, tuple(stride), tuple(dilation), groups, transposed)
     return order(x.dtype, is_channels_last(x), *layer, save)
 

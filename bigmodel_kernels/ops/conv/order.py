@@ -1,5 +1,5 @@
 """Which of the CPU kernels and PyTorch runs a call of bmk.conv under backend "auto": the rules behind `prefer` of op.py, from the
-tables "Convolution on the CPU" in docs/decisions.md."""
+tables "Convolution on the CPU" in docs/decisions_conv.md."""
 
 from __future__ import annotations
 
