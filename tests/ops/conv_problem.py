@@ -123,8 +123,8 @@ TILED = {
     "bands": (1, 64, 50, (57, 64), (3, 3), {"padding": 1}),
     "deep": (2, 190, 192, (28, 28), (3, 3), {"padding": 1}),
     "broad": (1, 32, 32, (13, 300), (3, 3), {"padding": (1, 2)}),
-    "transposed": (1, 48, 33, (44, 42), (3, 3), {"transposed": True, "padding": 1}),
-    "in_memory": (1, 512, 500, (8, 8), (3, 3), {"padding": 1}),
+    "transposed": (1, 48, 33, (44, 44), (3, 3), {"transposed": True, "padding": 1}),
+    "in_memory": (5, 512, 500, (8, 8), (3, 3), {"padding": 1}),
 }
 # Where the gradient of the weights is filtered, from 16 channels on: one batch of tiles (96) and several, which end between
 # bands and inside of them; channels that fill no vector, several parts (64) and a short last one; sizes with and without whole
