@@ -51,14 +51,22 @@ void check_saved(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, 
 }
 
 // What a forward of these arguments has kept.
-const uint16_t* read_kept(const AttentionArgs& a, const Tensor& q, const Tensor& kept) {
+void read_kept(AttentionGradArgs& g, const AttentionArgs& a, const Tensor& q, const Tensor& kept, bool mask_grad) {
   const int64_t groups = a.groups(), rows = a.group_rows(), row = a.kept_row();
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 && keeps_probabilities(a), "kept must be empty where nothing is kept");
+  const int64_t heads = a.batch * a.heads, q_len = a.q_len, value_dim = a.value_dim;
+  const bool rest = keeps_rest(a);
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 && (rest || keeps_probabilities(a)), "kept must be empty where nothing is kept");
   CHECK_CPU(kept);
-  CHECK_DTYPE_IS(kept, ScalarType::Half);
+  CHECK_DTYPE_IS(kept, rest ? ScalarType::Short : ScalarType::Half);
   CHECK_CONTIGUOUS(kept);
+  if (rest) {
+    CHECK_SHAPE(kept, heads, q_len, value_dim);
+    g.rest = static_cast<const int16_t*>(kept.const_data_ptr());
+    return;
+  }
   CHECK_SHAPE(kept, groups, rows, row);
-  return static_cast<const uint16_t*>(kept.const_data_ptr());
+  // The mask's gradient would show what was kept in half precision.
+  if (!mask_grad || a.mask_type == MaskType::bfloat16) g.kept = static_cast<const uint16_t*>(kept.const_data_ptr());
 }
 
 void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slopes) {
@@ -250,7 +258,7 @@ void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
 
 }  // namespace
 
-// The third is what is kept for the backward, if `save` and where keeps_probabilities says so, or empty.
+// The third is what is kept for the backward, if `save` and where keeps_probabilities or keeps_rest says so, or empty.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                                                  const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
                                                  double dropout_p, double softcap, int64_t window_left, int64_t window_right,
@@ -261,10 +269,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
   Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
   problem.out = out.mutable_data_ptr(), problem.lse = lse.mutable_data_ptr();
-  const bool keeps = save && q.scalar_type() == ScalarType::BFloat16 && keeps_probabilities(a);
-  Tensor kept = keeps ? pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept)
-                      : new_contiguous({0}, ScalarType::Half);
+  const bool saves = save && q.scalar_type() == ScalarType::BFloat16, keeps = saves && keeps_probabilities(a);
+  const bool rests = saves && keeps_rest(a);
+  Tensor kept = keeps   ? pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept)
+                : rests ? pooled_empty(q, {a.batch * a.heads, a.q_len, a.value_dim}, ScalarType::Short, sizeof *problem.rest)
+                        : new_contiguous({0}, ScalarType::Half);
   if (keeps) problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
+  if (rests) problem.rest = static_cast<int16_t*>(kept.mutable_data_ptr());
   DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
   return {out, lse, kept};
 }
@@ -287,8 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   CHECK_SHAPE(out, batch, heads, q_len, value_dim);
   CHECK_SHAPE(lse, batch, heads, q_len);
   g.grad_out = strided(grad_out), g.out = strided(out), g.lse = strided(lse);
-  const bool rounded = !mask_grad || a.mask_type == MaskType::bfloat16;  // the mask's gradient would show what was kept in half precision
-  g.kept = kept && kept->numel() > 0 && rounded ? read_kept(a, q, *kept) : nullptr;
+  if (kept && kept->numel() > 0) read_kept(g, a, q, *kept, mask_grad);
   if (grad_lse) {
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);
@@ -449,7 +459,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
   Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
   DISPATCH_FLOATING(q.scalar_type(), "attention_decode",
-                    [&] { ISA_CALL(attention_few<scalar_t>, a, &cache, out.mutable_data_ptr(), lse.mutable_data_ptr()); });
+                    [&] { ISA_CALL(attention_few<scalar_t>, a, &cache, out.mutable_data_ptr(), lse.mutable_data_ptr(), nullptr); });
   return {out, lse};
 }
 

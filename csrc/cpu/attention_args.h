@@ -61,6 +61,9 @@ inline bool keeps_probabilities(const AttentionArgs& a) {
          a.dropout_p == 0 && a.softcap == 0 && rows * a.kept_row() <= (rows + a.k_len) * width;
 }
 
+// Whether a forward in bfloat16 keeps what rounding takes from out (attention_rest_kernel.h): where keys lie in several blocks.
+inline bool keeps_rest(const AttentionArgs& a) { return a.k_len > kMostKeysKept; }
+
 // Caches of keys and values to decode with: sequence b has the first lengths[b] keys, in pages where there is a table of them.
 struct AttentionCache {
   const int64_t* lengths;          // [B]
@@ -90,6 +93,7 @@ struct AttentionGradArgs {
   Strided lse;           // [B, Hq, Sq, 1]
   Strided grad_lse;      // [B, Hq, Sq, 1]
   const uint16_t* kept;  // of the forward, or null: see AttentionForward
+  const int16_t* rest;   // likewise
   GradientRows dq, dk, dv;
   void* dmask;           // [B or 1, Hq or 1, Sq or 1, Sk or 1], contiguous, of the mask's dtype; null when not wanted
   int64_t mask_size[4];  // its sizes

@@ -369,7 +369,8 @@ inline int64_t few_state(const AttentionArgs& a, int64_t padded_value) { return 
 
 // Merges the parts of a group, in order, and writes o / l and lse, as write_rows does; a row that attends to nothing gets 0 and -inf.
 template <class S, class T>
-inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* states, int64_t parts, T* weights, S* out, T* lse) {
+inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* states, int64_t parts, T* weights, S* out, T* lse,
+                      int16_t* rest) {
   constexpr int64_t W = kLanes<T>;
   const int64_t value_ld = round_up(a.value_dim, W), step = few_state(a, value_ld);
   const T infinity = std::numeric_limits<T>::infinity(), kept = static_cast<T>(1 - a.dropout_p);
@@ -383,11 +384,12 @@ inline void write_few(const AttentionArgs& a, const RowBlock<T>& rows, const T* 
     }
     const T divisor = l == 0 || kept <= 0 ? infinity : l * kept;
     S* row = out + ((rows.batch * a.q_len + rows.query[r]) * a.heads + rows.head[r]) * a.value_dim;
+    int16_t* row_rest = rest_of(a, rest, rows.batch, rows.head[r], rows.query[r]);
     for (int64_t d = 0; d < a.value_dim; d += W) {
       vec<T> sum = {};
       for (int64_t i = 0; i < parts; ++i)
         if (weights[i] != 0) sum += weights[i] * load(states + i * step + 2 * kFewRows + r * value_ld + d);
-      store_any(row + d, sum / divisor, a.value_dim - d);
+      store_with_rest(row + d, row_rest ? row_rest + d : nullptr, sum / divisor, a.value_dim - d);
     }
     lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
         l == 0 ? -infinity : static_cast<T>(m + std::log(static_cast<double>(l)) - alibi_of_row(a, rows, r));
@@ -403,7 +405,7 @@ inline AttentionArgs of_sequence(const AttentionArgs& a, const AttentionCache* c
 
 // cache: null where all sequences have a.k_len keys, as they lie in a.k.
 template <int R, class S>
-void attention_few_of(const AttentionArgs& a, const AttentionCache* cache, void* out, void* lse) {
+void attention_few_of(const AttentionArgs& a, const AttentionCache* cache, void* out, void* lse, int16_t* rest) {
   using T = compute_t<S>;
   constexpr int64_t W = kLanes<T>, kWantedTasks = 64, kShortestPart = 4 * kFewKeys, kWorkOfThread = 200000;
   struct Task {
@@ -455,21 +457,22 @@ void attention_few_of(const AttentionArgs& a, const AttentionCache* cache, void*
     Scratch<T> weights(most_parts);
     for (int64_t group = begin; group < end; ++group)
       write_few(a, RowBlock<T>(of_sequence(a, cache, group / a.kv_heads), group, 0), state + first_task[group] * step,
-                first_task[group + 1] - first_task[group], weights.get(), static_cast<S*>(out), static_cast<T*>(lse));
+                first_task[group + 1] - first_task[group], weights.get(), static_cast<S*>(out), static_cast<T*>(lse),
+                rest);
   });
 }
 
 template <class S>
-void attention_few(const AttentionArgs& a, const AttentionCache* cache, void* out, void* lse) {
+void attention_few(const AttentionArgs& a, const AttentionCache* cache, void* out, void* lse, int16_t* rest) {
   constexpr int W = kLanes<compute_t<S>>;
   if (a.groups() == 0) return;
   const int64_t rows = a.group_rows();
   if constexpr (W >= 16)
-    if (rows > 8) return attention_few_of<16, S>(a, cache, out, lse);
+    if (rows > 8) return attention_few_of<16, S>(a, cache, out, lse, rest);
   if constexpr (W >= 8)
-    if (rows > 4) return attention_few_of<8, S>(a, cache, out, lse);
+    if (rows > 4) return attention_few_of<8, S>(a, cache, out, lse, rest);
   if constexpr (W >= 4)
-    if (rows > 2) return attention_few_of<4, S>(a, cache, out, lse);
-  if (rows > 1) return attention_few_of<2, S>(a, cache, out, lse);
-  attention_few_of<1, S>(a, cache, out, lse);
+    if (rows > 2) return attention_few_of<4, S>(a, cache, out, lse, rest);
+  if (rows > 1) return attention_few_of<2, S>(a, cache, out, lse, rest);
+  attention_few_of<1, S>(a, cache, out, lse, rest);
 }

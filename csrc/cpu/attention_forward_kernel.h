@@ -302,7 +302,7 @@ INLINE S* row_of(const AttentionArgs& a, S* out, const RowBlock<T>& rows, int64_
 // Writes o / l and lse = m + log l, less what ALiBi takes from all scores, of a block of rows; a row without keys gets 0 and -inf.
 // The backward takes e^(s - lse), where a rounding step of lse counts |lse| times: lse is rounded once, from double.
 template <class S, class T, class A>
-inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T, A>& x, S* out, T* lse) {
+inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const ForwardScratch<T, A>& x, S* out, T* lse, int16_t* rest) {
   constexpr int64_t W = kLanes<T>;
   const T kept = static_cast<T>(1 - a.dropout_p);
   double logs[W];
@@ -315,12 +315,15 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
     }
     const bool empty = x.l[r] == 0;
     S* row = row_of(a, out, rows, r);
+    int16_t* row_rest = rest_of(a, rest, rows.batch, rows.head[r], rows.query[r]);
     const T* o = x.o.get() + r * x.padded_value;
     if constexpr (kStep<A> == 2) {
       round_scaled(row, o, a.value_dim, factors[r % W]);
+      if (row_rest) round_rest(row_rest, o, a.value_dim, factors[r % W]);
     } else {
       const T divisor = empty || kept <= 0 ? std::numeric_limits<T>::infinity() : x.l[r] * kept;
-      for (int64_t d = 0; d < a.value_dim; d += W) store_any(row + d, load(o + d) / divisor, a.value_dim - d);
+      for (int64_t d = 0; d < a.value_dim; d += W)
+        store_with_rest(row + d, row_rest ? row_rest + d : nullptr, load(o + d) / divisor, a.value_dim - d);
     }
     const double row_lse = x.m[r] + logs[r % W] - alibi_of_row(a, rows, r);
     lse[(rows.batch * a.heads + rows.head[r]) * a.lse_stride + rows.query[r]] =
@@ -397,7 +400,7 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
     PackedGroup<T, A> packed(any, most_keys);
     Fetcher fetcher;
     costed.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [a, out, lse, kept] = problems[problem];
+      const auto& [a, out, lse, kept, rest] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (scores.a != &a) scores.a = &a, packed.group = -1;
       const int64_t group = task / (blocks * parts), part = task / blocks % parts;
@@ -409,13 +412,15 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
       fetcher.clear();
       if (rows.count > 0 && rows.head[0] == rows.head[rows.count - 1])
         fetcher.add(row_of(a, static_cast<S*>(out), rows, 0), a.heads * a.value_dim, rows.count, a.value_dim, true);
+      if (rest && rows.count > 0)
+        fetcher.add(rest_of(a, rest, rows.batch, rows.head[0], rows.query[0]), a.value_dim, rows.count, a.value_dim, true);
       if (next_group < a.groups()) {
         fetcher.add_queries<S>(a, a.q, a.head_dim, next_group, next_block * kRows);
         if (next_group != group) fetcher.add_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
       }
       attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr, fetcher);
       if (parts == 1) {
-        write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+        write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse), rest);
       } else {
         T* saved = partial + (first_task + task) * state;
         std::copy(x.m, x.m + kRows, saved);
@@ -428,7 +433,7 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
   torch::stable::parallel_for(0, merged.total(), kGrain, [&](int64_t begin, int64_t end) {
     ForwardScratch<T, A> x(any);
     merged.each(begin, end, [&](int64_t problem, int64_t task) {
-      const auto& [a, out, lse, kept] = problems[problem];
+      const auto& [a, out, lse, kept, rest] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (parts == 1) return;
       const int64_t group = task / blocks;
@@ -439,14 +444,14 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
         const T* saved = partial + (first_task + (group * parts + part) * blocks + task % blocks) * state;
         merge(x, saved, saved + kRows, saved + 2 * kRows, rows.count);
       }
-      write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse));
+      write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse), rest);
     });
   });
 }
 
 template <class S>
 void attention_forward(const AttentionForward* problems, int64_t count) {
-  if (count == 1 && read_in_place(problems[0].a)) return attention_few<S>(problems[0].a, nullptr, problems[0].out, problems[0].lse);
+  if (count == 1 && read_in_place(problems[0].a)) return attention_few<S>(problems[0].a, nullptr, problems[0].out, problems[0].lse, problems[0].rest);
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, bfloat16>)
     if (multiplied_in_pairs(problems[0].a)) return attention_forward_of<S, bfloat16>(problems, count);

@@ -1,7 +1,8 @@
 // Attention for one instruction set: out = softmax(softcap(scale q k^T) + bias) v, its log-sum-exp, and all gradients.
 //
 // Who owns what: a task is a block of rows (forward) or of keys (backward) of one batch entry and key/value head; see the
-// two files. Saved for the backward: out and lse, and in bfloat16 of few keys the probabilities (attention_kept_kernel.h).
+// two files. Saved for the backward: out and lse, and in bfloat16 the probabilities of few keys (attention_kept_kernel.h)
+// or what rounding takes from out (attention_rest_kernel.h).
 // Refused: nothing but other dtypes; any strides, sizes and head widths.
 //
 // Floor: 2 (D + Dv) operations per score forward and 2 (3 D + 2 Dv) backward at the machine's peak, halved where causal;
@@ -17,6 +18,8 @@
 #include "attention_tile_kernel.h"
 
 #include "attention_pairs_kernel.h"
+
+#include "attention_rest_kernel.h"
 
 #include "attention_mask_kernel.h"
 

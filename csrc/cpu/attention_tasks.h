@@ -14,6 +14,7 @@ struct AttentionForward {
   void* out;  // [B, Sq, Hq, Dv], contiguous
   void* lse;  // [B, Hq, Sq], a.lse_stride from head to head
   uint16_t* kept = nullptr;  // [B, Hkv, rows of the group, a.kept_row()], where the probabilities are kept
+  int16_t* rest = nullptr;   // [B, Hq, Sq, Dv], where what rounding takes from out is kept
 };
 
 struct AttentionBackward {

@@ -73,13 +73,12 @@ def test_no_more_is_kept_than_inputs_and_output_take():
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ((1, 2, 2, 64, 193, 64, 64), {}),
         ((1, 2, 2, 31, 64, 64, 64), {}),
         ((1, 2, 2, 64, 64, 64, 64), {"dropout_p": 0.5}),
         ((1, 2, 2, 64, 64, 64, 64), {"softcap": 2.0}),
         ((1, 2, 2, 64, 64, 64, 64), {"dtype": torch.float32}),
     ],
-    ids=["two blocks of keys", "few rows", "dropout", "softcap", "float32"],
+    ids=["few rows", "dropout", "softcap", "float32"],
 )
 def test_nothing_is_kept_of_other_calls(sizes, options):
     assert kept_of(sizes, **options)[0].numel() == 0
@@ -171,8 +170,6 @@ def test_scores_of_any_sign_and_size(scale, keys):
         alone = bmk.attention(*leaves, scale=scale, backend="cpu")
         found.append([out, lse, alone, *torch.autograd.grad(alone, leaves, grad.bfloat16().to(dtype))])
     caps = [4e-3, 1e-6, 4e-3, 6e-3, 6e-3, 6e-3]
-    if scale == 30 and keys == 400:  # more than a block of keys and few that count: delta comes from the rounded out
-        del caps[3:], found[0][3:], found[1][3:]
     for actual, exact, cap in zip(*found, caps, strict=True):
         assert (actual - exact).norm() <= cap * exact.norm() + 1e-6
 
