@@ -291,6 +291,7 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       return key >= rows.lo[r] && key < rows.hi[r] ? static_cast<T>(to_compute(x.p(r)[key - k0])) : T(0);
     });
   }
+  for (int64_t r = 0; plain && r < kBlockRows<T>; r += W) store(x.m + r, load(x.m + r) * scores.factor);
 }
 
 // Row r of a block in the result.
@@ -451,7 +452,8 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
 
 template <class S>
 void attention_forward(const AttentionForward* problems, int64_t count) {
-  if (count == 1 && read_in_place(problems[0].a)) return attention_few<S>(problems[0].a, nullptr, problems[0].out, problems[0].lse, problems[0].rest);
+  const AttentionForward& first = problems[0];
+  if (count == 1 && read_in_place(first.a)) return attention_few<S>(first.a, nullptr, first.out, first.lse, first.rest);
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<S, bfloat16>)
     if (multiplied_in_pairs(problems[0].a)) return attention_forward_of<S, bfloat16>(problems, count);

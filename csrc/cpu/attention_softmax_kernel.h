@@ -15,8 +15,9 @@ INLINE __m512 power_of_two(__m512 x) {
   return _mm512_scalef_ps(p, n);
 }
 
-// softmax_rows of plain scores that are still to be multiplied by `factor`, which is positive, and the rounding of what it gives: row r
-// to p + r * kBlockKeys, and where `keeps` to kept + r * kept_row. What the general way stores and loads again stays in registers.
+// softmax_rows of plain scores that are still to be multiplied by `factor`, which is positive, and so is m; and the rounding of what it
+// gives: row r to p + r * kBlockKeys, and where `keeps` to kept + r * kept_row. What the general way stores and loads again stays in
+// registers. The largest p of a row is 1 and not 2^(a rounding step of its score), which its rounding would lose and l would not.
 template <bool keeps, class Place>
 __attribute__((target("avx512bf16"))) NOINLINE void round_softmax(int64_t first, int64_t count, Place place, float factor, float* m,
                                                                   float* l, float* alpha, bfloat16* p, uint16_t* kept, int64_t kept_row) {
@@ -46,20 +47,18 @@ __attribute__((target("avx512bf16"))) NOINLINE void round_softmax(int64_t first,
     for (j = whole_end; j < row.end; j += W) edge(j);
     largest[i] = maximum(most[0], most[1]);
   }
-  const vec<float> old_m = load(m + first), new_m = maximum(old_m, largest_of_each<float>(largest) * factor);
+  const vec<float> old_m = load(m + first), new_m = maximum(old_m, largest_of_each<float>(largest));
   const vec<float> reference = new_m == lowest ? vec<float>{} : new_m;
-  float powers[W];
-  store(powers, reference * -kLog2e);
   const __m512 times = _mm512_set1_ps(factor * kLog2e);
   for (int64_t i = 0; i < count; ++i) {
     const auto row = place(first + i);
-    const __m512 power = _mm512_set1_ps(powers[i]);
+    const __m512 most = _mm512_set1_ps(reference[i]);
     bfloat16* out = p + (first + i) * kBlockKeys;
     uint16_t* kept_at = keeps ? kept + (first + i) * kept_row : nullptr;
     __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int64_t j = row.begin; j < row.end; j += W) {
-      const __m512 x = power_of_two(_mm512_fmadd_ps(_mm512_loadu_ps(row.s + j), times, power));
+      const __m512 x = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(row.s + j), most), times));
       sum = _mm512_add_ps(sum, x);
       const __m256bh rounded = _mm512_cvtneps_pbh(x);
       std::memcpy(out + j, &rounded, sizeof rounded);
@@ -69,7 +68,7 @@ __attribute__((target("avx512bf16"))) NOINLINE void round_softmax(int64_t first,
     }
     sums[i] = reinterpret_cast<vec<float>>(sum);
   }
-  const vec<float> change = exp_nonpositive<float>(old_m - reference);
+  const vec<float> change = exp_nonpositive<float>((old_m - reference) * factor);
   store(m + first, new_m);
   store(alpha + first, change);
   store(l + first, load(l + first) * change + sum_each<float>(sums));
