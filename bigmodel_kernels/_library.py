@@ -346,7 +346,7 @@ class _Pair(torch.autograd.Function):
         tensors = iter(saved[:inputs])
         flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
         needs = ctx.needs_input_grad[3:]
-        return None, None, None, *_gradients(op, ctx.backend, flat, ctx.lengths, needs, saved[inputs:], grads)
+        return None, None, None, *gradients(op, ctx.backend, flat, ctx.lengths, needs, saved[inputs:], grads)
 
 
 class _EagerPair(torch.autograd.Function):
@@ -379,7 +379,7 @@ class _EagerPair(torch.autograd.Function):
         needs = [False] * len(flat)
         for i, need in zip(call.at, ctx.needs_input_grad[1:]):
             needs[i] = need
-        found = _gradients(call.op, call.backend, flat, call.lengths, needs, saved[inputs:], grads)
+        found = gradients(call.op, call.backend, flat, call.lengths, needs, saved[inputs:], grads)
         return None, *[found[i] for i in call.at]
 
 
@@ -447,12 +447,7 @@ def is_plainly_grad(grad: torch.Tensor) -> bool:
     )
 
 
-def gradients(op: Op, backend: str, args: Sequence, needs: Sequence[bool], outputs: tuple, grads: Sequence) -> Sequence:
-    """One gradient per argument of an op without lists of tensors, whatever the backward is asked to record."""
-    return _gradients(op, backend, args, (), needs, outputs, grads)
-
-
-def _gradients(
+def gradients(
     op: Op,
     backend: str,
     flat: Sequence,  # the arguments
@@ -461,6 +456,7 @@ def _gradients(
     outputs: tuple,  # what was kept of them
     grads: Sequence,
 ) -> Sequence:  # per argument
+    """The gradients of an op, whatever the backward is asked to record."""
     grads = grads[: op.results]
     if all(g is None for g in grads):
         return (None,) * len(flat)
@@ -471,11 +467,11 @@ def _gradients(
         if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in grads):  # is_grads_batched
             with torch.enable_grad():
                 return _gradient_with_graph(op.differentiable, flat, lengths, needs, grads, create_graph=False)
-    gradients = op.backward(op, _unflatten(flat, lengths), outputs, grads, _unflatten(needs, lengths), backend)
+    found = op.backward(op, _unflatten(flat, lengths), outputs, grads, _unflatten(needs, lengths), backend)
     if not lengths:
-        return gradients
+        return found
     out: list = []
-    for g, n in zip(gradients, lengths):
+    for g, n in zip(found, lengths):
         out.extend([g] if n < 0 else (g if g is not None else [None] * n))
     return out
 

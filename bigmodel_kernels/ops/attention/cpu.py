@@ -50,7 +50,7 @@ class _Recorded(torch.autograd.Function):
             args = (grad, None, out, lse, False, q, k, v, None, None, None, *options[:6], kept)
             return None, *_run(_native()[1], *args)[:3]
         args, needs = (q, k, v, None, None, None, *options), (*ctx.needs_input_grad[1:], *[False] * (3 + len(options)))
-        return None, *gradients(op.OP, "cpu", args, needs, (out, lse, kept), (grad, None))[:3]
+        return None, *gradients(op.OP, "cpu", args, (), needs, (out, lse, kept), (grad, None))[:3]
 
 
 _apply = function_apply(_Recorded)

@@ -309,7 +309,7 @@ def prefer(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse,
     deterministic,
 ) -> tuple[str, ...]:  # fmt: skip
-    """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag, in small plain calls of the two ways from here.
+    """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag, in small plain calls by little.
 
     PyTorch multiplies bfloat16 on AMX tiles where the machine has any; there its kernel is kept for all but decoding, until
     `python -m bigmodel_kernels tune --cpu` has found ours faster.
