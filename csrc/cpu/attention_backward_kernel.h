@@ -135,7 +135,8 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           x.template load_rows<S>(rows);
           // While this block is computed, what comes next is fetched, and what is written soon.
           const int64_t next_task = task + (last_rows && last_keys && last_of_run);
-          const int64_t next_group = of.group(next_task / parts, (step + last_rows) % of.run), next_row = last_rows ? 0 : (block + 1) * kRows;
+          const int64_t next_group = of.group(next_task / parts, (step + last_rows) % of.run),
+                        next_row = last_rows ? 0 : (block + 1) * kRows;
           x.fetcher.clear();
           if (next_task < of.tasks() * parts) {
             x.fetcher.template add_queries<S>(a, a.q, a.head_dim, next_group, next_row);

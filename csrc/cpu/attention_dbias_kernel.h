@@ -7,8 +7,8 @@
 
 // Which groups a task of the backward takes: one, or where the mask's gradient is wanted a run of those that share its sums.
 struct GroupRuns {
-  int64_t sets, runs = 1, run = 1;        // sets of runs * run groups each
-  int64_t set_step = 1, step = 1;         // from the first group of a set to that of the next, and from group to group
+  int64_t sets, runs = 1, run = 1;         // sets of runs * run groups each
+  int64_t set_step = 1, step = 1;          // from the first group of a set to that of the next, and from group to group
   int64_t rows = 0, columns = 0, all = 0;  // of the mask: those of one set, and its elements
 
   explicit GroupRuns(const AttentionBackward& problem) : sets(problem.a.groups()) {

@@ -457,8 +457,7 @@ void attention_few_of(const AttentionArgs& a, const AttentionCache* cache, void*
     Scratch<T> weights(most_parts);
     for (int64_t group = begin; group < end; ++group)
       write_few(a, RowBlock<T>(of_sequence(a, cache, group / a.kv_heads), group, 0), state + first_task[group] * step,
-                first_task[group + 1] - first_task[group], weights.get(), static_cast<S*>(out), static_cast<T*>(lse),
-                rest);
+                first_task[group + 1] - first_task[group], weights.get(), static_cast<S*>(out), static_cast<T*>(lse), rest);
   });
 }
 

@@ -180,7 +180,7 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   const int64_t D = packed.depth, ld = x.padded_depth, value_ld = x.padded_value, strip_tiles = x.strip_tiles;
   x.start();
   fetcher.share_among(std::max<int64_t>(0, std::min(k_end, rows.block_hi) - k_begin + P - 1) / P * rows.tiles);  // tiles of scores
-  const bool plain = step == 2 && !x.tiled && scores.plain() && !scores.dropped && scores.factor > 0;  // see round_softmax
+  const bool plain = step == 2 && !x.tiled && scores.plain() && !scores.dropped && scores.factor > 0;            // see round_softmax
   const A* q_rows = x.q;
   int64_t q_stride = ld;
   bool in_place = false;
@@ -419,7 +419,8 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
         fetcher.add_queries<S>(a, a.q, a.head_dim, next_group, next_block * kRows);
         if (next_group != group) fetcher.add_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
       }
-      attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr, fetcher);
+      attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr,
+                fetcher);
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse), rest);
       } else {

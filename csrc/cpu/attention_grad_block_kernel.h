@@ -268,8 +268,8 @@ struct GradBlock {
         if (!used) continue;
         if constexpr (featured) scores.read_biases(rows, r, k0, first, hi[t]), scores.read_kept(rows, r, k0, hi[t]);
         weigh_row<featured, at_once>({p_row, first, last, rows.lo[r] - k0, rows.hi[r] - k0}, ds_row, lse[r], delta[r],
-                                     sloped ? slopes + at : nullptr,
-                                     at_once ? row_of_sums(*a, *g, rows, r, bias_sums) : nullptr, p_sums[i], dp_sums[i]);
+                                     sloped ? slopes + at : nullptr, at_once ? row_of_sums(*a, *g, rows, r, bias_sums) : nullptr, p_sums[i],
+                                     dp_sums[i]);
       }
       if constexpr (!at_once) {
         const bool whole = in_block(rows, t);

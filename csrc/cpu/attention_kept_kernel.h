@@ -82,7 +82,7 @@ NOINLINE void kept_probabilities(Block& x, const RowBlock<float>& rows, const ui
         std::fill(ds + from, ds + to, bfloat16{}), std::fill(ds + ld + from, ds + ld + to, bfloat16{});
       };
       const auto round = [&](auto summed) __attribute__((always_inline)) {
-        const auto of_row = [&](int64_t r) -> KeptRow<summed.value> {
+        const auto of_row = [&](int64_t r)->KeptRow<summed.value> {
           const float* dp = x.ds_strip + std::min(r, count - 1) * ld + first;
           if (r >= count) return {kNothingKept, dp, nullptr, vec<float>{}, vec<float>{}};
           float* sums = summed.value ? row_of_sums(*x.a, *x.g, rows, first_row + r, x.bias_sums) + first : nullptr;
