@@ -29,7 +29,7 @@ inline Bands direct_bands(const Pass& pass, const Window& window, int64_t per_pi
 
 // Runs a pass the faster way. make_sink(bands) is called once and gives the sink. `winograd` allows that kernel: its largest
 // error is at most 1.6 times that of PyTorch's own convolution and 2.3 times that of its gradient, but twice that of its
-// transposed convolution of stride 1 whose forward therefore goes without.
+// transposed convolution of stride 1, whose forward therefore goes without.
 template <class T, class S, class Source, class MakeSink>
 inline void run_pass(const Pass& pass, const Window& window, const Weights<T, S>& weights, const Source& source, bool winograd,
                      const MakeSink& make_sink) {

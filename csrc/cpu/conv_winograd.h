@@ -9,13 +9,15 @@
 // sources, weights and sums are 1, -1, 1/2 and 1/4, so inputs and weights that are small integers give exact results. A NaN or an infinity
 // would spread over its tile, so a band that reads one is summed up directly.
 //
-// Floor, as parts of the direct products: 0.34 for tiles of 4 and 0.44 for tiles of 2, and about a sixth of that for loads, transforms and
-// stores. One Zen 4 core, 64-64 56² batch 4: direct 8.8 ms at the peak of 105 GFLOP/s, floor 3.0, measured 4.1 (tiles of 2:
-// floor 3.9, 5.3).
+// Floor, as parts of the direct products: 0.34 for tiles of 4 and 0.44 for tiles of 2. One Zen 4 core, 64-64 56² batch 4: direct 8.8 ms at
+// the peak of 105 GFLOP/s, floor 3.0, measured 4.3 (tiles of 2: floor 3.9, measured 5.2). 128-128 56²: products take three quarters,
+// packing of weights 7 %, the copies from and to NCHW 9, transforms 6.
 
 // The product pays for the transforms from this many channels on either side; with fewer, the transforms' own roundings
 // would show next to those of the sum as well.
 inline constexpr int64_t kWinogradChannels = 32;
+// More numbers than this in the transformed weights stay in no cache.
+inline constexpr int64_t kCachedWeights = 2 << 20;
 
 template <class T>
 inline bool winograd_applies(const Pass& pass) {
@@ -29,7 +31,7 @@ inline bool winograd_applies(const Pass& pass) {
 // outputs y. The points come in groups, which share what they are made of; one for tiles of 2.
 template <int kSide>
 struct TilePoints {
-  static constexpr int kCount = 4, kGroups = 1;
+  static constexpr int kCount = 4, kGroups = 1, kMostOfGroup = 4;
   static constexpr int first(int group) { return 4 * group; }
   template <int kGroup, class T, class Sources>
   static INLINE void of_sources(const Sources& d, vec<T>* v) {
@@ -49,7 +51,7 @@ struct TilePoints {
 // Groups of tiles of 4: 1 and -1; i and -i, a product of two numbers modulo x^2 + 1 by Karatsuba's three; 0 and infinity.
 template <>
 struct TilePoints<4> {
-  static constexpr int kCount = 7, kGroups = 3;
+  static constexpr int kCount = 7, kGroups = 3, kMostOfGroup = 3;
   static constexpr int first(int group) { return group == 0 ? 0 : group == 1 ? 2 : group == 2 ? 5 : 7; }
   template <int kGroup, class T, class Sources>
   static INLINE void of_sources(const Sources& d, vec<T>* v) {
@@ -193,11 +195,12 @@ inline bool all_finite(const T* x, int64_t size) {
   return reduce_add((zeros[0] + zeros[1]) + (zeros[2] + zeros[3])) == 0;
 }
 
-// m[point][tile][kColumns] (+)= v[point][tile][channels] u[point][channels][kVectors vectors]; sums of at most `chain` terms one after
-// another. The steps are those from point to point. With `in_memory`, the weights of the next sum are asked for during each.
+// From a point to the next.
 struct PointSteps {
   int64_t v, u, m;
 };
+// m[point][tile][kColumns] (+)= v[point][tile][channels] u[point][channels][kVectors vectors]; sums of at most `chain` terms one after
+// another. With `in_memory`, the weights of the next sum are asked for during each.
 template <int kVectors, class T>
 NOINLINE void point_products(int64_t points, int64_t tiles, const T* v, int64_t stride, int64_t channels, int64_t chain, const T* u, T* m,
                              const PointSteps& steps, bool add, bool in_memory) {
@@ -246,14 +249,13 @@ inline TileTasks tile_tasks(const Pass& pass, const Window& window, int64_t side
 // The side of the tiles. A row of weights costs about as much to transform as to multiply with kTransform tiles; the rows of tiles are
 // shared out to two threads at least, so that an image of seven rows of tiles takes the time of eight.
 inline int64_t winograd_side(const Pass& pass) {
-  constexpr int64_t kTransform = 32, kMostWeights = 2 << 20;
+  constexpr int64_t kTransform = 32;
   const auto cost = [&](int64_t side, int64_t points) {
     const int64_t rows = pass.batch * ((pass.h.outputs() + side - 1) / side), columns = (pass.w.outputs() + side - 1) / side;
     return points * (kTransform + round_up(rows, 2) * columns);
   };
   constexpr int64_t kFour = TilePoints<4>::kCount * TilePoints<4>::kCount, kTwo = TilePoints<2>::kCount * TilePoints<2>::kCount;
-  // More weights than this come from memory for every chunk of tiles.
-  return kFour * pass.channels * pass.out_channels <= kMostWeights && cost(4, kFour) < cost(2, kTwo) ? 4 : 2;
+  return kFour * pass.channels * pass.out_channels <= kCachedWeights && cost(4, kFour) < cost(2, kTwo) ? 4 : 2;
 }
 
 // As direct_pass; `packed` are the weights of direct_pass. A task's tiles are computed in chunks: their transformed sources and their sums
@@ -261,12 +263,12 @@ inline int64_t winograd_side(const Pass& pass) {
 template <int kSide, class T, class Source, class MakeSink>
 inline void winograd_pass(const Pass& pass, const Window& window, const T* packed, const Source& source, const MakeSink& make_sink) {
   using P = TilePoints<kSide>;
-  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kTile = ConvTile<T>::kRows, kMostPoints = kSide == 4 ? 21 : 16;
-  // Of the sources and outputs of a task; of the transformed sources of a chunk; numbers in weights that stay in no cache.
-  constexpr int64_t kTaskBytes = 384 << 10, kChunkBytes = 320 << 10, kInMemory = 2 << 20;
+  constexpr int64_t kColumns = ConvTile<T>::kColumns, W = kLanes<T>, kTile = ConvTile<T>::kRows, kMostPoints = P::kMostOfGroup * P::kCount;
+  // Of the sources and outputs of a task, of the transformed sources of a chunk.
+  constexpr int64_t kTaskBytes = 384 << 10, kChunkBytes = 320 << 10;
   const int64_t padded = padded_channels<T>(pass.out_channels), C = pass.channels, block_stride = round_up(C, W);
   const int64_t u_size = P::kCount * P::kCount * C * padded;
-  const bool in_memory = u_size > kInMemory;
+  const bool in_memory = u_size > kCachedWeights;
   Scratch<T> u(u_size);
   pack_winograd<kSide, T>(u.get(), pass, packed);
   const int64_t most_of_task = std::clamp<int64_t>(kTaskBytes / ((C + padded) * kSide * kSide * sizeof(T)), 2 * kTile, 8 * kTile);

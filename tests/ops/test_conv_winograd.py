@@ -9,12 +9,12 @@ import bigmodel_kernels as bmk
 from bigmodel_kernels.testing import make
 from tests.ops.conv_problem import LAYOUTS, NAMES, PHASES_BY_NAME, TILED_BY_NAME, Problem
 
-FILTERED = [*PHASES_BY_NAME, *TILED_BY_NAME]
+WINOGRAD = [*PHASES_BY_NAME, *TILED_BY_NAME]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tail", ["bias", "norm_residual_relu", "tanh_max", "gate", "norm_relu"])
-@pytest.mark.parametrize("geometry", FILTERED)
+@pytest.mark.parametrize("geometry", WINOGRAD)
 def test_matches_float64(geometry, tail, layout):
     for seed in range(3 if tail == "norm_relu" else 1):
         Problem(geometry, tail, seed=seed).check(LAYOUTS[layout])
@@ -26,7 +26,7 @@ def test_bfloat16(geometry):
 
 
 @pytest.mark.parametrize("tail", ["bias", "norm_relu", "relu_max"])
-@pytest.mark.parametrize("geometry", FILTERED)
+@pytest.mark.parametrize("geometry", WINOGRAD)
 def test_integers_are_exact(geometry, tail):
     Problem(geometry, tail, seed=4, integer=True).check_exact()
 

@@ -91,6 +91,7 @@ CALLS = {
     "conv stem": ("conv", on_cpu(bmk.conv, padding=3, stride=2), ((2, 3, 80, 80), (40, 3, 7, 7), (40,))),
     "conv pointwise": ("conv", on_cpu(bmk.conv), ((2, 64, 24, 24), (130, 64, 1, 1), (130,))),
     "conv Winograd": ("conv", on_cpu(bmk.conv, padding=1), ((3, 40, 20, 21), (48, 40, 3, 3), (48,))),
+    "conv Winograd, tiles of 4": ("conv", on_cpu(bmk.conv, padding=1), ((1, 64, 57, 64), (50, 64, 3, 3), (50,))),
     "conv filtered gradient": ("conv", on_cpu(bmk.conv, padding=1), ((40, 20, 14, 14), (70, 20, 3, 3), (70,))),
     "conv few pixels": ("conv", on_cpu(bmk.conv, padding=1), ((1, 128, 5, 5), (128, 128, 3, 3), (128,))),
     "conv depthwise": ("conv", on_cpu(bmk.conv, padding=1, groups=70), ((2, 70, 30, 31), (70, 1, 3, 3), (70,))),
