@@ -19,7 +19,6 @@ from bigmodel_kernels import _extension, _registry
 _definitions = torch.library.Library("bigmodel_kernels", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
-
 _ops: dict[str, Op] = {}
 
 
@@ -82,8 +81,8 @@ class Op:
             output that nothing used; `needs` tells per argument (per element of a list) whether its gradient is wanted.
         differentiable: `differentiable(*args)` gives the same outputs in plain torch ops; gradients of gradients go through it.
         results: how many of the outputs are the op's results; those after them are saved for the backward only and carry
-            no gradient. Where a backend has `train`, it runs in place of its fwd in plain eager mode if a gradient may be asked
-            for, and may give more of these than the schema has: `backward` hands them to `op.bwd` as `kept`.
+            no gradient.
+        complete: `complete(outputs, *args)` adds the outputs that a backend may leave out, which the operator has to give.
         reads_results: `reads_results(*args)` says whether the backward reads the results themselves, for all of them or, as a
             tuple, for each. Those that it does not read are not saved, so that the caller may overwrite them, as an in-place ReLU
             after a layer does; the backward gets None.
@@ -102,6 +101,7 @@ class Op:
         differentiable: Callable,
         results: int,
         reads_results: Callable[..., bool | tuple[bool, ...]] = lambda *args: True,
+        complete: Callable = lambda outputs, *args: outputs,
     ):
         self.name = name
         self.prefer = prefer
@@ -114,7 +114,7 @@ class Op:
             "bwd": self._define(f"{name}_bwd", bwd, fake_bwd, "bwd"),
         }
         self.backward, self.differentiable, self.results = backward, differentiable, results
-        self.reads_results = reads_results
+        self.reads_results, self.complete = reads_results, complete
         _ops[name] = self
 
     def _define(self, name: str, schema: str, fake: Callable, direction: str):
@@ -126,7 +126,8 @@ class Op:
             else:
                 _registry.require(self.name, backend, forward_args)
             with torch.no_grad():  # the gradient is _Pair's business, whoever calls the operator
-                return run_backend(self.name, backend, direction, rest)
+                outputs = run_backend(self.name, backend, direction, rest)
+                return self.complete(outputs, *rest) if direction == "fwd" else outputs
 
         return _operator(name, schema, implementation, fake)
 
@@ -150,8 +151,7 @@ class Op:
         if not (args[-1] if self._told else needs_grad(*[args[i] for i in self._tensors["fwd"]])):
             if not plain:
                 return self.fwd(*args, backend)
-            direction = "infer" if hasattr(_registry.module(self.name, backend), "infer") else "fwd"
-            return run_backend(self.name, backend, direction, args)
+            return run_backend(self.name, backend, "fwd", args, "infer")
         flat, lengths = _flatten(args, self._lists)
         if compiling:
             flat = _each_once(flat)
@@ -191,15 +191,14 @@ class Op:
         """The forward on the backend named last, which has been selected for these arguments; no gradient."""
         return self._run("fwd", args)
 
-    def bwd(self, *args: Any, kept: torch.Tensor | None = None):
-        """The backward; as `fwd`. What the backend's `train` has `kept` spares it work, and is left out on the way through the
-        operator, whose schema does not have it."""
-        return self._run("bwd", args, None if kept is None else {"kept": kept})
+    def bwd(self, *args: Any):
+        """The backward; as `fwd`. Outside the operator, which fixes their layout, gradients may lie as by `bwd_freely`."""
+        return self._run("bwd", args, "bwd_freely")
 
-    def _run(self, direction: str, args: tuple, more: dict[str, Any] | None = None):
+    def _run(self, direction: str, args: tuple, rather: str = ""):
         # In plain eager mode straight to the backend: the dispatcher's round trip through Python costs as much as a small call.
         if args[-1] != "auto" and is_plain_eager(self._tensors[direction], args):
-            return run_backend(self.name, args[-1], direction, args[:-1], more)
+            return run_backend(self.name, args[-1], direction, args[:-1], rather)
         return self._operators[direction](*args)
 
 
@@ -227,11 +226,11 @@ class ForwardOp:
         return (self._run if is_plain_eager(self._tensors, args) else self._operator)(*args, backend)
 
 
-def run_backend(name: str, backend: str, direction: str, args: Sequence, more: dict[str, Any] | None = None):
-    """The backend's function on these arguments; lack of memory is told as PyTorch tells it."""
+def run_backend(name: str, backend: str, direction: str, args: Sequence, rather: str = ""):
+    """The backend's function on these arguments, that named `rather` if it has it; lack of memory is told as PyTorch tells it."""
     try:
-        function = getattr(_registry.module(name, backend), direction)
-        return function(*args, **more) if more else function(*args)
+        module = _registry.module(name, backend)
+        return getattr(module, rather if rather and hasattr(module, rather) else direction)(*args)
     except RuntimeError as error:
         if (lack := _extension.lack_of_memory(error, name, args)) is None:
             raise
@@ -343,6 +342,8 @@ class _Pair(torch.autograd.Function):
         op = _ops[ctx.name]
         inputs = sum(ctx.tensor_at)
         saved = ctx.saved_tensors
+        if not torch.compiler.is_compiling():  # torch.func.vjp's pullback runs after the transform
+            saved, grads = (tuple(map(unwrapped, tensors)) for tensors in (saved, grads))
         tensors = iter(saved[:inputs])
         flat = [next(tensors) if is_tensor else c for is_tensor, c in zip(ctx.tensor_at, ctx.constants)]
         needs = ctx.needs_input_grad[3:]
@@ -356,7 +357,7 @@ class _EagerPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
         op, args = call.op, _unflatten(call.fill(tensors), call.lengths)
-        outputs = run_backend(op.name, call.backend, call.direction, args)
+        outputs = run_backend(op.name, call.backend, "fwd", args)
         ctx.call = call
         if not isinstance(outputs, tuple):
             outputs = outputs.data if outputs._is_view() else outputs
@@ -399,11 +400,10 @@ _apply_eagerly = function_apply(_EagerPair)
 class Call:
     """A call of an op, on a backend selected for it, that records for its backward, apart from its tensors; serves many calls."""
 
-    __slots__ = ("at", "backend", "constants", "direction", "first", "lengths", "op")
+    __slots__ = ("at", "backend", "constants", "first", "lengths", "op")
 
     def __init__(self, op: Op, backend: str, flat: Sequence, lengths: tuple[int, ...] = ()):
         self.op, self.backend, self.lengths = op, backend, lengths
-        self.direction = "train" if hasattr(_registry.module(op.name, backend), "train") else "fwd"
         self.at = op.tensors_at(lengths)
         self.first = self.at[-1] == len(self.at) - 1  # the tensors are, before all else
         if self.first:

@@ -2,6 +2,7 @@
 // The kernels, with formulas and who owns what, are in attention_*_kernel.h.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of _mm512_undefined_ps inside _mm512_max_ps
 #define KERNEL_SOURCE "attention_kernel.h"
+#include "attention_read.h"
 #include "attention_tasks.h"
 #include "for_each_isa.h"
 
@@ -16,9 +17,6 @@
 
 namespace bmk {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
 namespace {
 
 // [B, H, S, D], stored as [B, S, H, D]. Not made as a view: autograd has to take it apart from the tensor it is a view of.
@@ -27,13 +25,6 @@ Tensor new_heads_inside(int64_t batch, int64_t heads, int64_t tokens, int64_t co
   const int64_t sizes[] = {batch, heads, tokens, columns}, row = step(columns), token = step(heads) * row;
   const int64_t strides[] = {step(tokens) * token, row, token, 1};
   return new_strided(4, sizes, strides, dtype);
-}
-
-Strided strided(const Tensor& t) {
-  Strided out;
-  out.data = t.const_data_ptr();
-  for (int64_t i = 0; i < t.dim(); ++i) out.stride[i] = t.stride(i);
-  return out;
 }
 
 ScalarType lse_dtype(const Tensor& q) { return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
@@ -50,12 +41,15 @@ void check_saved(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, 
   CHECK_DTYPE_IS(*grad_lse, lse_dtype(q));
 }
 
+// Where an operator has to give a tensor of probabilities that its backend does not keep, the first is -1.
+constexpr uint16_t kNotKept = 0xbc00;
+
 // What a forward of these arguments has kept.
 void read_kept(AttentionGradArgs& g, const AttentionArgs& a, const Tensor& q, const Tensor& kept, bool mask_grad) {
   const int64_t groups = a.groups(), rows = a.group_rows(), row = a.kept_row();
   const int64_t heads = a.batch * a.heads, q_len = a.q_len, value_dim = a.value_dim;
   const bool rest = keeps_rest(a);
-  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16 && (rest || keeps_probabilities(a)), "kept must be empty where nothing is kept");
+  STD_TORCH_CHECK(q.scalar_type() == ScalarType::BFloat16, "kept must be empty where nothing is kept");
   CHECK_CPU(kept);
   CHECK_DTYPE_IS(kept, rest ? ScalarType::Short : ScalarType::Half);
   CHECK_CONTIGUOUS(kept);
@@ -65,185 +59,11 @@ void read_kept(AttentionGradArgs& g, const AttentionArgs& a, const Tensor& q, co
     return;
   }
   CHECK_SHAPE(kept, groups, rows, row);
+  const auto* probabilities = static_cast<const uint16_t*>(kept.const_data_ptr());
+  if (probabilities[0] == kNotKept) return;
+  STD_TORCH_CHECK(keeps_probabilities(a), "kept must be empty where nothing is kept");
   // The mask's gradient would show what was kept in half precision.
-  if (!mask_grad || a.mask_type == MaskType::bfloat16) g.kept = static_cast<const uint16_t*>(kept.const_data_ptr());
-}
-
-void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slopes) {
-  if (!alibi_slopes) return;
-  const Tensor& slopes = *alibi_slopes;
-  const int64_t batch = a.batch, heads = a.heads;
-  CHECK_CPU(slopes);
-  CHECK_DTYPE_IS(slopes, ScalarType::Float);
-  CHECK_CONTIGUOUS(slopes);
-  CHECK_DIM(slopes, 2);
-  const int64_t slope_batch = slopes.size(0);
-  CHECK_SHAPE(slopes, slope_batch, heads);
-  STD_TORCH_CHECK(slope_batch == 1 || slope_batch == batch, "alibi_slopes must have 1 or ", batch, " rows, got ", slope_batch);
-  a.alibi = static_cast<const float*>(slopes.const_data_ptr());
-  a.alibi_batch_stride = slope_batch == 1 ? 0 : heads;
-}
-
-void read_options(AttentionArgs& a, const std::optional<Tensor>& seed, double scale, double dropout_p, double softcap,
-                  int64_t window_left, int64_t window_right) {
-  a.scale = scale, a.dropout_p = dropout_p, a.softcap = softcap;
-  a.left = window_left, a.right = window_right;
-  if (dropout_p > 0) {
-    STD_TORCH_CHECK(seed.has_value(), "seed must be given when dropout_p is not 0");
-    CHECK_CPU(*seed);
-    CHECK_DTYPE_IS(*seed, ScalarType::Long);
-    STD_TORCH_CHECK(seed->numel() == 1, "seed must have one element, got shape ", shape_string(*seed));
-    a.seed = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  }
-}
-
-AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
-                        const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale, double dropout_p,
-                        double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
-  CHECK_CPU(q);
-  CHECK_CPU(k);
-  CHECK_CPU(v);
-  CHECK_DIM(q, 4);
-  CHECK_DIM(k, 4);
-  CHECK_SAME_DTYPE(k, q);
-  CHECK_SAME_DTYPE(v, q);
-  AttentionArgs a;
-  a.batch = q.size(0), a.heads = q.size(1), a.q_len = q.size(2), a.head_dim = q.size(3);
-  a.kv_heads = k.size(1), a.k_len = k.size(2);
-  const int64_t batch = a.batch, heads = a.heads, kv_heads = a.kv_heads, q_len = a.q_len, k_len = a.k_len, head_dim = a.head_dim;
-  CHECK_SHAPE(k, batch, kv_heads, k_len, head_dim);
-  CHECK_DIM(v, 4);
-  a.value_dim = v.size(3);
-  const int64_t value_dim = a.value_dim;
-  CHECK_SHAPE(v, batch, kv_heads, k_len, value_dim);
-  STD_TORCH_CHECK(kv_heads > 0 ? heads % kv_heads == 0 : heads == 0, "q must have a multiple of the heads of k, got ", heads, " and ",
-                  kv_heads);
-  a.q = strided(q), a.k = strided(k), a.v = strided(v);
-  a.offset = lower_right ? k_len - q_len : 0;
-  a.lse_stride = q_len;
-  if (attn_mask) {
-    const Tensor& mask = *attn_mask;
-    CHECK_CPU(mask);
-    CHECK_DIM(mask, 4);
-    const int64_t full[] = {batch, heads, q_len, k_len};
-    a.mask.data = mask.const_data_ptr();
-    for (int64_t i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(mask.size(i) == full[i] || mask.size(i) == 1, "attn_mask must broadcast to ",
-                      shape_string({batch, heads, q_len, k_len}), ", got shape ", shape_string(mask));
-      a.mask.stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
-    }
-    switch (mask.scalar_type()) {
-      case ScalarType::Bool: a.mask_type = MaskType::boolean; break;
-      case ScalarType::Float: a.mask_type = MaskType::float32; break;
-      case ScalarType::Double: a.mask_type = MaskType::float64; break;
-      case ScalarType::BFloat16: a.mask_type = MaskType::bfloat16; break;
-      default:
-        STD_TORCH_CHECK(false, "attn_mask must be bool, float32, float64 or bfloat16, got scalar type ",
-                        static_cast<int>(mask.scalar_type()));
-    }
-  }
-  read_slopes(a, alibi_slopes);
-  read_options(a, seed, scale, dropout_p, softcap, window_left, window_right);
-  return a;
-}
-
-// Tokens [tokens, H, D] as one batch entry [H, tokens, D]; of [H, tokens] likewise, with one column.
-Strided strided_tokens(const Tensor& t) {
-  Strided out;
-  out.data = t.const_data_ptr();
-  out.stride[1] = t.stride(1), out.stride[2] = t.stride(0), out.stride[3] = t.stride(2);
-  return out;
-}
-
-Strided strided_lse(const Tensor& t) {
-  Strided out;
-  out.data = t.const_data_ptr();
-  out.stride[1] = t.stride(0), out.stride[2] = t.stride(1);
-  return out;
-}
-
-template <class T>
-T* advanced(T* data, int64_t elements, int64_t element_size) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
-  return static_cast<Byte*>(data) + elements * element_size;
-}
-
-Strided from_token(Strided t, int64_t token, int64_t element_size) {
-  t.data = advanced(t.data, token * t.stride[2], element_size);
-  return t;
-}
-
-// Where the sequences end, checked.
-const int64_t* read_ends(const char* name, const Tensor& cu_seqlens, int64_t sequences, int64_t total, int64_t longest) {
-  CHECK_CPU(cu_seqlens);
-  CHECK_DTYPE_IS(cu_seqlens, ScalarType::Long);
-  CHECK_CONTIGUOUS(cu_seqlens);
-  const int64_t ends_count = sequences + 1;
-  CHECK_SHAPE(cu_seqlens, ends_count);
-  const auto* ends = static_cast<const int64_t*>(cu_seqlens.const_data_ptr());
-  for (int64_t b = 0; b <= sequences; ++b) {
-    const bool fits = (b > 0 ? ends[b] >= ends[b - 1] : ends[b] == 0) && (b < sequences || ends[b] == total);
-    STD_TORCH_CHECK(fits, "cu_seqlens_", name, " must rise from 0 to the ", total, " tokens, got ", ends[b], " at [", b, "]");
-  }
-  for (int64_t b = 0; b < sequences; ++b)
-    STD_TORCH_CHECK(ends[b + 1] - ends[b] <= longest, "max_seqlen_", name, " must be at least the longest sequence, got ", longest,
-                    " and one of ", ends[b + 1] - ends[b]);
-  return ends;
-}
-
-// What the sequences of attention_varlen have in common, and where each of them lies.
-struct Sequences {
-  AttentionArgs all;  // of all tokens, as if they were one sequence
-  int64_t count, element_size;
-  const int64_t *q_ends, *k_ends;
-  bool lower_right;
-
-  AttentionArgs at(int64_t b) const {
-    AttentionArgs a = all;
-    a.q_len = q_ends[b + 1] - q_ends[b], a.k_len = k_ends[b + 1] - k_ends[b];
-    a.q = from_token(all.q, q_ends[b], element_size);
-    a.k = from_token(all.k, k_ends[b], element_size), a.v = from_token(all.v, k_ends[b], element_size);
-    a.offset = lower_right ? a.k_len - a.q_len : 0;
-    a.first_batch = b;
-    if (a.alibi) a.alibi += b * a.alibi_batch_stride;
-    return a;
-  }
-};
-
-Sequences read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, int64_t max_seqlen_q,
-                         int64_t max_seqlen_k, double scale, double dropout_p, double softcap, int64_t window_left, int64_t window_right,
-                         bool lower_right) {
-  CHECK_CPU(q);
-  CHECK_CPU(k);
-  CHECK_CPU(v);
-  CHECK_DIM(q, 3);
-  CHECK_DIM(k, 3);
-  CHECK_DIM(v, 3);
-  CHECK_SAME_DTYPE(k, q);
-  CHECK_SAME_DTYPE(v, q);
-  CHECK_DIM(cu_seqlens_q, 1);
-  Sequences s;
-  AttentionArgs& a = s.all;
-  a.batch = s.count = cu_seqlens_q.size(0) - 1;  // read_slopes asks for so many
-  STD_TORCH_CHECK(s.count >= 0, "cu_seqlens_q must have an element more than there are sequences, got none");
-  a.q_len = q.size(0), a.heads = q.size(1), a.head_dim = q.size(2);
-  a.k_len = k.size(0), a.kv_heads = k.size(1), a.value_dim = v.size(2);
-  const int64_t kv_heads = a.kv_heads, k_len = a.k_len, head_dim = a.head_dim, value_dim = a.value_dim;
-  CHECK_SHAPE(k, k_len, kv_heads, head_dim);
-  CHECK_SHAPE(v, k_len, kv_heads, value_dim);
-  STD_TORCH_CHECK(kv_heads > 0 ? a.heads % kv_heads == 0 : a.heads == 0, "q must have a multiple of the heads of k, got ", a.heads, " and ",
-                  kv_heads);
-  a.q = strided_tokens(q), a.k = strided_tokens(k), a.v = strided_tokens(v);
-  a.lse_stride = a.q_len;
-  read_slopes(a, alibi_slopes);
-  read_options(a, seed, scale, dropout_p, softcap, window_left, window_right);
-  a.batch = 1;
-  s.q_ends = read_ends("q", cu_seqlens_q, s.count, a.q_len, max_seqlen_q);
-  s.k_ends = read_ends("k", cu_seqlens_k, s.count, a.k_len, max_seqlen_k);
-  s.element_size = q.element_size();
-  s.lower_right = lower_right;
-  return s;
+  if (!mask_grad || a.mask_type == MaskType::bfloat16) g.kept = probabilities;
 }
 
 // Calls run(first, count) for problems that are multiplied alike: see kFewestPairedRows.
@@ -258,7 +78,8 @@ void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
 
 }  // namespace
 
-// The third is what is kept for the backward, if `save` and where keeps_probabilities or keeps_rest says so, or empty.
+// The third is what is kept for the backward, if `save` and where keeps_probabilities or keeps_rest says so; else it is undefined, which
+// Python takes for None.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                                                  const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale,
                                                  double dropout_p, double softcap, int64_t window_left, int64_t window_right,
@@ -269,25 +90,28 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
   Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
   problem.out = out.mutable_data_ptr(), problem.lse = lse.mutable_data_ptr();
-  const bool saves = save && q.scalar_type() == ScalarType::BFloat16, keeps = saves && keeps_probabilities(a);
-  const bool rests = saves && keeps_rest(a);
-  Tensor kept = keeps   ? pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept)
-                : rests ? pooled_empty(q, {a.batch * a.heads, a.q_len, a.value_dim}, ScalarType::Short, sizeof *problem.rest)
-                        : new_contiguous({0}, ScalarType::Half);
-  if (keeps) problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
-  if (rests) problem.rest = static_cast<int16_t*>(kept.mutable_data_ptr());
+  Tensor kept;
+  if (save && q.scalar_type() == ScalarType::BFloat16) {
+    if (keeps_rest(a)) {
+      kept = pooled_empty(q, {a.batch * a.heads, a.q_len, a.value_dim}, ScalarType::Short, sizeof *problem.rest);
+      problem.rest = static_cast<int16_t*>(kept.mutable_data_ptr());
+    } else if (keeps_probabilities(a)) {
+      kept = pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept);
+      problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
+    }
+  }
   DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
   return {out, lse, kept};
 }
 
-// With `kept`, be it empty, gradients lie as their tensors do where these are contiguous: whoever calls so asks for no fixed layout, and
-// a leaf of autograd would copy what lies otherwise.
+// With `as_inputs` gradients lie as their tensors do where these are contiguous, and no fixed layout: a leaf of autograd would copy what
+// lies otherwise.
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
-                                                         const Tensor& lse, bool mask_grad, const Tensor& q, const Tensor& k,
-                                                         const Tensor& v, const std::optional<Tensor>& attn_mask,
-                                                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed,
-                                                         double scale, double dropout_p, double softcap, int64_t window_left,
-                                                         int64_t window_right, bool lower_right, const std::optional<Tensor>& kept) {
+                                                         const Tensor& lse, const std::optional<Tensor>& kept, bool mask_grad,
+                                                         const Tensor& q, const Tensor& k, const Tensor& v,
+                                                         const std::optional<Tensor>& attn_mask, const std::optional<Tensor>& alibi_slopes,
+                                                         const std::optional<Tensor>& seed, double scale, double dropout_p, double softcap,
+                                                         int64_t window_left, int64_t window_right, bool lower_right, bool as_inputs) {
   AttentionBackward problem{
       read_args(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right)};
   const AttentionArgs& a = problem.a;
@@ -303,7 +127,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
     CHECK_SHAPE(*grad_lse, batch, heads, q_len);
     g.grad_lse = strided(*grad_lse);
   }
-  const bool as_inputs = kept.has_value();
   const auto gradient = [&](const Tensor& of, GradientRows& rows) {
     const int64_t heads = of.size(1), tokens = of.size(2), columns = of.size(3);
     const bool outside = as_inputs && of.is_contiguous();
@@ -327,31 +150,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_bwd(const Tensor& grad_out,
   return {dq, dk, dv, dmask};
 }
 
-std::tuple<Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                                                const Tensor& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
-                                                const std::optional<Tensor>& seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
-                                                double scale, double dropout_p, double softcap, int64_t window_left,
-                                                int64_t window_right, bool lower_right) {
+// The third is what rounding takes from out, for the sequences that keeps_rest names: [Hq, Sq, Dv] of each, from its tokens' place on;
+// undefined where nothing is kept. Its shape tells nothing of the lengths, which a compiler may not know.
+std::tuple<Tensor, Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                                        const Tensor& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
+                                                        const std::optional<Tensor>& seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                        double scale, double dropout_p, double softcap, int64_t window_left,
+                                                        int64_t window_right, bool lower_right, bool save) {
   const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
                                      softcap, window_left, window_right, lower_right);
   Tensor out = torch::stable::new_empty(q, {s.all.q_len, s.all.heads, s.all.value_dim});
   Tensor lse = torch::stable::new_empty(q, {s.all.heads, s.all.q_len}, lse_dtype(q));
+  Tensor kept;
+  int16_t* rest = nullptr;
+  if (save && q.scalar_type() == ScalarType::BFloat16 && max_seqlen_k > kMostKeysKept) {
+    kept = pooled_empty(q, {s.all.q_len, s.all.heads, s.all.value_dim}, ScalarType::Short, sizeof *rest);
+    rest = static_cast<int16_t*>(kept.mutable_data_ptr());
+  }
   std::vector<AttentionForward> problems(s.count);
-  for (int64_t b = 0; b < s.count; ++b)
-    problems[b] = {s.at(b), advanced(out.mutable_data_ptr(), s.q_ends[b] * s.all.heads * s.all.value_dim, s.element_size),
-                   advanced(lse.mutable_data_ptr(), s.q_ends[b], lse.element_size())};
+  for (int64_t b = 0; b < s.count; ++b) {
+    const int64_t first = s.q_ends[b] * s.all.heads * s.all.value_dim;
+    AttentionForward& problem = problems[b];
+    problem.a = s.at(b);
+    problem.out = advanced(out.mutable_data_ptr(), first, s.element_size);
+    problem.lse = advanced(lse.mutable_data_ptr(), s.q_ends[b], lse.element_size());
+    if (rest && keeps_rest(problem.a)) problem.rest = rest + first;
+  }
   each_kind(problems, q.scalar_type(), [&](const AttentionForward* first, int64_t count) {
     DISPATCH_FLOATING(q.scalar_type(), "attention_varlen", [&] { ISA_CALL(attention_forward<scalar_t>, first, count); });
   });
-  return {out, lse};
+  return {out, lse, kept};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, const std::optional<Tensor>& grad_lse, const Tensor& out,
-                                                        const Tensor& lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                                                        const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                                                        const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed,
-                                                        int64_t max_seqlen_q, int64_t max_seqlen_k, double scale, double dropout_p,
-                                                        double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
+                                                        const Tensor& lse, const std::optional<Tensor>& kept, const Tensor& q,
+                                                        const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                                                        const Tensor& cu_seqlens_k, const std::optional<Tensor>& alibi_slopes,
+                                                        const std::optional<Tensor>& seed, int64_t max_seqlen_q, int64_t max_seqlen_k,
+                                                        double scale, double dropout_p, double softcap, int64_t window_left,
+                                                        int64_t window_right, bool lower_right) {
   const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
                                      softcap, window_left, window_right, lower_right);
   const int64_t tokens = s.all.q_len, heads = s.all.heads, value_dim = s.all.value_dim;
@@ -365,6 +202,13 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, 
     CHECK_SHAPE(*grad_lse, heads, tokens);
     all.grad_lse = strided_lse(*grad_lse);
   }
+  if (kept && kept->numel() > 0) {
+    CHECK_CPU(*kept);
+    CHECK_DTYPE_IS(*kept, ScalarType::Short);
+    CHECK_CONTIGUOUS(*kept);
+    CHECK_SHAPE(*kept, tokens, heads, value_dim);
+    all.rest = static_cast<const int16_t*>(kept->const_data_ptr());
+  }
   Tensor dq = torch::stable::new_empty(q, {tokens, heads, s.all.head_dim});
   Tensor dk = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, s.all.head_dim});
   Tensor dv = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, value_dim});
@@ -372,14 +216,16 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, 
   std::vector<AttentionBackward> problems(s.count);
   for (int64_t b = 0; b < s.count; ++b) {
     const int64_t q0 = s.q_ends[b], k0 = s.k_ends[b];
+    const AttentionArgs a = s.at(b);
     AttentionGradArgs g = all;
     g.grad_out = from_token(all.grad_out, q0, size), g.out = from_token(all.out, q0, size), g.lse = from_token(all.lse, q0, lse_size);
     if (grad_lse) g.grad_lse = from_token(all.grad_lse, q0, lse_size);
+    if (g.rest) g.rest = keeps_rest(a) ? g.rest + q0 * heads * value_dim : nullptr;
     const int64_t kv_heads = s.all.kv_heads;  // the one batch entry of a sequence needs no step
     g.dq = heads_inside(advanced(dq.mutable_data_ptr(), q0 * heads * s.all.head_dim, size), heads, 0);
     g.dk = heads_inside(advanced(dk.mutable_data_ptr(), k0 * kv_heads * s.all.head_dim, size), kv_heads, 0);
     g.dv = heads_inside(advanced(dv.mutable_data_ptr(), k0 * kv_heads * value_dim, size), kv_heads, 0);
-    problems[b] = {s.at(b), g};
+    problems[b] = {a, g};
   }
   each_kind(problems, q.scalar_type(), [&](const AttentionBackward* first, int64_t count) {
     DISPATCH_FLOATING(q.scalar_type(), "attention_varlen", [&] { ISA_CALL(attention_backward<scalar_t>, first, count); });
@@ -468,19 +314,19 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
 STABLE_TORCH_LIBRARY_FRAGMENT(bigmodel_native, m) {
   m.def(
       "attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, "
-      "float softcap, int window_left, int window_right, bool lower_right, bool save=False) -> (Tensor, Tensor, Tensor)");
+      "float softcap, int window_left, int window_right, bool lower_right, bool save) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, Tensor q, Tensor k, Tensor v, "
-      "Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, float softcap, int window_left, "
-      "int window_right, bool lower_right, Tensor? kept=None) -> (Tensor, Tensor, Tensor, Tensor)");
+      "attention_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? kept, bool mask_grad, Tensor q, Tensor k, "
+      "Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, float softcap, int window_left, "
+      "int window_right, bool lower_right, bool as_inputs) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "attention_varlen_fwd(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
       "int max_seqlen_q, int max_seqlen_k, float scale, float dropout_p, float softcap, int window_left, int window_right, "
-      "bool lower_right) -> (Tensor, Tensor)");
+      "bool lower_right, bool save) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "attention_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, "
-      "Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, int max_seqlen_q, int max_seqlen_k, float scale, float dropout_p, "
-      "float softcap, int window_left, int window_right, bool lower_right) -> (Tensor, Tensor, Tensor)");
+      "attention_varlen_bwd(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? kept, Tensor q, Tensor k, Tensor v, "
+      "Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, int max_seqlen_q, int max_seqlen_k, float scale, "
+      "float dropout_p, float softcap, int window_left, int window_right, bool lower_right) -> (Tensor, Tensor, Tensor)");
   m.def(
       "attention_decode_fwd(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scale, Tensor? v_scale, Tensor cache_seqlens, "
       "Tensor? block_table, Tensor? alibi_slopes, float scale, float softcap, int window_left, int window_right) -> (Tensor, Tensor)");

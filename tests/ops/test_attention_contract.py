@@ -104,7 +104,7 @@ NATIVE = torch.ops.bigmodel_native
 def native(q=None, k=None, v=None, mask=None, slopes=None, seed=None, p=0.0):
     a, b, c = qkv()
     q, k, v = a if q is None else q, b if k is None else k, c if v is None else v
-    return NATIVE.attention_fwd(q, k, v, mask, slopes, seed, 1.0, p, 0.0, -1, -1, False)
+    return NATIVE.attention_fwd(q, k, v, mask, slopes, seed, 1.0, p, 0.0, -1, -1, False, False)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def test_opcheck(backend, transposed, flags):
         }
     args = bmk.attention.prepare(q, k, v, **options)
     torch.library.opcheck(torch.ops.bigmodel_kernels.attention_fwd.default, (*args, backend))
-    out, lse = torch.ops.bigmodel_kernels.attention_fwd(*args, backend)
+    out, lse, kept = torch.ops.bigmodel_kernels.attention_fwd(*args, backend)
     grad_lse = lse.clone() if flags == "everything" else None
-    backward = (torch.ones_like(out), grad_lse, out, lse, flags == "everything", *args, backend)
+    backward = (torch.ones_like(out), grad_lse, out, lse, kept, flags == "everything", *args, backend)
     torch.library.opcheck(torch.ops.bigmodel_kernels.attention_bwd.default, backward)
 
 

@@ -102,7 +102,7 @@ def run(q, k, v, grad_out, grad_lse, mask, seed=None, dropout_p=0.0, **options):
     exact = reference.bwd(wide(grad_out), wide(grad_lse), exact_out, exact_lse, mask_grad, *exact_args)
     op = bmk.attention.op
     out, lse = op.fwd(*args, "triton")
-    actual = op.bwd(grad_out, grad_lse, out, lse, mask_grad, *args, "triton")
+    actual = op.bwd(grad_out, grad_lse, out, lse, None, mask_grad, *args, "triton")
     return [out, lse, *actual], [exact_out, exact_lse, *exact]
 
 

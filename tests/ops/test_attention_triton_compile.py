@@ -58,7 +58,7 @@ def compile_call(gpu, dtype, head_dim, monkeypatch, only=None, mask=False, alibi
     args[5] = torch.zeros(1, dtype=torch.int64)
     with compiling(gpu, monkeypatch, only) as binaries:
         out, lse = triton_kernels.fwd(*args)
-        triton_kernels.bwd(grad_out, lse, out, lse, mask is not None, *args)
+        triton_kernels.bwd(grad_out, lse, out, lse, None, mask is not None, *args)
     return {NAMES[binary.name]: binary for binary in binaries}
 
 
@@ -71,7 +71,7 @@ def compile_varlen(gpu, dtype, head_dim, monkeypatch, sequences=2, alibi=False, 
     args[6] = torch.zeros(1, dtype=torch.int64)
     with compiling(gpu, monkeypatch) as binaries:
         out, lse = varlen.fwd(*args)
-        varlen.bwd(grad_out, lse, out, lse, *args)
+        varlen.bwd(grad_out, lse, out, lse, None, *args)
     return {NAMES[binary.name]: binary for binary in binaries}
 
 
@@ -177,7 +177,7 @@ def test_tensors_that_the_copy_engine_cannot_read_go_by_pointers(head_dim, monke
     args = bmk.attention.prepare(q, q, q, is_causal=True)
     with compiling("sm_90", monkeypatch) as binaries:
         out, lse = triton_kernels.fwd(*args)
-        triton_kernels.bwd(q, None, out, lse, False, *args)
+        triton_kernels.bwd(q, None, out, lse, None, False, *args)
     assert len(binaries) == 3
     for binary in binaries:
         assert "UTMALDG" not in binary.sass

@@ -75,6 +75,20 @@ def test_grad_of_grad_on_a_backend_asked_for(name):
     torch.testing.assert_close(torch.func.grad(slope)(x), second, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("graph", [True, False])
+@pytest.mark.parametrize("name", ["conv", "linear", "attention"])
+def test_pullback_on_a_backend_asked_for(name, graph):
+    """It runs after the transform, whose tensors looked as if they still recorded: it raised unless gradients were off."""
+    function, shape = FUNCTIONS[name]
+    leaf = make(*shape).requires_grad_()
+    with bmk.use_backend("cpu"):
+        y, pullback = torch.func.vjp(function, leaf.detach())
+        with torch.set_grad_enabled(graph):
+            (found,) = pullback(y)
+        (expected,) = torch.autograd.grad(function(leaf), leaf, y)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in FUNCTIONS if name != "attention"]
 )  # PyTorch's own has no such derivative there

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from bigmodel_kernels import _cpu, _extension
-from bigmodel_kernels._library import function_apply, gradients, is_plainly_grad, needs_grad, unwrapped
+from bigmodel_kernels._library import function_apply, gradients, is_plainly_grad, unwrapped
 from bigmodel_kernels.ops.attention import op
 
 
@@ -37,7 +37,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, q, k, v):
-        out, lse, kept = _run(_native()[0], q, k, v, None, None, None, *options[:6], True)
+        out, lse, kept = _run(_native()[0], q, k, v, None, None, None, *options[:6], True)  # kept may be None
         ctx.options = options
         ctx.save_for_backward(q, k, v, out, lse, kept)
         return out
@@ -47,7 +47,7 @@ class _Recorded(torch.autograd.Function):
         q, k, v, out, lse, kept = ctx.saved_tensors
         options = ctx.options
         if is_plainly_grad(grad):
-            args = (grad, None, out, lse, False, q, k, v, None, None, None, *options[:6], kept)
+            args = (grad, None, out, lse, kept, False, q, k, v, None, None, None, *options[:6], True)
             return None, *_run(_native()[1], *args)[:3]
         args, needs = (q, k, v, None, None, None, *options), (*ctx.needs_input_grad[1:], *[False] * (3 + len(options)))
         return None, *gradients(op.OP, "cpu", args, (), needs, (out, lse, kept), (grad, None))[:3]
@@ -59,20 +59,21 @@ _apply = function_apply(_Recorded)
 def plan(*args):
     """`fwd` without masks for such arguments as a function of its six tensors."""
     options = args[6:]
-    if needs_grad(*args[:3]):
+    if args[-1]:
         return lambda q, k, v, *_: _apply(options, unwrapped(q), unwrapped(k), unwrapped(v))
     native, numbers = _native()[0], options[:6]
-    return lambda *tensors: _run(native, *tensors, *numbers)[0]
+    return lambda *tensors: _run(native, *tensors, *numbers, False)[0]
 
 
 def fwd(*args):  # lse comes always, and every result is deterministic
-    return _native()[0](*args[:12], False)[:2]
+    outputs = _native()[0](*args[:12], args[-1])
+    return outputs[:2] if outputs[2] is None else outputs
 
 
-def train(*args):
-    """As fwd; where a row's keys are few also its probabilities, for bwd."""
-    return _native()[0](*args[:12], True)
+def bwd(*args):
+    return _native()[1](*args[:18], False)
 
 
-def bwd(grad_out, grad_lse, out, lse, mask_grad, *args, kept=None):
-    return _native()[1](grad_out, grad_lse, out, lse, mask_grad, *args[:12], kept)
+def bwd_freely(*args):
+    """As bwd, with gradients that lie as their tensors do."""
+    return _native()[1](*args[:18], True)

@@ -36,8 +36,9 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(softcap(scale q k^T) + bias) v, without holding the Sq x Sk scores (Milakov & Gimelshein 2018, Dao et al. 2022).
 
-    On a CPU with dot products of bfloat16 a call of up to 192 keys that records for a backward keeps its probabilities, in 2
-    bytes each and no more than q, k, v and the result take together; nothing else of size Sq x Sk is ever held.
+    On a CPU a call in bfloat16 that records for a backward keeps more than its result: of more than 192 keys what rounding takes
+    from it, of fewer, where there are dot products of bfloat16, its probabilities, in 2 bytes each and no more than q, k, v and
+    the result take together; nothing else of size Sq x Sk is ever held.
 
     Query i stands at position p = i (alignment "upper_left") or i + Sk - Sq ("lower_right", so that the last query sees the
     last key) among the keys. A query with no key to attend to gives exactly 0, zero gradients and lse = -inf, and
@@ -83,9 +84,9 @@ def attention(
     ):  # PyTorch's own op draws its own numbers
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
         args = (*args[:5], seed, *args[6:])
-    out, lse = OP(*args, backend=backend)
+    out, lse, *_ = OP(*args, backend=backend)
     if key is not None and q.dim() == 4:
-        _PLANS.remember(key, args, save=needs_grad(q, k, v))
+        _PLANS.remember(key, args, save=args[-1])
     if q.dim() != 4:
         shape, first = _batch_shape(q, k, v), max(1, 4 - q.dim())
         out, lse = (t if t is None else t.reshape(*shape, *t.shape[first:]) for t in (out, lse))
@@ -115,6 +116,7 @@ def prepare(
     lower_right = is_lower_right(alignment)
     left, right = window_sides(window)
     is_causal, enable_gqa = flag("is_causal", is_causal), flag("enable_gqa", enable_gqa)
+    save = needs_grad(q, k, v, attn_mask)
     q, k, v = autocast(q, k, v)
     _check_same("k", k, q)
     _check_same("v", v, q)
@@ -137,6 +139,7 @@ def prepare(
         lower_right,
         flag("return_lse", return_lse),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
+        save,
     )
 
 
@@ -273,7 +276,7 @@ def slopes_2d(slopes: Tensor, batch: int, heads: int, device: torch.device) -> T
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, "
-    "float softcap, int window_left, int window_right, bool lower_right, bool return_lse, bool deterministic"
+    "float softcap, int window_left, int window_right, bool lower_right, bool return_lse, bool deterministic, bool save"
 )
 
 
@@ -286,15 +289,48 @@ def heads_inside(q: Tensor, batch: int, heads: int, length: int, width: int) -> 
     return q.new_empty(batch, length, heads, width).transpose(1, 2)
 
 
+def keeps(q: Tensor, save: bool) -> bool:
+    """Whether the CPU's forward may keep more for its backward than out and lse."""
+    return save and q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
+def _new_kept(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, *rest) -> Tensor:
+    """An empty tensor for what the CPU's forward keeps, by the rules of csrc/cpu/attention_args.h, on any CPU: of more than 192
+    keys what rounding takes from out, of fewer the probabilities where they take no more than q, k, v and out do."""
+    if not keeps(q, rest[-1]):
+        return q.new_empty(0)
+    batch, heads, length, depth = q.shape
+    kv_heads, keys, width = v.shape[1:]
+    if keys > 192:
+        return q.new_empty(batch * heads, length, width, dtype=torch.int16)
+    rows, row = heads // max(kv_heads, 1) * length, (keys + 15) // 16 * 16
+    if dropout_p > 0 or softcap > 0 or rows < 32 or rows * row > (rows + keys) * (depth + width):
+        return q.new_empty(0)
+    return q.new_empty(batch * kv_heads, rows, row, dtype=torch.float16)
+
+
+def _complete(outputs: tuple, *args) -> tuple:
+    """With a tensor of which the CPU's backward knows that nothing was kept: rounding took nothing, a probability is negative."""
+    if len(outputs) == 3:
+        return outputs
+    kept = _new_kept(*args)
+    if kept.dtype == torch.int16:
+        kept.zero_()
+    elif kept.numel() > 0:
+        kept[0, 0, 0] = -1
+    return *outputs, kept
+
+
 def _fake_fwd(q, k, v, *rest):
     batch, heads, length, _ = q.shape
     return (
         heads_inside(q, batch, heads, length, v.shape[3]),
         q.new_empty(batch, heads, length, dtype=lse_dtype(q)),
+        _new_kept(q, k, v, *rest),
     )
 
 
-def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest):
+def _fake_bwd(grad_out, grad_lse, out, lse, kept, mask_grad, q, k, v, attn_mask, *rest):
     batch, heads, length, depth = q.shape
     kv_heads, k_length, width = v.shape[1:]
     return (
@@ -307,7 +343,7 @@ def _fake_bwd(grad_out, grad_lse, out, lse, mask_grad, q, k, v, attn_mask, *rest
 
 def prefer(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse,
-    deterministic,
+    deterministic, save,
 ) -> tuple[str, ...]:  # fmt: skip
     """By the table of docs/decisions.md: "cpu" is ahead for every dtype and flag, in small plain calls by little.
 
@@ -323,17 +359,17 @@ def prefer(
 
 
 def _backward(op, args, outputs, grads, needs, backend):
-    out, lse, *kept = outputs
+    out, lse, kept = outputs if len(outputs) == 3 else (*outputs, None)
     grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
     mask_grad = bool(needs[3])
-    dq, dk, dv, dmask = op.bwd(grad_out, grads[1], out, lse, mask_grad, *args, backend, kept=kept[0] if kept else None)
+    dq, dk, dv, dmask = op.bwd(grad_out, grads[1], out, lse, kept, mask_grad, *args, backend)
     return [dq, dk, dv, dmask if mask_grad else None] + [None] * (len(args) - 4)
 
 
 OP = Op(
     "attention",
-    f"({SCHEMA}) -> (Tensor out, Tensor lse)",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool mask_grad, {SCHEMA})"
+    f"({SCHEMA}) -> (Tensor out, Tensor lse, Tensor kept)",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? kept, bool mask_grad, {SCHEMA})"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dmask)",
     fake_fwd=_fake_fwd,
     fake_bwd=_fake_bwd,
@@ -341,6 +377,7 @@ OP = Op(
     backward=_backward,
     differentiable=reference.fwd,
     results=2,
+    complete=_complete,
 )
 _PLANS = Plans(OP)
 attention.prepare = prepare

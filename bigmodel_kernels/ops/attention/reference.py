@@ -147,7 +147,7 @@ def arithmetic_dtype(q: Tensor) -> torch.dtype:
 
 def fwd(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse=True, deterministic=False,
+    return_lse=True, deterministic=False, save=False,
 ):  # fmt: skip
     """out [B, Hq, Sq, Dv] and lse [B, Hq, Sq]."""
     dtype, q, k, v = q.dtype, *(t.to(arithmetic_dtype(t)) for t in (q, k, v))
@@ -161,7 +161,7 @@ def fwd(
 def bwd(
     grad_out, grad_lse, out, lse, mask_grad,
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse=True, deterministic=False,
+    return_lse=True, deterministic=False, save=False,
 ):  # fmt: skip
     """dq, dk, dv and dmask (empty unless mask_grad).
 

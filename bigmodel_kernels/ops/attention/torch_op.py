@@ -57,7 +57,7 @@ def _sdpa_arguments(q, k, attn_mask, alibi_slopes, scale, dropout_p, window_left
 
 def call(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse, deterministic,
+    return_lse, deterministic, save,
 ):  # fmt: skip
     """(out, lse or None), differentiable by PyTorch's own autograd."""
     if _plain(softcap, return_lse):
@@ -76,7 +76,7 @@ def call(
 
 def plan(q, k, v, attn_mask, alibi_slopes, seed, *options):
     """`call` without masks for arguments of these shapes and options as a function of its six tensors."""
-    scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse, _ = options
+    scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse, *_ = options
     limited = window_left >= 0 or window_right >= 0
     if limited or not _plain(softcap, return_lse):
         return lambda *tensors: call(*tensors, *options)[0]
@@ -109,7 +109,7 @@ def _flash_arguments(q, k, attn_mask, alibi_slopes, scale, window_left, window_r
 
 def fwd(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse, deterministic,
+    return_lse, deterministic, save,
 ):  # fmt: skip
     if _flash(q, k, v, softcap, return_lse, dropout_p, False):
         limits = (window_left, window_right, lower_right)
@@ -124,9 +124,9 @@ def fwd(
 
 
 def bwd(
-    grad_out, grad_lse, out, lse, mask_grad,
+    grad_out, grad_lse, out, lse, kept, mask_grad,
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse, deterministic,
+    return_lse, deterministic, save,
 ):  # fmt: skip
     if _flash(q, k, v, softcap, return_lse, dropout_p, mask_grad):
         limits = (window_left, window_right, lower_right)

@@ -168,7 +168,7 @@ def _operands(call: _Call, kernel: str, tensors: tuple, *more: Tensor) -> tuple[
 
 def fwd(
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse, deterministic,
+    return_lse, deterministic, save,
 ):  # fmt: skip
     call, tensors = _call(
         q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right
@@ -184,9 +184,9 @@ def fwd(
 
 
 def bwd(
-    grad_out, grad_lse, out, lse, mask_grad,
+    grad_out, grad_lse, out, lse, kept, mask_grad,
     q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right,
-    return_lse, deterministic,
+    return_lse, deterministic, save,
 ):  # fmt: skip
     call, first = _call(
         q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, window_left, window_right, lower_right

@@ -13,12 +13,13 @@ def supports(q, *rest) -> str | None:
 
 def _native(q, k, v, cu_seqlens_q, cu_seqlens_k, *rest) -> tuple:
     """The arguments of the native ops; every result is deterministic, and lse comes always."""
-    return q, k, v, cu_seqlens_q.long().contiguous(), cu_seqlens_k.long().contiguous(), *rest[:-2]
+    return q, k, v, cu_seqlens_q.long().contiguous(), cu_seqlens_k.long().contiguous(), *rest[:-3]
 
 
 def fwd(*args):
-    return torch.ops.bigmodel_native.attention_varlen_fwd(*_native(*args))
+    outputs = torch.ops.bigmodel_native.attention_varlen_fwd(*_native(*args), args[-1])
+    return outputs[:2] if outputs[2] is None else outputs
 
 
-def bwd(grad_out, grad_lse, out, lse, *args):
-    return torch.ops.bigmodel_native.attention_varlen_bwd(grad_out, grad_lse, out, lse, *_native(*args))
+def bwd(grad_out, grad_lse, out, lse, kept, *args):
+    return torch.ops.bigmodel_native.attention_varlen_bwd(grad_out, grad_lse, out, lse, kept, *_native(*args))

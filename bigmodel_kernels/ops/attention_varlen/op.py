@@ -9,12 +9,13 @@ from torch import Tensor
 
 from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._arguments import flag, integer, number
-from bigmodel_kernels._library import Op, autocast
+from bigmodel_kernels._library import Op, autocast, needs_grad
 from bigmodel_kernels.ops.attention.op import (
     check_floating,
     checked_dropout,
     checked_softcap,
     is_lower_right,
+    keeps,
     lse_dtype,
     slopes_2d,
     window_sides,
@@ -45,7 +46,8 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention within each of B sequences laid end to end: tokens cu_seqlens[b] .. cu_seqlens[b + 1] of q, and of k and v.
 
-    No place is padded and nothing of the size of the scores is held; one launch for all sequences.
+    No place is padded and nothing of the size of the scores is held; one launch for all sequences. On a CPU a call in bfloat16
+    that records for a backward keeps what rounding takes from the results of sequences of more than 192 keys.
 
     Args:
         cu_seqlens_q, cu_seqlens_k: int32 or int64, rising from 0 to the total.
@@ -70,7 +72,7 @@ def attention_varlen(
     ):  # PyTorch's own op draws its own numbers
         seed = torch.randint(0, 2**62, (1,), dtype=torch.int64, device=q.device)
         args = (*args[:6], seed, *args[7:])
-    out, lse = OP(*args, backend=backend)
+    out, lse, *_ = OP(*args, backend=backend)
     return (out, lse) if return_lse else out
 
 
@@ -99,6 +101,7 @@ def prepare(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() != 3:
             raise RuntimeError(f"{name} must have 3 dimensions [tokens, heads, features], got shape {list(t.shape)}")
+    save = needs_grad(q, k, v)
     q, k, v = autocast(q, k, v)
     for name, t in (("k", k), ("v", v)):
         if t.dtype != q.dtype or t.device != q.device:
@@ -128,6 +131,7 @@ def prepare(
         checked_dropout(dropout_p), checked_softcap(softcap), left,
         0 if flag("is_causal", is_causal) else right, is_lower_right(alignment), flag("return_lse", return_lse),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
+        save,
     )  # fmt: skip
 
 
@@ -151,22 +155,31 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> Tensor:
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, Tensor? alibi_slopes, Tensor? seed, "
     "SymInt max_seqlen_q, SymInt max_seqlen_k, float scale, float dropout_p, float softcap, int window_left, int window_right, "
-    "bool lower_right, bool return_lse, bool deterministic"
+    "bool lower_right, bool return_lse, bool deterministic, bool save"
 )
+
+
+def _complete(outputs: tuple, q, k, v, *rest) -> tuple:
+    """With what rounding took from out where a backend does not keep it: nothing."""
+    if len(outputs) == 3:
+        return outputs
+    shape = (*q.shape[:2], v.shape[2]) if keeps(q, rest[-1]) else 0
+    return *outputs, q.new_zeros(shape, dtype=torch.int16)
 
 
 def _fake_fwd(q, k, v, *rest):
     total, heads, _ = q.shape
-    return q.new_empty(total, heads, v.shape[2]), q.new_empty(heads, total, dtype=lse_dtype(q))
+    results = q.new_empty(total, heads, v.shape[2]), q.new_empty(heads, total, dtype=lse_dtype(q))
+    return _complete(results, q, k, v, *rest)
 
 
-def _fake_bwd(grad_out, grad_lse, out, lse, q, k, v, *rest):
+def _fake_bwd(grad_out, grad_lse, out, lse, kept, q, k, v, *rest):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
 def prefer(
     q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p, softcap,
-    window_left, window_right, lower_right, return_lse, deterministic,
+    window_left, window_right, lower_right, return_lse, deterministic, save,
 ) -> tuple[str, ...]:  # fmt: skip
     """By the table of docs/decisions.md: "cpu" is ahead of PyTorch's op on each sequence, which is what "torch" is, for all
     but bfloat16 on AMX tiles, where PyTorch keeps what bmk.attention leaves to it."""
@@ -178,21 +191,22 @@ def prefer(
 
 
 def _backward(op, args, outputs, grads, needs, backend):
-    out, lse = outputs
+    out, lse, kept = outputs if len(outputs) == 3 else (*outputs, None)
     grad_out = torch.zeros_like(out) if grads[0] is None else grads[0]
-    return [*op.bwd(grad_out, grads[1], out, lse, *args, backend)] + [None] * (len(args) - 3)
+    return [*op.bwd(grad_out, grads[1], out, lse, kept, *args, backend)] + [None] * (len(args) - 3)
 
 
 OP = Op(
     "attention_varlen",
-    f"({SCHEMA}) -> (Tensor out, Tensor lse)",
-    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"({SCHEMA}) -> (Tensor out, Tensor lse, Tensor kept)",
+    f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, Tensor? kept, {SCHEMA}) -> (Tensor dq, Tensor dk, Tensor dv)",
     fake_fwd=_fake_fwd,
     fake_bwd=_fake_bwd,
     prefer=prefer,
     backward=_backward,
     differentiable=reference.fwd,
     results=2,
+    complete=_complete,
 )
 attention_varlen.prepare = prepare
 attention_varlen.op = OP

@@ -34,7 +34,7 @@ class _Padding:
 
 def _padded(
     q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p, softcap,
-    window_left, window_right, lower_right, return_lse, deterministic,
+    window_left, window_right, lower_right, return_lse, deterministic, save,
 ) -> tuple[_Padding, _Padding, tuple]:  # fmt: skip
     """Of the queries, of the keys, and the arguments of attention's formula."""
     of_q, of_k = _Padding(cu_seqlens_q, q.shape[0]), _Padding(cu_seqlens_k, k.shape[0])

@@ -70,7 +70,7 @@ def fwd(*args):
     return _join(out), _join(lse, True)
 
 
-def bwd(grad_out, grad_lse, out, lse, *args):
+def bwd(grad_out, grad_lse, out, lse, kept, *args):
     dropout_p = args[10]
     if dropout_p > 0:
         return tuple(t.contiguous() for t in reference.bwd(grad_out, grad_lse, out, lse, *args))
@@ -78,5 +78,7 @@ def bwd(grad_out, grad_lse, out, lse, *args):
     saved = zip(
         _split(grad_out, lengths), _split(grad_lse, lengths, True), _split(out, lengths), _split(lse, lengths, True)
     )
-    grads = [attention.bwd(*of_one, False, *tensors, None, *options)[:3] for of_one, tensors in zip(saved, sequences)]
+    grads = [
+        attention.bwd(*of_one, None, False, *tensors, None, *options)[:3] for of_one, tensors in zip(saved, sequences)
+    ]
     return tuple(_join(of_all) for of_all in zip(*grads))

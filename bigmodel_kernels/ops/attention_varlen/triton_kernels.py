@@ -62,7 +62,7 @@ class _Call:
 
     def __init__(
         self, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
-        softcap, window_left, window_right, lower_right, return_lse, deterministic,
+        softcap, window_left, window_right, lower_right, return_lse, deterministic, save,
     ):  # fmt: skip
         if not scale > 0:
             q, scale = q * sign(scale), -scale or 1.0
@@ -114,7 +114,7 @@ def fwd(*args):
     return out, lse
 
 
-def bwd(grad_out, grad_lse, out, lse, *args):
+def bwd(grad_out, grad_lse, out, lse, kept, *args):
     call = _Call(*args)
     q, k, v = args[:3]
     scale = args[9]

@@ -1,0 +1,211 @@
+"""What the CPU's forward in bfloat16 keeps for its backward comes through every way to a gradient: eager calls, torch.compile,
+torch.func, modes, the operators themselves; and any backend may stand on either side."""
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels import _cpu
+from bigmodel_kernels.ops.attention import cpu
+from bigmodel_kernels.testing import make
+from tests.ops.attention_problem import Problem, Sequences
+from tests.rerun import rerun
+
+SIZES = [
+    (1, 2, 2, 70, 400, 24, 40),
+    (2, 4, 2, 40, 450, 64, 64),  # heads that share keys
+    (1, 2, 2, 60, 130, 64, 64),  # probabilities
+]
+FEW_KEYS = {400: [3, 205], 450: [0, 449], 130: [3, 60, 129]}
+OPERATORS = torch.ops.bigmodel_kernels
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+
+
+def peaked(sizes, masked):
+    problem = Problem(sizes, "plain", torch.bfloat16)
+    problem.options["scale"] = 2.0 if masked else 30.0
+    if masked:
+        problem.mask = torch.zeros(1, 1, 1, sizes[4], dtype=torch.bool)
+        problem.mask[..., FEW_KEYS[sizes[4]]] = True
+    return problem
+
+
+def by_autograd(function, tensors, grad):
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*leaves), leaves, grad)
+
+
+def by_pullback(function, tensors, grad):
+    return torch.func.vjp(function, *tensors)[1](grad)
+
+
+def by_a_mode(function, tensors, grad):
+    with FlopCounterMode(display=False):
+        return by_autograd(function, tensors, grad)
+
+
+def compiled(**options):
+    def run(function, tensors, grad):
+        return by_autograd(torch.compile(function, fullgraph=True, **options), tensors, grad)
+
+    return run
+
+
+WAYS = {
+    "inductor": compiled(),
+    "aot_eager": compiled(backend="aot_eager"),
+    "dynamic": compiled(backend="aot_eager", dynamic=True),
+    "mode": by_a_mode,
+    "vjp": by_pullback,
+}
+
+
+def check(problem, found):
+    exact, sizes = problem.exact(with_grad_lse=False)
+    for name, a, e, size in zip(("dq", "dk", "dv"), found, exact[2:], sizes[2:], strict=True):
+        error, cap = (a.double() - e).norm().item(), 6e-3 * e.norm().item() + 1e-6 * size.norm().item()
+        assert error <= cap, f"{name}: {error:.1e} past {cap:.1e}"
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_peaked_rows(sizes, masked, way):
+    """Gradients by the error rule, and the bits of an eager call."""
+    problem = peaked(sizes, masked)
+    tensors = problem.q, problem.k, problem.v
+
+    def call(q, k, v):
+        return bmk.attention(q, k, v, attn_mask=problem.mask, backend="cpu", **problem.options)
+
+    found = WAYS[way](call, tensors, problem.grad_out)
+    check(problem, found)
+    for a, b in zip(found, by_autograd(call, tensors, problem.grad_out)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("way", ["eager", "dynamic", "vjp"])
+@pytest.mark.parametrize("options", [{"scale": 30.0}, {"scale": -30.0}, {"scale": 8.0, "window": (2, 0)}], ids=str)
+@pytest.mark.parametrize(
+    "lengths", [[(70, 400)], [(3, 900), (40, 450), (50, 60), (0, 7), (65, 300), (1, 200)]], ids=str
+)
+def test_peaked_rows_of_sequences(lengths, options, way):
+    """Alone, and beside sequences of which nothing is kept; with few rows and many."""
+    problem = Sequences(lengths, (2, 2, 24, 40), "plain", torch.bfloat16)
+    problem.options.update(options)
+    for one in problem.problems:
+        one.options.update(options)
+    grad = torch.cat([p.grad_out[0].transpose(0, 1) for p in problem.problems])
+    run = by_autograd if way == "eager" else WAYS[way]
+    found = run(lambda *tensors: problem.call(*tensors, backend="cpu"), problem.tensors, grad)
+    ends = [ends[1:-1].long() for ends in problem.cu_seqlens]
+    parts = [t.tensor_split(e) for t, e in zip(found, (ends[0], ends[1], ends[1]))]
+    for one, *of_one in zip(problem.problems, *parts):
+        check(one, [t.transpose(0, 1)[None] for t in of_one])
+
+
+def calls():
+    """Arguments of calls of which something is kept, and of others."""
+    sizes = [
+        *((1, 2, 2, 60, keys, 32, 48) for keys in (0, 1, 40, 192, 193, 400)),
+        (2, 4, 2, 15, 64, 16, 16),
+        (2, 4, 2, 16, 64, 16, 16),
+        (1, 2, 2, 192, 192, 32, 32),  # more than q, k, v and out take
+        (0, 2, 2, 60, 300, 16, 16),
+        (1, 2, 2, 0, 64, 16, 16),
+    ]
+    for B, Hq, Hkv, Sq, Sk, D, Dv in sizes:
+        for dtype in (torch.bfloat16, torch.float32):
+            tensors = (
+                make(B, Hq, Sq, D, dtype=dtype),
+                make(B, Hkv, Sk, D, dtype=dtype),
+                make(B, Hkv, Sk, Dv, dtype=dtype),
+            )
+            for dropout_p, softcap, save in ((0.0, 0.0, True), (0.0, 0.0, False), (0.3, 0.0, True), (0.0, 2.0, True)):
+                seed = torch.tensor([3]) if dropout_p else None
+                yield (*tensors, None, None, seed, 0.3, dropout_p, softcap, -1, -1, False, False, False, save)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_operator_gives_what_its_fake_tells(backend):
+    for args in calls():
+        actual = OPERATORS.attention_fwd(*args, backend)
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+            told = OPERATORS.attention_fwd(*fakes, backend)
+        for a, t in zip(actual, told, strict=True):
+            assert (a.shape, a.dtype) == (t.shape, t.dtype)
+            assert a.stride() == t.stride() or a.numel() == 0
+        if backend == "cpu":  # and where there are dot products, for no more than what the backend keeps
+            assert len(cpu.fwd(*args)) == 3 or actual[2].numel() == 0 or not _cpu.dot_products()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("save", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_the_operator_of_sequences_gives_what_its_fake_tells(backend, save, dtype):
+    q, k, ends = make(70, 2, 16, dtype=dtype), make(700, 2, 16, dtype=dtype), torch.tensor([[0, 30, 70], [0, 300, 700]])
+    args = (q, k, k, *ends, None, None, 40, 400, 0.3, 0.0, 0.0, -1, -1, False, False, False, save, backend)
+    actual = OPERATORS.attention_varlen_fwd(*args)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
+        told = OPERATORS.attention_varlen_fwd(*fakes)
+    for a, t in zip(actual, told, strict=True):
+        assert (a.shape, a.stride(), a.dtype) == (t.shape, t.stride(), t.dtype)
+    assert (actual[2].numel() > 0) == (save and dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("keys", [130, 400])
+def test_opcheck(keys):
+    q, k, v = (make(1, 2, n, 16, dtype=torch.bfloat16, seed=n) for n in (48, keys // 16 * 16, keys // 16 * 16))
+    args = (q, k, v, None, None, None, 0.3, 0.0, 0.0, -1, -1, False, False, False, True, "cpu")
+    torch.library.opcheck(OPERATORS.attention_fwd.default, args)
+    out, lse, kept = OPERATORS.attention_fwd(*args)
+    torch.library.opcheck(OPERATORS.attention_bwd.default, (torch.ones_like(out), None, out, lse, kept, False, *args))
+
+
+def test_a_compiled_call_that_records_nothing_keeps_nothing():
+    sizes = []
+
+    def look(graph, inputs):
+        def run(*inputs):
+            for node in graph.graph.nodes:
+                if "attention_fwd" in str(node.target):
+                    sizes.append(node.args[-2])
+            return graph(*inputs)
+
+        return run
+
+    q = make(1, 2, 300, 16, dtype=torch.bfloat16)
+    call = torch.compile(lambda q: bmk.attention(q, q, q, backend="cpu"), fullgraph=True, backend=look)
+    call(q)
+    with torch.no_grad():
+        call(q.requires_grad_())
+    args = (q.detach(), q.detach(), q.detach(), None, None, None, 0.3, 0.0, 0.0, -1, -1, False, False, False, False)
+    assert OPERATORS.attention_fwd(*args, "cpu")[2].numel() == 0
+    assert sizes == [False, False]
+
+
+@pytest.mark.parametrize("forward", ["cpu", "torch"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_the_other_half_may_be_of_another_backend(sizes, forward):
+    """A compiled graph asks for the backend at every operator: what a forward of PyTorch's leaves out must be read as nothing."""
+    problem = Problem(sizes, "plain", torch.bfloat16)
+    args = (*problem.arguments(torch.bfloat16)[:-1], True)
+    outputs = OPERATORS.attention_fwd(*args, forward)
+    backward = "torch" if forward == "cpu" else "cpu"
+    found = OPERATORS.attention_bwd(problem.grad_out, None, *outputs, False, *args, backward)
+    check(problem, found[:3])
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx_emulated"])
+def test_every_instruction_set(isa):
+    if isa == "amx_emulated" and bmk.build_info()["isa"] not in ("avx512_bf16", "amx"):
+        pytest.skip(f"this CPU has {bmk.build_info()['isa']}")
+    rerun(__file__, "not instruction and not opcheck and not inductor", isa)
