@@ -73,7 +73,7 @@ class Op:
         name: the stem, `foo`; the backends are the modules of `bigmodel_kernels.ops.foo`.
         fwd, bwd: schemas without name and backend: "(Tensor x, Tensor[] weights, int n) -> (Tensor y, Tensor saved)".
             The last arguments of bwd are all the arguments of fwd, in order, so that both choose the same backend. A last
-            argument `bool save` of fwd tells whether a gradient may be asked for.
+            argument `save` of fwd, a bool or an int, tells whether a gradient may be asked for.
         fake_fwd, fake_bwd: shapes, dtypes and exact strides of the results; called without `backend`.
         prefer: `prefer(*args)` is the order in which "auto" tries the backends for these arguments.
         backward: `backward(op, args, outputs, grads, needs, backend)` returns one gradient (None, or a list for a list)
@@ -108,7 +108,7 @@ class Op:
         self._tensors = {"fwd": _tensor_arguments(fwd), "bwd": _tensor_arguments(bwd)}
         self.arity = len(torch._C.parse_schema(f"{name}{fwd}").arguments)
         self._lists = _list_arguments(fwd)
-        self._told = "bool save)" in fwd
+        self._told = " save)" in fwd
         self._operators = {
             "fwd": self._define(f"{name}_fwd", fwd, fake_fwd, "fwd"),
             "bwd": self._define(f"{name}_bwd", bwd, fake_bwd, "bwd"),

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bigmodel_kernels as bmk
 from bigmodel_kernels import _cpu
 from bigmodel_kernels.ops.attention import cpu
+from bigmodel_kernels.ops.attention.op import PROBABILITIES
 from bigmodel_kernels.testing import make
 from tests.ops.attention_problem import Problem
 
@@ -40,7 +41,9 @@ def kept_of(sizes, dtype=torch.bfloat16, dropout_p=0.0, softcap=0.0):
     B, Hq, Hkv, Sq, Sk, D, Dv = sizes
     q, k, v = make(B, Hq, Sq, D, dtype=dtype), make(B, Hkv, Sk, D, dtype=dtype), make(B, Hkv, Sk, Dv, dtype=dtype)
     seed = torch.tensor([3]) if dropout_p > 0 else None
-    out, _, *kept = cpu.fwd(q, k, v, None, None, seed, 0.1, dropout_p, softcap, -1, -1, False, False, False, True)
+    out, _, *kept = cpu.fwd(
+        q, k, v, None, None, seed, 0.1, dropout_p, softcap, -1, -1, False, False, False, PROBABILITIES
+    )
     return sum(t.numel() for t in kept), sum(t.numel() for t in (q, k, v, out))
 
 

@@ -5,6 +5,7 @@ import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.attention import cpu
+from bigmodel_kernels.ops.attention.op import REST
 from bigmodel_kernels.testing import make
 from tests.ops.attention_problem import Problem
 from tests.rerun import rerun
@@ -74,7 +75,7 @@ def test_every_instruction_set(isa):
 def test_what_is_kept():
     """What rounding took from out: the lower halves of the numbers in float32."""
     q, k, v = (make(1, 2, n, 40, dtype=torch.bfloat16, seed=n) for n in (50, 300, 300))
-    args = (None, None, None, 0.3, 0.0, 0.0, -1, -1, False, False, False, True)
+    args = (None, None, None, 0.3, 0.0, 0.0, -1, -1, False, False, False, REST)
     out, _, rest = cpu.fwd(q, k, v, *args)
     exact = cpu.fwd(*(t.double() for t in (q, k, v)), *args)[0]
     assert rest.shape == (2, 50, 40)

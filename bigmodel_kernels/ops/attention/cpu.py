@@ -66,7 +66,7 @@ def plan(*args):
 
 
 def fwd(*args):  # lse comes always, and every result is deterministic
-    outputs = _native()[0](*args[:12], args[-1])
+    outputs = _native()[0](*args[:12], args[-1] > op.NOTHING)
     return outputs[:2] if outputs[2] is None else outputs
 
 

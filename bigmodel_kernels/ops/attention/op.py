@@ -14,6 +14,8 @@ from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.attention import reference
 
 ALIGNMENTS = ("upper_left", "lower_right")
+# What the CPU's forward keeps for a backward beside out and lse, as the op is told; 0 where no gradient may be asked for.
+NOTHING, REST, PROBABILITIES = 1, 2, 3
 
 
 def attention(
@@ -139,7 +141,7 @@ def prepare(
         lower_right,
         flag("return_lse", return_lse),
         torch.are_deterministic_algorithms_enabled() if deterministic is None else flag("deterministic", deterministic),
-        save,
+        _kept_of(q, v, dropout_p, softcap) if keeps(q, save) else int(save),
     )
 
 
@@ -276,7 +278,7 @@ def slopes_2d(slopes: Tensor, batch: int, heads: int, device: torch.device) -> T
 
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? attn_mask, Tensor? alibi_slopes, Tensor? seed, float scale, float dropout_p, "
-    "float softcap, int window_left, int window_right, bool lower_right, bool return_lse, bool deterministic, bool save"
+    "float softcap, int window_left, int window_right, bool lower_right, bool return_lse, bool deterministic, int save"
 )
 
 
@@ -294,19 +296,33 @@ def keeps(q: Tensor, save: bool) -> bool:
     return save and q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
-def _new_kept(q, k, v, attn_mask, alibi_slopes, seed, scale, dropout_p, softcap, *rest) -> Tensor:
-    """An empty tensor for what the CPU's forward keeps, by the rules of csrc/cpu/attention_args.h, on any CPU: of more than 192
-    keys what rounding takes from out, of fewer the probabilities where they take no more than q, k, v and out do."""
-    if not keeps(q, rest[-1]):
-        return q.new_empty(0)
-    batch, heads, length, depth = q.shape
-    kv_heads, keys, width = v.shape[1:]
-    if keys > 192:
+def _kept_rows(heads: int, kv_heads: int, length: int, keys: int) -> tuple[int, int]:
+    """Of a group's probabilities: how many rows, and from a row to the next."""
+    return heads // max(kv_heads, 1) * length, (keys + 15) // 16 * 16
+
+
+def _kept_of(q: Tensor, v: Tensor, dropout_p: float, softcap: float) -> int:
+    """By the rules of csrc/cpu/attention_args.h, on any CPU: of more than 192 keys what rounding takes from out, of fewer the
+    probabilities where they take no more than q, k, v and out do. Nothing where a compiler does not know."""
+    holds = torch.fx.experimental.symbolic_shapes.guard_or_false if torch.compiler.is_compiling() else bool
+    (_, heads, length, depth), (_, kv_heads, keys, width) = q.shape, v.shape
+    if holds(keys > 192):
+        return REST
+    if dropout_p > 0 or softcap > 0 or not holds(keys <= 192):
+        return NOTHING
+    rows, row = _kept_rows(heads, kv_heads, length, keys)
+    fits = holds(rows >= 32) and holds(rows * row <= (rows + keys) * (depth + width))
+    return PROBABILITIES if fits else NOTHING
+
+
+def _new_kept(q: Tensor, k: Tensor, v: Tensor, *rest) -> Tensor:
+    """An empty tensor for what the op is told to keep."""
+    (batch, heads, length, _), (_, kv_heads, keys, width) = q.shape, v.shape
+    if rest[-1] == REST:
         return q.new_empty(batch * heads, length, width, dtype=torch.int16)
-    rows, row = heads // max(kv_heads, 1) * length, (keys + 15) // 16 * 16
-    if dropout_p > 0 or softcap > 0 or rows < 32 or rows * row > (rows + keys) * (depth + width):
-        return q.new_empty(0)
-    return q.new_empty(batch * kv_heads, rows, row, dtype=torch.float16)
+    if rest[-1] == PROBABILITIES:
+        return q.new_empty(batch * kv_heads, *_kept_rows(heads, kv_heads, length, keys), dtype=torch.float16)
+    return q.new_empty(0)
 
 
 def _complete(outputs: tuple, *args) -> tuple:
