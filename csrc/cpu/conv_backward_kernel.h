@@ -25,6 +25,8 @@
 #include "conv_few_pixels.h"
 #include "conv_pass.h"
 #include "conv_gradient.h"
+#include "conv_chosen_gradient.h"
+#include "conv_planar_gradient.h"
 // clang-format on
 
 // dw [group][taps * wide channels][padded narrow channels] -> dweight (times scale), which is contiguous.
@@ -111,6 +113,17 @@ inline void weight_gradient_of(const Conv& conv, bool gated, const WideSource& w
   weight_gradient<T>(conv, wide, narrow, dw, sums);
 }
 
+// By the chosen elements of a max-pool alone, where that can be. False: nothing is computed.
+template <class T, class S>
+inline bool pooled_weight_gradient(const ConvBackward& call, const TensorSource<T, S>& input, const GradientSource<T, S>& gradient, T* dw,
+                                   T* sums) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (planar_gradient_applies<T>(call) && planar_weight_gradient<T, S>(call, dw, sums)) return true;
+    return chosen_gradient_applies<T>(call) && chosen_weight_gradient<T>(call.conv, input, gradient, dw, sums);
+  }
+  return false;
+}
+
 template <class S>
 void conv_backward(const ConvBackward& call) {
   using T = compute_t<S>;
@@ -131,12 +144,19 @@ void conv_backward(const ConvBackward& call) {
   const TensorSource<T, S> input{call.x.as<const S>()};
 
   if (call.dx.data) {
-    TensorSink<T, S> sink{call.dx.as<S>(), nullptr, channels_per_sink<T>(backward)};
-    const auto weights = weights_of<T, S>(backward, call.weight.as<const S>(), static_cast<const S*>(call.scale));
-    run_pass<T>(backward, Window{}, weights, gradient, true, [&](const Bands& bands) {
-      sink.bands = &bands;
-      return sink;
-    });
+    bool done = false;
+#if ISA_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<T, float>)
+      done = chosen_gradient_applies<T>(call) && chosen_input_gradient<S>(call, gradient);
+#endif
+    if (!done) {
+      TensorSink<T, S> sink{call.dx.as<S>(), nullptr, channels_per_sink<T>(backward)};
+      const auto weights = weights_of<T, S>(backward, call.weight.as<const S>(), static_cast<const S*>(call.scale));
+      run_pass<T>(backward, Window{}, weights, gradient, true, [&](const Bands& bands) {
+        sink.bands = &bands;
+        return sink;
+      });
+    }
   }
   if (call.dresidual.data) {
     const int64_t padded = padded_channels<T>(channels);
@@ -163,7 +183,9 @@ void conv_backward(const ConvBackward& call) {
       weight_gradient_of<T>(conv, gradient.gated(), gradient, input, dw.get(), nullptr);
       if (want_sums) channel_sums<T>(gradient, conv.batch, channels, height, width, sums.get());
     } else {
-      weight_gradient_of<T>(conv, gradient.gated(), input, gradient, dw.get(), want_sums ? group_sums.get() : nullptr);
+      T* all_sums = want_sums ? group_sums.get() : nullptr;
+      if (!pooled_weight_gradient<T, S>(call, input, gradient, dw.get(), all_sums))
+        weight_gradient_of<T>(conv, gradient.gated(), input, gradient, dw.get(), all_sums);
       for (int64_t c = 0; want_sums && c < channels; ++c) sums[c] = group_sums[c / narrow * padded + c % narrow];
     }
     if (call.dweight.data) store_weight_gradient<T, S>(call, dw.get());

@@ -94,6 +94,44 @@ INLINE void part(vec<T> a, vec<T> b, vec<T>& even, vec<T>& odd) {
   even = __builtin_shuffle(a, b, lanes), odd = __builtin_shuffle(a, b, lanes + 1);
 }
 
+// Up to 16 x 16 bytes: to[j * to_step + i] = from[i * from_step + j] for i < rows and j < columns. Of the lines of 16 bytes at `from` or
+// `to` that are not `whole`, no other byte is touched.
+template <bool kFromWhole, bool kToWhole>
+INLINE void transpose_bytes(uint8_t* to, int64_t to_step, const uint8_t* from, int64_t from_step, int64_t rows, int64_t columns) {
+  constexpr int kSide = 16;
+  typedef uint8_t line __attribute__((vector_size(kSide)));
+  line m[kSide];
+#pragma GCC unroll 16
+  for (int i = 0; i < kSide; ++i) {
+    m[i] = line{};
+    if (i >= rows) continue;
+    if (kFromWhole || columns == kSide)
+      std::memcpy(&m[i], from + i * from_step, kSide);
+    else
+      std::memcpy(&m[i], from + i * from_step, columns);
+  }
+#pragma GCC unroll 4
+  for (int stage = 1; stage < kSide; stage *= 2) {
+    line next[kSide];
+#pragma GCC unroll 8
+    for (int i = 0; i < kSide / 2; ++i) {
+      const line a = m[i], b = m[i + kSide / 2];
+      next[2 * i] = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+      next[2 * i + 1] = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kSide; ++i) m[i] = next[i];
+  }
+#pragma GCC unroll 16
+  for (int j = 0; j < kSide; ++j) {
+    if (j >= columns) break;
+    if (kToWhole || rows == kSide)
+      std::memcpy(to + j * to_step, &m[j], kSide);
+    else
+      std::memcpy(to + j * to_step, &m[j], rows);
+  }
+}
+
 // `count` pixels of a row whose channels are far apart and whose pixels are adjacent -> out[count][stride]. No hardware prefetcher
 // follows the channels, so the row that is `next` elements further is asked for.
 template <class T, class S>

@@ -15,6 +15,8 @@ struct GradientSource {
   int64_t height, width;
 
   bool gated() const { return activation == Activation::tanh_sigmoid; }
+  // A max-pool's index already says where its ReLU is off.
+  bool is_as_given() const { return activation == Activation::none || (activation == Activation::relu && window.kind == Pooling::max); }
   const Image<const S>* plain() const { return activation == Activation::none && window.kind == Pooling::none ? &grad : nullptr; }
 
   void load(T* block, int64_t stride, int64_t block_columns, int64_t n, int64_t c0, int64_t count, int64_t row, int64_t rows,
@@ -77,10 +79,12 @@ struct GradientSource {
       }
   }
 
-  // For a max-pool: the gradient at the chosen element of each window, and which one that is. Blocks [rows][columns][stride].
+  // For a max-pool: the gradient at the chosen element of each window, and which one that is unless null. Blocks [rows][columns][stride].
+  // Where a ReLU is off, the gradient is any number.
   void load_pooled(T* g, T* chosen, int64_t stride, int64_t n, int64_t c0, int64_t count, int64_t top, int64_t rows, int64_t left,
                    int64_t columns) const {
     activation_gradient(g, stride, columns, n, c0, count, top, rows, left, columns);
+    if (!chosen) return;
     if (!gated()) {
       load_block<T>(chosen, stride, columns, index, n, c0, count, top, rows, left, columns);
       return;
@@ -112,8 +116,7 @@ struct GradientSource {
       gated_gradient(block, stride, block_columns, n, row, rows, column, columns);
       return;
     }
-    // A max-pool's index already says where its ReLU is off.
-    const bool as_it_is = activation == Activation::none || (activation == Activation::relu && window.kind == Pooling::max);
+    const bool as_it_is = is_as_given();
     if (!as_it_is && window.kind == Pooling::none && !pre.data && grad.c == 1 && out.c == 1) {
       in_one_pass(block, stride, block_columns, n, c0, count, row, rows, column, columns);
       return;

@@ -5,9 +5,13 @@
 // rows of the input that they need into a padded block; then a tile of 4 vectors of outputs x kOut channels adds up all taps in
 // registers, a vector load for 1 output vector of all kOut channels and a broadcast weight for 4. Without a pool the 4 vectors
 // are 4 rows. With a 2x2 max-pool they are the 4 elements of one vector of windows: even and odd columns of a row are vectors
-// of their own, for which the block holds even and odd columns apart, and the maximum is taken in registers.
+// of their own, for which the block holds even and odd columns apart, and the maximum is taken in registers. Which element it was, for the
+// backward, goes to a row of bytes a channel, and squares of 16 x 16 of these are transposed: the index has its channels innermost.
 //
-// Refused: a residual, what a backward would need, and more terms than one sum may have (kSumLength).
+// Of finite sources and weights fused multiply-adds make no NaN, so that a comparison an element is enough to choose by; what holds others
+// takes a tile of its own.
+//
+// Refused: a residual, values before the activation for the backward, and more terms than one sum may have (kSumLength).
 // Floor: the multiply-adds at two vectors a cycle. 1 -> 32 channels, 3x3 on 28 x 28 with ReLU and 2x2 max-pool, per image on
 // one Zen 5 core: floor 7,100 cycles, 8,100 with the lanes past the last window, measured 10,900.
 
@@ -28,7 +32,8 @@ inline bool planar_applies(const ConvForward& call) {
   const bool halves = window.kind == Pooling::max && window.h == 2 && window.w == 2 && window.stride_h == 2 && window.stride_w == 2 &&
                       window.pad_h == 0 && window.pad_w == 0;
   if (call.transposed || pass.groups > 1 || !(halves || window.kind == Pooling::none) || !is_monotone(call.activation)) return false;
-  if (call.x.w != 1 || call.out.w != 1 || call.residual.data || call.pre.data || call.index.data) return false;
+  if (call.x.w != 1 || call.out.w != 1 || call.residual.data || call.pre.data) return false;
+  if (call.index.data && call.index.c != 1) return false;
   const int64_t width = call.out.width, phases = pass.w.axis.stride * (halves ? 2 : 1);
   return pass.depth() <= kSumLength && phases <= 2 && 4 * width >= 3 * round_up(width, kLanes<T>);
 }
@@ -36,12 +41,16 @@ inline bool planar_applies(const ConvForward& call) {
 template <class T, class S>
 struct Planar {
   static constexpr int W = kLanes<T>, kVectors = PlanarTile<T>::kVectors, kOut = PlanarTile<T>::kOut;
+  static constexpr int kLine = 16;  // bytes of the index that are transposed together
   Pass pass;
   Bands bands;
   int64_t phases, length;  // a row of the block has `phases` runs of `length` columns of every channel
   Image<const S> x;
   Image<S> out;
+  Image<uint8_t> index;
   AnyActivation<T> activation;
+  bool finite;  // weights and shift
+  bool dense;   // rows of the output follow each other
   const T *weights, *shift;  // [group of kOut channels][taps][kOut], [channel]
   const int64_t* offsets;    // [taps][2]: where the sources of even and odd columns lie in the block
 
@@ -80,9 +89,10 @@ struct Planar {
       }
   }
 
-  // One tile: channels [c, c + kOut) of the outputs whose sources begin at `source`; the first is element (row, column).
-  template <Activation kKind, bool kPooled>
-  INLINE void tile(const T* source, int64_t n, int64_t c, int64_t row, int64_t last_row, int64_t column) const {
+  // One tile: channels [c, c + kOut) of the outputs whose sources begin at `source`; the first is element (row, column). `chosen` is a
+  // line of the index for each channel.
+  template <Activation kKind, bool kPooled, bool kFinite>
+  INLINE void tile(const T* source, int64_t n, int64_t c, int64_t row, int64_t last_row, int64_t column, uint8_t* chosen) const {
     vec<T> acc[kVectors][kOut];
 #pragma GCC unroll 4
     for (int o = 0; o < kOut; ++o)
@@ -104,7 +114,8 @@ struct Planar {
     }
     for (int o = 0; o < std::min<int64_t>(kOut, out.channels - c); ++o) {
       if constexpr (kPooled) {
-        write_largest<kKind>(acc[0][o], acc[1][o], acc[2][o], acc[3][o], n, c + o, row, column);
+        const vec<T> window[4] = {acc[0][o], acc[1][o], acc[2][o], acc[3][o]};
+        write_largest<kKind, kFinite>(window, n, c + o, row, last_row, column, chosen);
       } else {
         S* to = out.data + n * out.n + (c + o) * out.c + row * out.h + column;
 #pragma GCC unroll 4
@@ -123,16 +134,73 @@ struct Planar {
       return activate<kKind>(z, activation.slope);
   }
 
-  template <Activation kKind>
-  INLINE void write_largest(vec<T> a, vec<T> b, vec<T> c, vec<T> d, int64_t n, int64_t channel, int64_t row, int64_t column) const {
+  // The largest element of each window, as torch chooses it: the first of equals, the last NaN.
+  template <Activation kKind, bool kFinite>
+  INLINE void write_largest(const vec<T> (&z)[4], int64_t n, int64_t channel, int64_t row, int64_t last_row, int64_t column,
+                            uint8_t* chosen) const {
     S* to = out.data + n * out.n + channel * out.c + row * out.h + column;
-    const vec<T> largest = larger(larger(a, b), larger(c, d));
-    write_lanes<T>(to, activated<kKind>(largest), out.width - column);
+    uint8_t* line = chosen + channel * kLine;
+    vec<T> a;
+    if constexpr (kFinite) {
+#if ISA_VECTOR_BYTES == 64
+      const __m512 z0 = as_512(z[0]), z1 = as_512(z[1]), z2 = as_512(z[2]), z3 = as_512(z[3]);
+      const __mmask16 right_above = _mm512_cmp_ps_mask(z1, z0, _CMP_GT_OQ), right_below = _mm512_cmp_ps_mask(z3, z2, _CMP_GT_OQ);
+      const __m512 above = _mm512_mask_mov_ps(z0, right_above, z1), below = _mm512_mask_mov_ps(z2, right_below, z3);
+      const __mmask16 lower = _mm512_cmp_ps_mask(below, above, _CMP_GT_OQ);
+      const __m512 best = _mm512_mask_mov_ps(above, lower, below);
+      a = activated<kKind>(reinterpret_cast<vec<T>>(best));
+      if (index.data) {
+        const __m128i first = _mm_maskz_set1_epi8(right_above, 1);
+        const __m128i second = _mm_mask_mov_epi8(_mm_set1_epi8(2), right_below, _mm_set1_epi8(3));
+        const __mmask16 off = _mm512_cmp_ps_mask(as_512(a), _mm512_set1_ps(off_until()), _CMP_LE_OQ);
+        const __m128i position = _mm_mask_mov_epi8(first, lower, second);
+        const __m128i index_of = _mm_mask_mov_epi8(position, off, _mm_set1_epi8(static_cast<char>(kNoGradient)));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(line), index_of);
+      }
+#else
+      const vec<T> above = maximum(z[1], z[0]), below = maximum(z[3], z[2]);
+      a = activated<kKind>(maximum(below, above));
+      if (index.data) {
+        const vec<T> first = z[1] > z[0] ? broadcast(T(1)) : vec<T>{}, second = z[3] > z[2] ? broadcast(T(3)) : broadcast(T(2));
+        write_chosen(line, a, below > above ? second : first);
+      }
+#endif
+    } else {
+      vec<T> best = z[0], position = {};
+#pragma GCC unroll 4
+      for (int q = 1; q < 4; ++q) {
+        const auto better = (z[q] > best) | (z[q] != z[q]);
+        best = better ? z[q] : best, position = better ? broadcast(static_cast<T>(q)) : position;
+      }
+      a = activated<kKind>(best);
+      if (index.data) write_chosen(line, a, position);
+    }
+    // A masked store costs several whole ones: what a whole one writes past its row is written again, with the next row.
+    if (row + 1 < last_row && dense)
+      store(to, a);
+    else
+      write_lanes<T>(to, a, out.width - column);
+  }
+  INLINE void write_chosen(uint8_t* line, vec<T> a, vec<T> position) const {
+    write_lanes<T>(line, a <= off_until() ? broadcast(static_cast<T>(kNoGradient)) : position, W);
+  }
+  // Up to this a ReLU passes no gradient on; without one no number compares.
+  INLINE T off_until() const { return activation.kind == Activation::relu ? T(0) : std::numeric_limits<T>::quiet_NaN(); }
+#if ISA_VECTOR_BYTES == 64
+  static INLINE __m512 as_512(vec<T> v) { return reinterpret_cast<__m512>(v); }
+#endif
+
+  // The index of a tile of all channels, from a line of bytes each.
+  void write_index(const uint8_t* chosen, int64_t n, int64_t row, int64_t column) const {
+    uint8_t* to = index.data + n * index.n + row * index.h + column * index.w;
+    for (int64_t c = 0; c < out.channels; c += kLine)
+      transpose_bytes<true, false>(to + c, index.w, chosen + c * kLine, kLine, std::min<int64_t>(kLine, out.channels - c),
+                                   std::min<int64_t>(W, out.width - column));
   }
 
   // All channels of the pooled tile of a 3x3 convolution of one channel: its 16 vectors of input stay in registers.
   template <Activation kKind>
-  INLINE void tile_of_3x3(const T* source, int64_t n, int64_t row, int64_t column) const {
+  INLINE void tile_of_3x3(const T* source, int64_t n, int64_t row, int64_t last_row, int64_t column, uint8_t* chosen) const {
     vec<T> in[4][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i)
@@ -149,7 +217,7 @@ struct Planar {
 #pragma GCC unroll 4
         for (int q = 0; q < 4; ++q) acc[q] += in[q / 2 + t / 3][q % 2 + t % 3] * weight;
       }
-      write_largest<kKind>(acc[0], acc[1], acc[2], acc[3], n, c, row, column);
+      write_largest<kKind, true>(acc, n, c, row, last_row, column, chosen);
     }
   }
 
@@ -163,19 +231,25 @@ struct Planar {
     torch::stable::parallel_for(0, pass.batch * per_image, 1, [&](int64_t begin, int64_t end) {
       const int64_t lines_size = rows * pass.channels * line_size();
       Scratch<T> block(rows * row_step() + W), lines(lines_size);
+      Scratch<uint8_t> chosen(index.data ? round_up(out.channels, kLine) * kLine : 0);
       std::memset(lines, 0, lines_size * sizeof(T));
       for (int64_t task = begin; task < end; ++task) {
         const int64_t n = task / per_image;
         const Band band = bands.pooled(task % per_image), full = bands.full(task % per_image);
-        fill(block, lines, n, pass.h.lowest(full.top), block_rows(full.rows()));
+        const int64_t filled = block_rows(full.rows());
+        fill(block, lines, n, pass.h.lowest(full.top), filled);
+        const bool tame = kFused && finite && all_finite<T>(block, filled * row_step());
         for (int64_t r = band.top; r < band.bottom; r += kRows)
           for (int64_t p = 0; p < band.right; p += W) {
             const T* source = block + (r - band.top) * (kPooled ? 2 : 1) * pass.h.axis.stride * row_step() + p;
-            if (kPooled && in_registers) {
-              tile_of_3x3<kKind>(source, n, r, p);
-              continue;
+            if (kPooled && in_registers && tame) {
+              tile_of_3x3<kKind>(source, n, r, band.bottom, p, chosen);
+            } else if (!kPooled || tame) {
+              for (int64_t c = 0; c < out.channels; c += kOut) tile<kKind, kPooled, true>(source, n, c, r, band.bottom, p, chosen);
+            } else {
+              for (int64_t c = 0; c < out.channels; c += kOut) tile<kKind, true, false>(source, n, c, r, band.bottom, p, chosen);
             }
-            for (int64_t c = 0; c < out.channels; c += kOut) tile<kKind, kPooled>(source, n, c, r, band.bottom, p);
+            if (index.data) write_index(chosen, n, r, p);
           }
       }
     });
@@ -195,7 +269,9 @@ void planar_forward(const ConvForward& call, const T* alpha, const T* beta) {
   Bands bands = make_bands(pass.h.outputs(), pass.w.outputs(), call.window, pass.batch, pass.channels * w.stride * sizeof(T), kBlockBytes,
                            pooled ? 1 : PlanarTile<T>::kVectors);
   bands.columns = bands.width;
-  Scratch<T> weights(groups * kOut * depth);
+  const int64_t size = groups * kOut * depth;
+  Scratch<T> weights(round_up(size, W));
+  std::fill(weights.get() + size, weights.get() + round_up(size, W), T(0));
   std::vector<int64_t> offsets(2 * depth);
   const Image<const S> weight = call.weight.as<const S>();
   int64_t t = 0;
@@ -213,9 +289,21 @@ void planar_forward(const ConvForward& call, const T* alpha, const T* beta) {
               real ? to_compute(weight.data[o * weight.n + c * weight.c + kh * weight.h + kw * weight.w]) * alpha[o] : T(0);
         }
       }
-  const Planar<T, S> planar{
-      pass,          bands, phases,        length, call.x.as<const S>(), call.out.as<S>(), {call.activation, static_cast<T>(call.slope)},
-      weights.get(), beta,  offsets.data()};
+  const bool finite = all_finite<T>(weights.get(), round_up(size, W)) && all_finite<T>(beta, round_up(call.out.channels, W));
+  const auto out = call.out.as<S>();
+  const Planar<T, S> planar{pass,
+                            bands,
+                            phases,
+                            length,
+                            call.x.as<const S>(),
+                            out,
+                            call.index.as<uint8_t>(),
+                            {call.activation, static_cast<T>(call.slope)},
+                            finite,
+                            out.h == out.width,
+                            weights.get(),
+                            beta,
+                            offsets.data()};
   const auto run = [&](auto kind) { pooled ? planar.template run<kind.value, true>() : planar.template run<kind.value, false>(); };
   if (planar.activation.is_floor())
     run(std::integral_constant<Activation, Activation::none>());

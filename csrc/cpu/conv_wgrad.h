@@ -98,8 +98,16 @@ inline void add_partials(T* total, const T* partial, int64_t chunks, int64_t siz
   });
 }
 
-// sums[c] += one value of each of `count` pixels, with what the addition rounds off carried to the next in lost[c] (Kahan): a
-// plain sum over an image loses two digits against PyTorch's pairwise one, a sum of few values first does not.
+// sum += term, with what the addition rounds off carried to the next in `lost` (Kahan); of an infinity nothing is left over.
+template <class T>
+INLINE void add_carried(T* sum, T* lost, vec<T> term) {
+  const vec<T> before = load(sum), all = term - load(lost), next = before + all, rest = (next - before) - all;
+  store(lost, rest == rest ? rest : vec<T>{});
+  store(sum, next);
+}
+
+// sums[c] += one value of each of `count` pixels, and what that rounds off is carried in lost[c]: a plain sum over an image loses two
+// digits against PyTorch's pairwise one, a sum of few values first does not.
 template <class T>
 inline void add_compensated(T* sums, T* lost, const T* const* pixels, int64_t count, int64_t channels) {
   constexpr int64_t W = kLanes<T>;
@@ -107,9 +115,7 @@ inline void add_compensated(T* sums, T* lost, const T* const* pixels, int64_t co
     const int64_t lanes = channels - c;
     vec<T> few = read_lanes<T>(pixels[0] + c, lanes);
     for (int64_t p = 1; p < count; ++p) few += read_lanes<T>(pixels[p] + c, lanes);
-    const vec<T> sum = load(sums + c), term = few - load(lost + c), next = sum + term;
-    store(lost + c, (next - sum) - term);
-    store(sums + c, next);
+    add_carried<T>(sums + c, lost + c, few);
   }
 }
 // The same for a block of whole vectors of channels.

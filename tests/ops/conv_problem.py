@@ -174,6 +174,22 @@ PAIRED = {
     "transposed": (2, 18, 30, (7, 6), (5, 4), {"transposed": True, "stride": (3, 2), "padding": 1}),
     "groups": (2, 24, 40, (9, 8), (1, 3), {"groups": 2, "padding": (0, 1)}),
 }
+# 3x3 under a 2x2 max-pool, whose gradients are sums over windows. Of few channels, whose lanes are windows: rows that fill a
+# vector or nearly, odd sizes, several bands and vectors, several input channels. Of more: one vector of channels and several, a
+# last one that is not full, runs of 32 output channels, images with and without bands, pixels that no window covers.
+CHOSEN = {
+    "first": (3, 1, 32, (28, 28), (3, 3), {"padding": 1}),
+    "first_odd": (2, 1, 7, (29, 31), (3, 3), {"padding": 1}),
+    "first_colours": (2, 3, 20, (13, 30), (3, 3), {"padding": 1}),
+    "first_wide": (1, 2, 18, (71, 150), (3, 3), {"padding": (0, 1)}),
+    "first_padded": (2, 1, 17, (30, 29), (3, 3), {"padding": 2}),
+    "textbook": (5, 32, 64, (14, 14), (3, 3), {"padding": 1}),
+    "tails": (4, 45, 35, (9, 15), (3, 3), {"padding": 1}),
+    "few": (4, 16, 5, (4, 5), (3, 3), {"padding": (0, 2)}),
+    "bands": (4, 13, 33, (50, 70), (3, 3), {"padding": 1}),
+    "many": (4, 48, 130, (7, 6), (3, 3), {"padding": 1}),
+}
+CHOSEN_BY_NAME = {f"chosen_{name}": geometry for name, geometry in CHOSEN.items()}
 PAIRED_BY_NAME = {f"paired_{name}": geometry for name, geometry in PAIRED.items()}
 FILTERED_BY_NAME = {f"filtered_{name}": geometry for name, geometry in FILTERED.items()}
 PHASES_BY_NAME = {f"phases_{name}": geometry for name, geometry in PHASES.items()}
@@ -203,6 +219,11 @@ MORE_TAILS = {
     "leaky": (("bias",), ("leaky_relu", 0.2), None),
     "leaky_padded": (("bias", "scale"), ("leaky_relu", 0.3), ("max", 4, 3, 2)),
     "gate_padded": ((), "tanh_sigmoid", ("max", 3, 2, 1)),
+    "max": ((), None, ("max", 2)),
+    "norm_relu_max": (("bias", "scale", "shift"), "relu", ("max", 2)),
+    "leaky_max": (("bias", "residual"), ("leaky_relu", 0.25), ("max", 2)),
+    "tanh_halves": (("scale", "shift"), "tanh", ("max", 2)),
+    "silu_max": (("bias",), "silu", ("max", 2)),
 }
 
 
@@ -218,6 +239,7 @@ class Problem:
             | FILTERED_BY_NAME
             | TAPS_BY_NAME
             | PAIRED_BY_NAME
+            | CHOSEN_BY_NAME
         )
         n, cin, cout, size, kernel, options = named[geometry]
         wanted, activation, pool = (TAILS | MORE_TAILS)[tail]
