@@ -15,6 +15,11 @@ def pytest_configure():
         os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
+def pytest_collection_modifyitems(items):
+    """What is slow begins first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _start_and_end():
     threads = torch.get_num_threads()
