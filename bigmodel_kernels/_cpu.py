@@ -68,15 +68,15 @@ def tiles_preferred(family: str) -> bool:
 
 
 @functools.cache
-def slow_few_rows() -> bool:
-    """Whether PyTorch's float32 products of a few rows with many weights are slow: they go to MKL, whose AVX-512 kernels are for
-    Intel's own processors, and took up to twice the kernels' time on AMD's with AVX-512 (Zen 4 and 5)."""
+def mkl_on_amd() -> bool:
+    """Whether PyTorch's float32 products go to MKL's AVX-512 kernels on a processor of AMD's (Zen 4 and 5): they are made for
+    Intel's. A few rows with many weights took up to twice the time of the kernels here, large products up to 1.4 times."""
     mkl = torch.backends.mkl.is_available()
     return mkl and vendor() == "AuthenticAMD" and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @functools.cache
 def slow_products() -> bool:
-    """Whether all of PyTorch's float32 products are: on Zen 5 (family 26) MKL's kernels of 256 bits reach half of the peak. On
-    Zen 4 (family 25) a vector of 512 bits takes two cycles, and they reach nine tenths."""
-    return slow_few_rows() and int(_cpuinfo("cpu family") or 0) >= 26
+    """Whether small ones are slow, too: on Zen 5 (family 26) MKL's kernels of 256 bits reach half of the peak. On Zen 4
+    (family 25) a vector of 512 bits takes two cycles."""
+    return mkl_on_amd() and int(_cpuinfo("cpu family") or 0) >= 26

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import is_plain_eager
+from bigmodel_kernels._library import autocast_enabled, is_plain_eager
 from bigmodel_kernels.nn.attention import MultiheadAttention
 from bigmodel_kernels.nn.fused import linear_block
-from bigmodel_kernels.nn.linear import Linear
+from bigmodel_kernels.nn.linear import Linear, has_hooks
 from bigmodel_kernels.nn.traced import refuse_script, traced_whole
 from bigmodel_kernels.ops.linear.op import prefer as linear_prefer
 
@@ -64,9 +64,9 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
         if self.norm_first:
             x = src + attend(self.norm1(src))
-            return x + self._ff_block(self.norm2(x))
+            return self._plus_ff_block(x, self.norm2(x))
         x = self.norm1(src + attend(src))
-        return self.norm2(x + self._ff_block(x))
+        return self.norm2(self._plus_ff_block(x, x))
 
     def _is_torchs(self, src: Tensor) -> bool:
         """By the table "Transformer layers" in docs/decisions.md: PyTorch's one call of the whole layer saves a dozen others, and
@@ -88,6 +88,14 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _ff_block(self, x: Tensor) -> Tensor:
         return self.dropout2(_feed_forward(self, x))
+
+    def _plus_ff_block(self, x: Tensor, inner: Tensor) -> Tensor:
+        """x + _ff_block(inner), the sum by the last linear layer where nothing stands between them."""
+        dropout = self.dropout2
+        idle = type(dropout) is torch.nn.Dropout and not (dropout.training and dropout.p > 0) and not has_hooks(dropout)
+        if type(self) is not TransformerEncoderLayer or not idle or autocast_enabled(x.device.type):
+            return x + self._ff_block(inner)
+        return _feed_forward(self, inner, residual=x)
 
 
 class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
@@ -139,11 +147,11 @@ class Transformer(torch.nn.Transformer):
         return model
 
 
-def _feed_forward(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """Both linear layers of a Transformer layer, the first with its activation in one call."""
+def _feed_forward(layer: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Both linear layers of a Transformer layer, the first with its activation in one call; plus the residual."""
     name = _ACTIVATIONS.get(layer.activation)
     inner = layer.activation(layer.linear1(x)) if name is None else linear_block(layer.linear1, x, name)
-    return linear_block(layer.linear2, layer.dropout(inner))
+    return linear_block(layer.linear2, layer.dropout(inner), residual=residual)
 
 
 def _share(cls: type, module: torch.nn.Module) -> torch.nn.Module:

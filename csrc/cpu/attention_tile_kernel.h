@@ -9,7 +9,7 @@
 
 constexpr int kTileVectors = 2;
 template <class T>
-inline constexpr int kTileRows = Tile<T>::kRows;
+inline constexpr int kTileRows = ISA_VECTOR_BYTES == 64 ? 8 : 6;
 template <class T>
 inline constexpr int64_t kPanel = kTileVectors * kLanes<T>;  // columns of a panel
 // Steps of a product that an operand of type A is read by at a time: bfloat16 numbers come in pairs.

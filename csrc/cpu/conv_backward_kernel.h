@@ -21,7 +21,7 @@
 #include "conv_winograd_taps.h"
 #include "conv_wgrad_winograd.h"
 #include "conv_scatter.h"
-#include "few_rows.h"
+#include "strips.h"
 #include "conv_few_pixels.h"
 #include "conv_pass.h"
 #include "conv_gradient.h"

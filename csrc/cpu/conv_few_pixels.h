@@ -5,7 +5,7 @@
 // next, so the weights are read once and both blocks stay in the second-level cache. The pixels left over by whole vectors (49 = 3 x 16
 // + 1) have lanes along the depth: padding them to a vector would add 30 % at 7x7. The sums lie as [channels][pixels] and are turned
 // as a band goes to its sink. For less than two vectors of pixels, and where weights are of another type than is computed in, they are
-// packed all the same, a strip of channels at a time (few_rows.h).
+// packed all the same, a strip of channels at a time (strips.h).
 // Included by for_each_isa.h inside the namespace of each instruction set.
 //
 // 512 -> 512 channels, 3x3 on 7x7: floor 0.48 ms on two Zen 5 threads; 256 -> 256 on 14x14 the same.
@@ -118,9 +118,9 @@ inline void multiply_few_pixels(int64_t channels, int64_t pixels, int64_t depth,
               const int64_t tiles = (count + R - 1) / R;
               for (int64_t i = 0, c = 0; i < tiles; ++i) {
                 const int64_t n = (count - c + tiles - i - 1) / (tiles - i);  // of as equal a size as can be
-                if (strip == 0) prefetch_weights<T>(rows + k0 + steps, weight_row, count, following, i, tiles);
-                few_rows_block<vectors.value, T>(n, rows + c * weight_row + k0, weight_row, panel, steps, chain,
-                                                 y + (first_channel + c) * y_row + first, y_row, width, k0 > 0);
+                if (strip == 0) prefetch_rows(rows + k0 + steps, weight_row, count, following, i, tiles);
+                multiply_rows<vectors.value, T>(n, rows + c * weight_row + k0, weight_row, panel, steps, chain,
+                                                y + (first_channel + c) * y_row + first, y_row, width, k0 > 0, nullptr);
                 c += n;
               }
             }
@@ -154,15 +154,9 @@ inline void few_pixels_pass(const Pass& pass, const Bands& bands, const Weights<
       multiply_few_pixels<T>(channels, all, depth, weights.data, weights.out, rows.get(), row_step, y.get(), y_row, pass.sum_length);
   } else {
     if (padded > channels) std::memset(y.get(), 0, all * padded * sizeof(T));
-    const auto nothing = [](const T*, int64_t, int64_t, int64_t, int64_t) {};
-    const auto multiply = [&](auto vectors) {
-      multiply_few_rows<vectors.value, T>(all, channels, depth, rows.get(), row_step, weights.data, weights.out, y.get(), padded,
-                                          pass.sum_length, nothing);
-    };
-    if (strip_vectors<T>(channels) == PanelTile<T>::kVectors)
-      multiply(std::integral_constant<int, PanelTile<T>::kVectors>{});
-    else
-      multiply(std::integral_constant<int, PanelTile<T>::kVectors / 2>{});
+    multiply_strips(StripProduct<T, S>{all, channels, depth, rows.get(), row_step, weights.data, 1, weights.out, y.get(), padded, false,
+                                       pass.sum_length},
+                    [](auto...) {});
   }
   torch::stable::parallel_for(0, pass.batch * bands.count(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {

@@ -11,7 +11,7 @@
 #include "conv_phases.h"
 #include "conv_winograd_taps.h"
 #include "conv_scatter.h"
-#include "few_rows.h"
+#include "strips.h"
 #include "conv_few_pixels.h"
 #include "conv_pass.h"
 #include "conv_epilogue.h"

@@ -2,24 +2,43 @@
 //
 //   C[m, n] (+)= sum_k A[m, k] B[k, n]
 //
-// One primitive serves products, convolutions (A is a strided window of the input) and attention: `Tile::multiply`
-// keeps kRows x kColumns of C in vector registers, reads A one broadcast at a time with any two strides, and reads B
-// packed: panels of kColumns consecutive columns, [K][kColumns], so that each step loads kVectors whole vectors.
+// One primitive serves products, convolutions (A is a strided window of the input) and attention: a tile of R rows x NV vectors of C
+// stays in registers, reads A one broadcast at a time with any two strides, and reads B packed: panels of so many consecutive
+// columns, [K][columns], so that each step loads NV whole vectors.
 //
-// Floor: 2 M N K operations at the machine's multiply-add peak. A step issues kRows * kVectors multiply-adds for
-// kRows + kVectors loads, so both load ports stay below the two multiply-add ports. The columns of a panel past N are
-// zeros, so only stores are masked.
+// Floor: 2 M N K operations at the machine's multiply-add peak. A step issues R * NV multiply-adds for R + NV loads, so both load
+// ports stay below the two multiply-add ports. The columns of a panel past N are zeros, so only stores are masked. One Zen 4 core,
+// A of 512 x 512 where it lies: 6 x 4 reaches 114 of 117 GFLOP/s, 8 x 3 108, 12 x 2 102, 14 x 2 100; A packed by tiles gains nothing.
 
-// Accumulators leave room for kVectors of B and one broadcast: 8 x 3 + 3 + 1 of 32 registers, 6 x 2 + 2 + 1 of 16.
+// n rounded up to whole vectors.
 template <class T>
-struct Tile {
+INLINE int64_t padded(int64_t n) {
+  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
+}
+
+// B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
+template <class T>
+struct PanelTile {
 #if ISA_VECTOR_BYTES == 64
-  static constexpr int kRows = 8, kVectors = 3;
+  static constexpr int kVectors = 4, kAccumulators = 24;  // of 32 registers, with 4 vectors of B and 1 broadcast
 #else
-  static constexpr int kRows = 6, kVectors = 2;
+  static constexpr int kVectors = 2, kAccumulators = 12;  // of 16
 #endif
   static constexpr int kColumns = kVectors * kLanes<T>;
+  static constexpr int rows(int vectors) { return std::min(12, kAccumulators / vectors); }
+  static int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
+  // Of the panel that starts with `column`.
+  static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
 };
+
+// f(n as a constant), 1 <= n <= N.
+template <int N, class F>
+INLINE void with_constant(int64_t n, F f) {
+  if (n == N)
+    f(std::integral_constant<int, N>{});
+  else if constexpr (N > 1)
+    with_constant<N - 1>(n, f);
+}
 
 // C tile += one column of A times one row of B.
 template <int R, int NV, class T, class A>
@@ -47,6 +66,18 @@ template <int R, int NV, class T, class A>
 INLINE void multiply_tile(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
                           int64_t depth) {
   for (int64_t k = 0; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
+}
+
+// As multiply_tile, four steps to a round: a branch predictor does not foresee the exit of a long loop of single steps, and the
+// multiply-add units run dry once a tile.
+template <int R, int NV, class T, class A>
+INLINE void multiply_chain(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
+                           int64_t depth) {
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4)
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) multiply_step<R, NV, T>(c, a + (k + i) * step_stride, row_stride, b + (k + i) * b_stride);
+  for (; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
 }
 
 // Packs B[k, n] = b[k * row_stride + n * column_stride] (storage type S) into panels of `panel` columns.
@@ -96,14 +127,14 @@ NOINLINE void pack_panels(T* packed, const S* b, int64_t row_stride, int64_t col
 
 template <class T>
 inline int64_t packed_size(int64_t depth, int64_t columns) {
-  constexpr int64_t panel = Tile<T>::kColumns;
+  constexpr int64_t panel = PanelTile<T>::kColumns;
   return (columns + panel - 1) / panel * panel * depth;
 }
 
 // Packs the whole of B for `gemm_packed`, in parallel.
 template <class T, class S>
 inline void pack_b(T* packed, const S* b, int64_t row_stride, int64_t column_stride, int64_t depth, int64_t columns) {
-  constexpr int64_t panel = Tile<T>::kColumns;
+  constexpr int64_t panel = PanelTile<T>::kColumns;
   const int64_t panels = (columns + panel - 1) / panel;
   const int64_t grain = std::max<int64_t>(1, 32768 / std::max<int64_t>(1, depth * panel));
   torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
@@ -111,12 +142,47 @@ inline void pack_b(T* packed, const S* b, int64_t row_stride, int64_t column_str
   });
 }
 
-// c[r][v] (+)= acc[r][v], of which `columns` columns exist. Tiles at the right edge and bfloat16 take a loop through memory: written
-// out for every vector, partial stores were most of a product's code.
+// What becomes of complete sums on their way from the registers to C: max(sum + bias, floor) + residual. Another pass over the tile took
+// a sixth of a product of 128 steps.
+template <class T>
+struct Tail {
+  const T* bias;  // of the columns, or null
+  T floor;        // 0 for ReLU, minus infinity for none
+  const T* residual;
+  int64_t residual_row;
+
+  Tail at(int64_t row, int64_t column) const {
+    return {bias ? bias + column : nullptr, floor, residual ? residual + row * residual_row + column : nullptr, residual_row};
+  }
+  INLINE vec<T> operator()(vec<T> sum, int64_t row, int64_t column, int64_t n) const {
+    if (bias) sum += load_partial(bias + column, n);
+    sum = floor > sum ? broadcast(floor) : sum;  // keeps NaN
+    if (residual) sum += load_partial(residual + row * residual_row + column, n);
+    return sum;
+  }
+};
+
+// c[r][v] (+)= acc[r][v], of which `columns` columns exist. Tiles at the right edge, with a residual and in bfloat16 take a loop
+// through memory: written out for every vector, partial stores were most of a product's code.
 template <int R, int NV, class T, class C>
-INLINE void store_tile(const vec<T> (&acc)[R][NV], C* c, int64_t c_row, int64_t columns, bool add) {
+INLINE void store_tile(const vec<T> (&acc)[R][NV], C* c, int64_t c_row, int64_t columns, bool add, const Tail<T>* tail = nullptr) {
   constexpr int W = kLanes<T>;
-  if (std::is_same_v<C, T> && columns >= NV * W) {
+  const bool whole = std::is_same_v<C, T> && columns >= NV * W;
+  if (whole && tail && tail->bias && !tail->residual) {
+    vec<T> bias[NV];
+    const vec<T> floor = broadcast(tail->floor);
+#pragma GCC unroll 8
+    for (int v = 0; v < NV; ++v) bias[v] = load(tail->bias + v * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) {
+        const vec<T> sum = (add ? load(c + r * c_row + v * W) + acc[r][v] : acc[r][v]) + bias[v];
+        store(c + r * c_row + v * W, floor > sum ? floor : sum);
+      }
+    return;
+  }
+  if (whole && !tail) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -133,29 +199,34 @@ INLINE void store_tile(const vec<T> (&acc)[R][NV], C* c, int64_t c_row, int64_t 
     for (int64_t j = 0; j < std::min<int64_t>(columns, NV * W); j += W) {
       C* at = c + r * c_row + j;
       const int64_t n = std::min<int64_t>(columns - j, W);
-      const vec<T> sum = load(sums + r * NV * W + j);
-      store_partial(at, add ? load_partial(at, n) + sum : sum, n);
+      vec<T> sum = load(sums + r * NV * W + j);
+      if (add) sum += load_partial(at, n);
+      store_partial(at, tail ? (*tail)(sum, r, j, n) : sum, n);
     }
 }
 
-// R rows x one panel of C. accumulate: C += instead of C =.
-template <int R, class T, class C>
-NOINLINE void gemm_tile(const T* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
-                        bool accumulate) {
-  constexpr int NV = Tile<T>::kVectors;
+template <int R, int NV, class T>
+NOINLINE void multiply_rows_tile(const T* a, int64_t a_row, const T* panel, int64_t steps, T* c, int64_t c_row, int64_t columns, bool add,
+                                 const Tail<T>* tail) {
+  if (!add)  // lines that are written for the first time: they were an eighth of 1792 x 128 x 256 on two threads
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < NV; ++v) __builtin_prefetch(c + r * c_row + v * kLanes<T>, 1, 3);
   vec<T> acc[R][NV] = {};
-  multiply_tile<R, NV, T>(acc, a, a_row, a_step, panel, Tile<T>::kColumns, depth);
-  store_tile<R, NV, T>(acc, c, c_row, columns, accumulate);
+  multiply_chain<R, NV, T>(acc, a, a_row, 1, panel, NV * kLanes<T>, steps);
+  store_tile<R, NV, T>(acc, c, c_row, columns, add, tail);
 }
 
-// Up to R rows, by a tile of exactly that many.
-template <class T, class C, int R = Tile<T>::kRows>
-void gemm_rows(int64_t rows, const T* a, int64_t a_row, int64_t a_step, const T* panel, int64_t depth, C* c, int64_t c_row, int64_t columns,
-               bool accumulate) {
-  if (rows == R)
-    gemm_tile<R>(a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
-  else if constexpr (R > 1)
-    gemm_rows<T, C, R - 1>(rows, a, a_row, a_step, panel, depth, c, c_row, columns, accumulate);
+// Up to PanelTile::rows(NV) rows of c (+)= a B, A's steps adjacent; `chain` terms are added up one after the other, then to what c holds.
+template <int NV, class T>
+void multiply_rows(int64_t rows, const T* a, int64_t a_row, const T* panel, int64_t steps, int64_t chain, T* c, int64_t c_row,
+                   int64_t columns, bool add, const Tail<T>* tail) {
+  with_constant<PanelTile<T>::rows(NV)>(rows, [&](auto constant) {
+    for (int64_t k = 0; k == 0 || k < steps; k += chain) {
+      const bool last = k + chain >= steps;
+      multiply_rows_tile<constant.value, NV, T>(a + k, a_row, panel + k * NV * kLanes<T>, std::min(chain, steps - k), c, c_row, columns,
+                                                add || k > 0, last ? tail : nullptr);
+    }
+  });
 }
 
 // Compiled in gemm.cpp alone: the same products in every file that needs one were a third of the build.
@@ -167,134 +238,25 @@ void gemm_rows(int64_t rows, const T* a, int64_t a_row, int64_t a_step, const T*
 PRODUCT void pack_panels<float, float>(float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 PRODUCT void pack_panels<float, bfloat16>(float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 PRODUCT void pack_panels<double, double>(double*, const double*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-PRODUCT void gemm_rows<float, float>(int64_t, const float*, int64_t, int64_t, const float*, int64_t, float*, int64_t, int64_t, bool);
-PRODUCT void gemm_rows<float, bfloat16>(int64_t, const float*, int64_t, int64_t, const float*, int64_t, bfloat16*, int64_t, int64_t, bool);
-PRODUCT void gemm_rows<double, double>(int64_t, const double*, int64_t, int64_t, const double*, int64_t, double*, int64_t, int64_t, bool);
+PRODUCT void multiply_rows<PanelTile<float>::kVectors, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool, const Tail<float>*);
+PRODUCT void multiply_rows<PanelTile<float>::kVectors / 2, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool, const Tail<float>*);
+PRODUCT void multiply_rows<PanelTile<double>::kVectors, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t, double*, int64_t, int64_t, bool, const Tail<double>*);
+PRODUCT void multiply_rows<PanelTile<double>::kVectors / 2, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t, double*, int64_t, int64_t, bool, const Tail<double>*);
 
-// Steps summed up before C is updated. A block of a panel fits the first-level cache; and sums of sums round less: one run
-// of 384 steps had three times the largest error of MKL's product, blocks of 192 have the same error as MKL's.
-// C in bfloat16 must not be rounded between blocks: then there is one block.
-template <class C>
-inline int64_t depth_block(int64_t depth) {
-  return std::is_same_v<C, compute_t<C>> ? 192 : std::max<int64_t>(depth, 1);
-}
+// Steps of a block of B that is multiplied by all rows before the next: it stays in the second-level cache. As many terms are added up
+// one after the other where a caller does not say how many: sums of sums round less. One run of 384 steps had three times the largest
+// error of MKL's product, blocks of 192 have the same error as MKL's.
+inline constexpr int64_t kProductBlock = 192;
 
 // C[rows, columns] (+)= A B on the calling thread, B packed whole by pack_b (or panels `first_panel..` of it).
-// The depth is walked in blocks so that one block of a panel stays in the first-level cache over all rows.
-template <class T, class C>
-inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, int64_t a_step, const T* packed,
-                               C* c, int64_t c_row, bool accumulate) {
-  constexpr int R = Tile<T>::kRows;
-  constexpr int64_t panel_columns = Tile<T>::kColumns;
-  const int64_t block = depth_block<C>(depth);
-  if (depth == 0 && !accumulate) {
-    for (int64_t m = 0; m < rows; ++m)
-      for (int64_t n = 0; n < columns; ++n) c[m * c_row + n] = from_compute<C>(0);
-    return;
-  }
-  for (int64_t k0 = 0; k0 < depth; k0 += block) {
-    const int64_t steps = std::min(block, depth - k0);
-    const bool add = accumulate || k0 > 0;
-    for (int64_t n = 0; n < columns; n += panel_columns) {
-      const T* panel = packed + n * depth + k0 * panel_columns;
+template <class T>
+inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, const T* a, int64_t a_row, const T* packed, T* c,
+                               int64_t c_row, bool add) {
+  constexpr int NV = PanelTile<T>::kVectors;
+  constexpr int64_t R = PanelTile<T>::rows(NV), kColumns = PanelTile<T>::kColumns;
+  for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += kProductBlock)
+    for (int64_t n = 0; n < columns; n += kColumns)
       for (int64_t m = 0; m < rows; m += R)
-        gemm_rows(std::min<int64_t>(R, rows - m), a + m * a_row + k0 * a_step, a_row, a_step, panel, steps, c + m * c_row + n, c_row,
-                  columns - n, add);
-    }
-  }
-}
-
-// Packs `rows` rows of A into groups of kRows, [group][depth][kRows] of the compute type, rows past the end 0.
-// Worth it when A's steps are not contiguous, or when A is stored in bfloat16 and used for several panels.
-template <class T, class S>
-inline void pack_a(T* packed, const S* a, int64_t row_stride, int64_t step_stride, int64_t rows, int64_t depth) {
-  constexpr int R = Tile<T>::kRows;
-  for (int64_t m = 0; m < rows; m += R) {
-    T* out = packed + m * depth;
-    const int64_t n = std::min<int64_t>(R, rows - m);
-    for (int64_t k0 = 0; k0 < depth; k0 += 16) {
-      const int64_t k1 = std::min<int64_t>(k0 + 16, depth);
-      if (step_stride == 1) {
-        for (int64_t r = 0; r < n; ++r)
-          for (int64_t k = k0; k < k1; ++k) out[k * R + r] = to_compute(a[(m + r) * row_stride + k]);
-      } else {
-        for (int64_t k = k0; k < k1; ++k)
-          for (int64_t r = 0; r < n; ++r) out[k * R + r] = to_compute(a[(m + r) * row_stride + k * step_stride]);
-      }
-      for (int64_t k = k0; k < k1; ++k)
-        for (int64_t r = n; r < R; ++r) out[k * R + r] = 0;
-    }
-  }
-}
-
-// What gemm_packed does with each tile of C once its sums are complete, by default nothing.
-struct NoFinish {
-  template <class C>
-  INLINE void operator()(C*, int64_t, int64_t, int64_t, int64_t) const {}
-};
-
-// C (+)= A B with all of the threads; A of any strides and storage type, B packed by pack_b.
-// Blocks of rows x chunks of panels are the tasks; each packs its block of A once and runs it over its panels, unless the
-// panels are too few to pay for that and A's steps are contiguous. `finish(c, row, column, rows, columns)` is called for every
-// complete tile, which is then in the first-level cache: c is where the tile begins, row and column its place in C.
-// Sums run over the depth in the same order whatever the number of threads: results do not depend on it. `chain` is how many
-// terms are added up one after the other, where the sums of a caller need shorter blocks than depth_block.
-template <class T, class A, class C, class Finish = NoFinish>
-inline void gemm_packed(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const T* packed, C* c,
-                        int64_t c_row, bool accumulate = false, std::optional<int64_t> chain = std::nullopt, Finish finish = {}) {
-  constexpr int R = Tile<T>::kRows;
-  constexpr int64_t panel_columns = Tile<T>::kColumns;
-  constexpr int64_t kWorthPacking = 8;  // panels
-  const int64_t panels = (columns + panel_columns - 1) / panel_columns;
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t work = rows * columns * depth;
-  // Enough tasks for the threads, rows first: a block of at most 96 rows keeps its packed A in the second-level cache.
-  const int64_t row_block = std::min<int64_t>(96, std::max<int64_t>(R, ((rows + threads - 1) / threads + R - 1) / R * R));
-  const int64_t row_blocks = (rows + row_block - 1) / row_block;
-  const int64_t chunks = std::min(panels, std::max<int64_t>(1, (4 * threads + row_blocks - 1) / std::max<int64_t>(row_blocks, 1)));
-  const int64_t chunk_panels = (panels + chunks - 1) / std::max<int64_t>(chunks, 1);
-  const int64_t tasks = row_blocks * chunks;
-  const int64_t grain = work < 65536 ? tasks : 1;
-  const bool in_place = std::is_same_v<A, T> && a_step == 1 && chunk_panels < kWorthPacking;
-  torch::stable::parallel_for(0, tasks, std::max<int64_t>(grain, 1), [&](int64_t begin, int64_t end) {
-    Scratch<T> block(in_place ? 0 : row_block * depth);
-    int64_t packed_block = -1;
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t m0 = task / chunks * row_block, p0 = task % chunks * chunk_panels;
-      const int64_t m1 = std::min(rows, m0 + row_block), p1 = std::min(panels, p0 + chunk_panels);
-      if (p0 >= p1) continue;
-      if (!in_place && packed_block != m0) {
-        pack_a<T>(block.get(), a + m0 * a_row, a_row, a_step, m1 - m0, depth);
-        packed_block = m0;
-      }
-      const int64_t step = chain.value_or(depth_block<C>(depth));
-      for (int64_t k0 = 0; k0 == 0 || k0 < depth; k0 += step) {
-        const int64_t steps = std::min(step, depth - k0);
-        const bool add = accumulate || k0 > 0, complete = k0 + steps >= depth;
-        for (int64_t p = p0; p < p1; ++p) {
-          const int64_t n = p * panel_columns;
-          const T* panel = packed + n * depth + k0 * panel_columns;
-          for (int64_t m = m0; m < m1; m += R) {
-            C* tile = c + m * c_row + n;
-            const T* rows_of_a = block.get() + (m - m0) * depth + k0 * R;
-            int64_t row_stride = 1, step_stride = R;
-            if constexpr (std::is_same_v<A, T>)
-              if (in_place) rows_of_a = a + m * a_row + k0, row_stride = a_row, step_stride = 1;
-            gemm_rows(std::min<int64_t>(R, m1 - m), rows_of_a, row_stride, step_stride, panel, steps, tile, c_row, columns - n, add);
-            if (complete) finish(tile, m, n, std::min<int64_t>(R, m1 - m), std::min(panel_columns, columns - n));
-          }
-        }
-      }
-    }
-  });
-}
-
-// C[rows, columns] (+)= A B, all three with any row and column stride but C, whose columns are contiguous.
-template <class A, class B, class C, class Finish = NoFinish>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_row,
-                 int64_t b_column, C* c, int64_t c_row, bool accumulate = false, Finish finish = {}) {
-  using T = compute_t<A>;
-  Scratch<T> packed(packed_size<T>(depth, columns));
-  pack_b<T>(packed.get(), b, b_row, b_column, depth, columns);
-  gemm_packed<T>(rows, columns, depth, a, a_row, a_step, packed.get(), c, c_row, accumulate, std::nullopt, finish);
+        multiply_rows<NV, T>(std::min(R, rows - m), a + m * a_row + k0, a_row, packed + n * depth + k0 * kColumns,
+                             std::min(kProductBlock, depth - k0), kProductBlock, c + m * c_row + n, c_row, columns - n, add || k0 > 0, nullptr);
 }

@@ -2,13 +2,13 @@
 // files call.
 // clang-format off: each builds on those before it
 #include "tiles.h"
-#include "few_rows.h"
+#include "strips.h"
 // clang-format on
 
 template <class T>
 void gemm_kernel(int64_t m, int64_t n, int64_t k, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t b_row, int64_t b_column,
                  T* c) {
-  gemm<T, T, T>(m, n, k, a, a_row, a_step, b, b_row, b_column, c, n);
+  gemm(m, n, k, a, a_row, a_step, b, b_row, b_column, c, n);
 }
 
 template <class T, class F>

@@ -8,28 +8,15 @@
 //
 // Floor: 2 rows in out operations forward, twice that backward, at the multiply-add peak.
 // clang-format off: each builds on those before it
-#include "tiles.h"
-#include "few_rows.h"
+#include "strips.h"
 #include "activation_kernel.h"
 // clang-format on
 
 // Terms that are added up one after the other: fewer where the result has few columns or rows. MKL adds those up in finer parts, and
 // one chain of 120 terms for 3 columns had seven times the largest error of its product.
-template <class C>
-int64_t product_chain(int64_t rows, int64_t columns, int64_t depth) {
+inline int64_t product_chain(int64_t rows, int64_t columns) {
   constexpr int64_t kFew = 16;
-  if (!std::is_same_v<C, compute_t<C>> || std::min(rows, columns) >= kFew) return depth_block<C>(depth);
-  return columns < kFew ? 32 : 64;
-}
-
-// C[rows, columns] = A B in such chains; arguments as of gemm.
-template <class A, class B, class C, class Finish = NoFinish>
-void product(int64_t rows, int64_t columns, int64_t depth, const A* a, int64_t a_row, int64_t a_step, const B* b, int64_t b_row,
-             int64_t b_column, C* c, Finish finish = {}) {
-  using T = compute_t<A>;
-  Scratch<T> packed(packed_size<T>(depth, columns));
-  pack_b<T>(packed.get(), b, b_row, b_column, depth, columns);
-  gemm_packed<T>(rows, columns, depth, a, a_row, a_step, packed.get(), c, columns, false, product_chain<C>(rows, columns, depth), finish);
+  return columns < kFew ? 32 : rows < kFew ? 64 : kProductBlock;
 }
 
 template <class S>
@@ -39,15 +26,24 @@ struct LinearTail {
   int64_t residual_row;
   S *y, *known;  // known is null where it is not kept
   int64_t width;
+  Activation kind;
   T slope;
 
+  // What can be done as sums leave their registers.
+  std::optional<Tail<T>> simple() const {
+    if constexpr (std::is_same_v<S, T>)
+      if (!known && (kind == Activation::none || kind == Activation::relu))
+        return Tail<T>{bias, kind == Activation::relu ? T(0) : -std::numeric_limits<T>::infinity(), residual, residual_row};
+    return std::nullopt;
+  }
+
   template <Activation kActivation>
-  INLINE void run(const T* tile, int64_t row, int64_t column, int64_t rows, int64_t columns) const {
+  INLINE void run(const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows, int64_t columns) const {
     constexpr int W = kLanes<T>;
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = 0; j < columns; j += W) {
         const int64_t n = std::min<int64_t>(W, columns - j), at = (row + r) * width + column + j;
-        vec<T> z = load_partial(tile + r * width + j, n);
+        vec<T> z = load_partial(tile + r * tile_row + j, n);
         if (bias) z += load_partial(bias + column + j, n);
         vec<T> v = activate<kActivation>(z, slope);
         if (known) store_partial(known + at, derivative_from_output(kActivation) ? v : z, n);
@@ -62,30 +58,29 @@ template <class S>
 void linear_forward(const LinearCall& call) {
   using T = compute_t<S>;
   S* y = static_cast<S*>(call.y);
-  Scratch<T> wide(std::is_same_v<S, T> ? 0 : call.rows * call.out);  // sums of bfloat16 are rounded once, at the end
-  T* sums = wide.get();
-  if constexpr (std::is_same_v<S, T>) sums = y;
-  const LinearTail<S> tail{
-      static_cast<const S*>(call.bias), static_cast<const S*>(call.residual), call.residual_row, y, static_cast<S*>(call.known), call.out,
-      static_cast<T>(call.slope)};
-  // Not inlined: it has a loop for every activation.
-  const auto finish = [&](const T* tile, int64_t row, int64_t column, int64_t rows, int64_t columns) __attribute__((noinline)) {
-    with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, row, column, rows, columns); });
-  };
-  if constexpr (std::is_same_v<S, float>) {
-    constexpr int kVectors = PanelTile<T>::kVectors;
-    const bool few = call.rows <= kFewRows && call.x_step == 1 && call.weight_step == 1;
-    const int vectors = few ? strip_vectors<T>(call.out) : 0;
-    const auto multiply = [&](auto constant) {
-      multiply_few_rows<constant.value, T>(call.rows, call.out, call.in, static_cast<const T*>(call.x), call.x_row,
-                                           static_cast<const T*>(call.weight), call.weight_row, y, call.out,
-                                           product_chain<T>(call.rows, call.out, call.in), finish);
-    };
-    if (vectors == kVectors) return multiply(std::integral_constant<int, kVectors>{});
-    if (vectors == kVectors / 2) return multiply(std::integral_constant<int, kVectors / 2>{});
+  const LinearTail<S> tail{static_cast<const S*>(call.bias),
+                           static_cast<const S*>(call.residual),
+                           call.residual_row,
+                           y,
+                           static_cast<S*>(call.known),
+                           call.out,
+                           call.activation,
+                           static_cast<T>(call.slope)};
+  const AdjacentSteps<T, S> x(static_cast<const S*>(call.x), call.x_row, call.x_step, call.rows, call.in);
+  StripProduct<T, S> product{call.rows, call.out, call.in, x.data(), x.row(), static_cast<const S*>(call.weight), call.weight_step,
+                             call.weight_row, nullptr, call.out};
+  product.chain = product_chain(call.rows, call.out);
+  if constexpr (std::is_same_v<S, T>) product.c = y;  // sums of bfloat16 are rounded once, at the end
+  if (const auto simple = tail.simple()) {
+    product.tail = &*simple;
+    return multiply_strips(product, [](auto...) {});
   }
-  product(call.rows, call.out, call.in, static_cast<const S*>(call.x), call.x_row, call.x_step, static_cast<const S*>(call.weight),
-          call.weight_step, call.weight_row, sums, finish);
+  // Not inlined: it has a loop for every activation.
+  multiply_strips(product, [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows,
+                               int64_t columns) __attribute__((noinline)) {
+    with_activation(call.activation,
+                    [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
+  });
 }
 
 // dz (where there is an activation) and dbias (where `dbias` is not null). The rows of a column are summed in runs of kRun, whose sums
@@ -141,8 +136,11 @@ void linear_tail_gradient(const LinearCall& call, const S* dy, int64_t dy_row, T
 template <class S, class D>
 void linear_products(const LinearCall& call, const D* dz, int64_t dz_row, S* dx, S* dweight) {
   if (dx)
-    product(call.rows, call.in, call.out, dz, dz_row, 1, static_cast<const S*>(call.weight), call.weight_row, call.weight_step, dx);
-  if (dweight) product(call.out, call.in, call.rows, dz, 1, dz_row, static_cast<const S*>(call.x), call.x_row, call.x_step, dweight);
+    gemm(call.rows, call.in, call.out, dz, dz_row, 1, static_cast<const S*>(call.weight), call.weight_row, call.weight_step, dx, call.in,
+         false, product_chain(call.rows, call.in));
+  if (dweight)
+    gemm(call.out, call.in, call.rows, dz, 1, dz_row, static_cast<const S*>(call.x), call.x_row, call.x_step, dweight, call.in, false,
+         product_chain(call.out, call.in));
 }
 
 // Gradients that are not wanted are null.

@@ -152,7 +152,7 @@ void lstm_rows_backward(const LstmShape& shape, const LstmBackward<S, compute_t<
       const T* d_out = layer.d_output + (token + r * rows.stride) * shape.width() + d * P;
       for (int64_t j = 0; j < P; ++j) whole[j] = dh[r * dh_row + j] + d_out[j];
     }
-    gemm_packed_serial<T>(active, H, P, buffers.dh + token * P, rows.stride * P, 1, buffers.w_hr.get(), du.get(), H, false);
+    gemm_packed_serial<T>(active, H, P, buffers.dh + token * P, rows.stride * P, buffers.w_hr.get(), du.get(), H, false);
   };
   // Every round: dh through W_hh from the step before, then this step's gates for the same units, so that threads sharing
   // the panels meet once a step. The rows of the step before have all ended or go on: dh keeps what others start from.
@@ -246,9 +246,8 @@ void lstm_projection_gradient(const LstmShape& shape, const LstmBackward<S, comp
       const vec<T> o = load_partial(gates + token * shape.gates() + 3 * H + unit, units), c = load_partial(cells + token * H + unit, units);
       store_partial(u + token * H + unit, o * tanh(c), units);
     }
-  Scratch<T> packed(packed_size<T>(shape.tokens, H));
-  pack_b<T>(packed.get(), u.get(), H, 1, shape.tokens, H);
-  gemm_packed<T>(P, H, shape.tokens, buffers.dh.get(), 1, P, packed.get(), sums.get(), H, false, kTokenChain);
+  gemm(P, H, shape.tokens, static_cast<const T*>(buffers.dh.get()), 1, P, static_cast<const T*>(u.get()), H, 1, sums.get(), H, false,
+       kTokenChain);
   store_row(layer.d_weights[d].w_hr, sums.get(), P * H);
 }
 

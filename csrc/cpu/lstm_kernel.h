@@ -12,8 +12,11 @@
 // every n-th also shares out the tokens. With few sequences and weights too big for one second-level cache, the threads
 // own panels (hidden units) instead and meet after every step (team.h). A number is computed by the same operations in the same
 // order either way: results do not depend on the number of threads.
+// clang-format off: each builds on those before it
+#include "strips.h"
 #include "lstm_step.h"
 #include "lstm_step_direct.h"
+// clang-format on
 
 // h_n and c_n are the states each sequence has after the step it ends with.
 template <class S>
@@ -101,7 +104,7 @@ void lstm_rows_forward(const LstmShape& shape, const LstmForward<S, compute_t<S>
         lstm_step_direct(shape, layer.weights[d], step, layer.x + token * shape.input, first, last);
       if constexpr (std::is_same_v<T, M>)
         if (shape.projected) {
-          gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, 1, cell->projection.get(), h_next, h_row, false);
+          gemm_packed_serial<T>(active, P, H, u_memory.get(), c_row, cell->projection.get(), h_next, h_row, false);
           for (int64_t r = 0; r < active; ++r)
             store_row(layer.output + (token + r * rows.stride) * shape.width() + d * P, h_next + r * h_row, P);
         }

@@ -12,6 +12,7 @@
 // gains and bias are kept by sequence: results do not depend on the number of threads. Both states stay in the type of computation.
 //
 // Floor: 8 T B H^2 operations forward, 16 T B H^2 backward, at the multiply-add peak.
+#include "strips.h"
 
 template <class T>
 INLINE vec<T> get(const T* p, int64_t n) {
@@ -106,7 +107,7 @@ class ChainedProduct {
   // c[rows, columns] = a B
   void operator()(int64_t rows, const T* a, T* c) {
     for (int64_t k = 0; k < depth_; k += kChain)
-      gemm_packed_serial<T>(rows, columns_, std::min(kChain, depth_ - k), a + k, depth_, 1, packed_ + k / kChain * run_, c, columns_, k > 0);
+      gemm_packed_serial<T>(rows, columns_, std::min(kChain, depth_ - k), a + k, depth_, packed_ + k / kChain * run_, c, columns_, k > 0);
   }
 
  private:

@@ -1,47 +1,4 @@
-// What register tiles of several ops share: padded sizes, the choice of a tile by a constant, and products of
-// bfloat16 numbers in pairs. Included by the kernel headers that use it, inside the namespace of each instruction set.
-
-// n rounded up to whole vectors.
-template <class T>
-INLINE int64_t padded(int64_t n) {
-  return (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>;
-}
-
-// B is cut into panels of kVectors vectors of columns; the last one has as many as are left.
-template <class T>
-struct PanelTile {
-#if ISA_VECTOR_BYTES == 64
-  static constexpr int kVectors = 4, kAccumulators = 24;  // of 32 registers, with 4 vectors of B and 1 broadcast
-#else
-  static constexpr int kVectors = 2, kAccumulators = 8;
-#endif
-  static constexpr int kColumns = kVectors * kLanes<T>;
-  static constexpr int rows(int vectors) { return std::min(12, kAccumulators / vectors); }
-  static int64_t panels(int64_t columns) { return (columns + kColumns - 1) / kColumns; }
-  // Of the panel that starts with `column`.
-  static int64_t vectors(int64_t columns, int64_t column) { return std::min<int64_t>(kVectors, padded<T>(columns - column) / kLanes<T>); }
-};
-
-// f(n as a constant), 1 <= n <= N.
-template <int N, class F>
-INLINE void with_constant(int64_t n, F f) {
-  if (n == N)
-    f(std::integral_constant<int, N>{});
-  else if constexpr (N > 1)
-    with_constant<N - 1>(n, f);
-}
-
-// As multiply_tile, four steps to a round: a branch predictor does not foresee the exit of a long loop of single steps, and the
-// multiply-add units run dry once a tile.
-template <int R, int NV, class T, class A>
-INLINE void multiply_chain(vec<T> (&c)[R][NV], const A* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t b_stride,
-                           int64_t depth) {
-  int64_t k = 0;
-  for (; k + 4 <= depth; k += 4)
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) multiply_step<R, NV, T>(c, a + (k + i) * step_stride, row_stride, b + (k + i) * b_stride);
-  for (; k < depth; ++k) multiply_step<R, NV, T>(c, a + k * step_stride, row_stride, b + k * b_stride);
-}
+// What register tiles of several ops share: padded sizes, and products of bfloat16 numbers in pairs. Included by the kernel headers that use it, inside the namespace of each instruction set.
 
 // Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
 INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {

@@ -242,7 +242,7 @@ def test_autocast():
 
 def test_auto_knows_where_the_products_of_torch_are_slow(monkeypatch):
     x, weight = make(512, 128), make(128, 128)
-    monkeypatch.setattr(_cpu, "slow_few_rows", lambda: False)
+    monkeypatch.setattr(_cpu, "mkl_on_amd", lambda: False)
     for slow, backend in ((True, "cpu"), (False, "torch")):
         monkeypatch.setattr(_cpu, "slow_products", lambda slow=slow: slow)
         assert bmk.explain(bmk.linear, x, weight).backend == backend
@@ -251,17 +251,21 @@ def test_auto_knows_where_the_products_of_torch_are_slow(monkeypatch):
         assert bmk.explain(bmk.linear, x[:8], weight).backend == "torch"
 
 
-def test_auto_knows_where_few_rows_of_torch_are_slow(monkeypatch):
+def test_auto_knows_where_the_products_of_torch_go_to_mkl_on_amd(monkeypatch):
     x, weight = make(512, 512), make(512, 512)
     monkeypatch.setattr(_cpu, "slow_products", lambda: False)
     for slow, backend in ((True, "cpu"), (False, "torch")):
-        monkeypatch.setattr(_cpu, "slow_few_rows", lambda slow=slow: slow)
+        monkeypatch.setattr(_cpu, "mkl_on_amd", lambda slow=slow: slow)
         assert bmk.explain(bmk.linear, x[:96], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:4], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:64], weight[:128]).backend == "torch"
         assert bmk.explain(bmk.linear, x[:3], weight).backend == "torch"
         assert bmk.explain(bmk.linear, x[:97], weight).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:128], weight).backend == backend
+        assert bmk.explain(bmk.linear, x, weight[:200]).backend == "torch"
         assert bmk.explain(bmk.linear, x[:64], weight.clone().requires_grad_()).backend == "torch"
+        assert bmk.explain(bmk.linear, x, weight.clone().requires_grad_()).backend == backend
+        assert bmk.explain(bmk.linear, x[:, :450], weight[:, :450].clone().requires_grad_()).backend == "torch"
 
 
 @pytest.mark.parametrize(
@@ -281,11 +285,11 @@ def test_where_the_products_of_torch_are_slow_is_told_by_the_processor(
     monkeypatch.setattr(_cpu, "_cpuinfo", fields.get)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    cached = (_cpu.vendor, _cpu.slow_few_rows, _cpu.slow_products)
+    cached = (_cpu.vendor, _cpu.mkl_on_amd, _cpu.slow_products)
     for function in cached:
         function.cache_clear()
     try:
-        assert (_cpu.slow_products(), _cpu.slow_few_rows()) == (products, few)
+        assert (_cpu.slow_products(), _cpu.mkl_on_amd()) == (products, few)
     finally:
         for function in cached:
             function.cache_clear()

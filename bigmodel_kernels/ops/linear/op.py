@@ -112,18 +112,25 @@ def _backward(op, args, outputs, grads, needs, backend):
 
 
 def prefer(x, weight, *rest) -> tuple[str, ...]:
-    """By the tables "Linear layers" in docs/decisions.md: ours where PyTorch's product is held to half of this CPU's peak, and
-    where few rows meet many weights. Fewer than 16 outputs fill a third of a tile, and PyTorch's is faster."""
+    """By the tables "Linear layers" in docs/decisions.md: ours where PyTorch's product goes to MKL on an AMD processor, from so
+    many multiplications on. Fewer than 16 outputs fill a quarter of a tile, and PyTorch's is faster."""
     outputs, inputs = weight.shape
     rows, save = x.numel() // max(inputs, 1), rest[-1]
+    work = rows * weight.numel()
     few = not save and 4 <= rows <= 96  # rows that multiply the weights where they lie
     if outputs < 16 or x.dtype not in (torch.float32, torch.float64):
         ours = False
     elif _cpu.slow_products():
-        ours = (few or rows >= 16) and rows * weight.numel() >= (1 << 20 if few else 1 << 23)
+        ours = (few or rows >= 16) and work >= (1 << 20 if few else 1 << 23)
+    elif few:
+        ours = x.dtype is torch.float32 and outputs >= 128 and weight.numel() >= 1 << 18 and _cpu.mkl_on_amd()
     else:
+        columns = (outputs, inputs) if save else (outputs,)  # of the products: in strips of 64
         ours = (
-            few and x.dtype is torch.float32 and outputs >= 128 and weight.numel() >= 1 << 18 and _cpu.slow_few_rows()
+            x.dtype is torch.float32
+            and work >= 1 << 25
+            and all(n % 64 == 0 or n >= 512 for n in columns)
+            and _cpu.mkl_on_amd()
         )
     return ("cpu", "torch") if ours else ("torch", "cpu")
 
