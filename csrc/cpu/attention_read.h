@@ -38,7 +38,7 @@ inline void read_slopes(AttentionArgs& a, const std::optional<Tensor>& alibi_slo
 }
 
 inline void read_options(AttentionArgs& a, const std::optional<Tensor>& seed, double scale, double dropout_p, double softcap,
-                  int64_t window_left, int64_t window_right) {
+                         int64_t window_left, int64_t window_right) {
   a.scale = scale, a.dropout_p = dropout_p, a.softcap = softcap;
   a.left = window_left, a.right = window_right;
   if (dropout_p > 0) {
@@ -51,8 +51,8 @@ inline void read_options(AttentionArgs& a, const std::optional<Tensor>& seed, do
 }
 
 inline AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
-                        const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale, double dropout_p,
-                        double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
+                               const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale, double dropout_p,
+                               double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
   CHECK_CPU(q);
   CHECK_CPU(k);
   CHECK_CPU(v);
@@ -164,9 +164,9 @@ struct Sequences {
 };
 
 inline Sequences read_sequences(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
-                         const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, int64_t max_seqlen_q,
-                         int64_t max_seqlen_k, double scale, double dropout_p, double softcap, int64_t window_left, int64_t window_right,
-                         bool lower_right) {
+                                const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, int64_t max_seqlen_q,
+                                int64_t max_seqlen_k, double scale, double dropout_p, double softcap, int64_t window_left,
+                                int64_t window_right, bool lower_right) {
   CHECK_CPU(q);
   CHECK_CPU(k);
   CHECK_CPU(v);

@@ -146,8 +146,7 @@ void conv_backward(const ConvBackward& call) {
   if (call.dx.data) {
     bool done = false;
 #if ISA_VECTOR_BYTES == 64
-    if constexpr (std::is_same_v<T, float>)
-      done = chosen_gradient_applies<T>(call) && chosen_input_gradient<S>(call, gradient);
+    if constexpr (std::is_same_v<T, float>) done = chosen_gradient_applies<T>(call) && chosen_input_gradient<S>(call, gradient);
 #endif
     if (!done) {
       TensorSink<T, S> sink{call.dx.as<S>(), nullptr, channels_per_sink<T>(backward)};

@@ -212,9 +212,9 @@ inline bool chosen_input_gradient(const ConvBackward& call, const Gradient& grad
       const int64_t o = i % O, c0 = i / O * W;
       const float factor = scale ? to_compute(scale[o]) : 1.0f;
       for (int64_t t = 0; t < kTaps; ++t)
-        store(weights + (i * kTaps + t) * W, factor * weight_vector<float>(weight.data + o * weight.n + c0 * weight.c + t / 3 * weight.h +
-                                                                               t % 3 * weight.w,
-                                                                           weight.c, C - c0));
+        store(weights + (i * kTaps + t) * W,
+              factor *
+                  weight_vector<float>(weight.data + o * weight.n + c0 * weight.c + t / 3 * weight.h + t % 3 * weight.w, weight.c, C - c0));
     }
   });
   if (!all_finite<float>(weights, w_size)) return false;

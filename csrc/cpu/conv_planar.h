@@ -49,8 +49,8 @@ struct Planar {
   Image<S> out;
   Image<uint8_t> index;
   AnyActivation<T> activation;
-  bool finite;  // weights and shift
-  bool dense;   // rows of the output follow each other
+  bool finite;               // weights and shift
+  bool dense;                // rows of the output follow each other
   const T *weights, *shift;  // [group of kOut channels][taps][kOut], [channel]
   const int64_t* offsets;    // [taps][2]: where the sources of even and odd columns lie in the block
 

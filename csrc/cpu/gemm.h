@@ -238,10 +238,14 @@ void multiply_rows(int64_t rows, const T* a, int64_t a_row, const T* panel, int6
 PRODUCT void pack_panels<float, float>(float*, const float*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 PRODUCT void pack_panels<float, bfloat16>(float*, const bfloat16*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 PRODUCT void pack_panels<double, double>(double*, const double*, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
-PRODUCT void multiply_rows<PanelTile<float>::kVectors, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool, const Tail<float>*);
-PRODUCT void multiply_rows<PanelTile<float>::kVectors / 2, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool, const Tail<float>*);
-PRODUCT void multiply_rows<PanelTile<double>::kVectors, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t, double*, int64_t, int64_t, bool, const Tail<double>*);
-PRODUCT void multiply_rows<PanelTile<double>::kVectors / 2, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t, double*, int64_t, int64_t, bool, const Tail<double>*);
+PRODUCT void multiply_rows<PanelTile<float>::kVectors, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*,
+                                                              int64_t, int64_t, bool, const Tail<float>*);
+PRODUCT void multiply_rows<PanelTile<float>::kVectors / 2, float>(int64_t, const float*, int64_t, const float*, int64_t, int64_t, float*,
+                                                                  int64_t, int64_t, bool, const Tail<float>*);
+PRODUCT void multiply_rows<PanelTile<double>::kVectors, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t, double*,
+                                                                int64_t, int64_t, bool, const Tail<double>*);
+PRODUCT void multiply_rows<PanelTile<double>::kVectors / 2, double>(int64_t, const double*, int64_t, const double*, int64_t, int64_t,
+                                                                    double*, int64_t, int64_t, bool, const Tail<double>*);
 
 // Steps of a block of B that is multiplied by all rows before the next: it stays in the second-level cache. As many terms are added up
 // one after the other where a caller does not say how many: sums of sums round less. One run of 384 steps had three times the largest
@@ -258,5 +262,6 @@ inline void gemm_packed_serial(int64_t rows, int64_t columns, int64_t depth, con
     for (int64_t n = 0; n < columns; n += kColumns)
       for (int64_t m = 0; m < rows; m += R)
         multiply_rows<NV, T>(std::min(R, rows - m), a + m * a_row + k0, a_row, packed + n * depth + k0 * kColumns,
-                             std::min(kProductBlock, depth - k0), kProductBlock, c + m * c_row + n, c_row, columns - n, add || k0 > 0, nullptr);
+                             std::min(kProductBlock, depth - k0), kProductBlock, c + m * c_row + n, c_row, columns - n, add || k0 > 0,
+                             nullptr);
 }

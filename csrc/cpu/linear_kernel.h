@@ -67,8 +67,8 @@ void linear_forward(const LinearCall& call) {
                            call.activation,
                            static_cast<T>(call.slope)};
   const AdjacentSteps<T, S> x(static_cast<const S*>(call.x), call.x_row, call.x_step, call.rows, call.in);
-  StripProduct<T, S> product{call.rows, call.out, call.in, x.data(), x.row(), static_cast<const S*>(call.weight), call.weight_step,
-                             call.weight_row, nullptr, call.out};
+  StripProduct<T, S> product{call.rows,        call.out,        call.in, x.data(), x.row(), static_cast<const S*>(call.weight),
+                             call.weight_step, call.weight_row, nullptr, call.out};
   product.chain = product_chain(call.rows, call.out);
   if constexpr (std::is_same_v<S, T>) product.c = y;  // sums of bfloat16 are rounded once, at the end
   if (const auto simple = tail.simple()) {
@@ -78,8 +78,7 @@ void linear_forward(const LinearCall& call) {
   // Not inlined: it has a loop for every activation.
   multiply_strips(product, [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows,
                                int64_t columns) __attribute__((noinline)) {
-    with_activation(call.activation,
-                    [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
+    with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
   });
 }
 

@@ -2,9 +2,9 @@
 //
 // C is cut into strips of columns and parts of rows. The task of a strip, or of several of a short depth, packs a block of its B that
 // stays in the second-level cache, multiplies all its rows of A with it, where they lie, and goes on with the next block of the depth:
-// packed numbers never travel, and no thread waits for another. 64 rows of 3136 x 128 took 340 us on one thread and 390 on two where every thread read what
-// both had packed, 166 so; 512 x 768 x 3072 14.7 ms and 12.9 on two Zen 4 threads, MKL 16.7.
-// Floor: 2 rows columns depth operations at the multiply-add peak, and reading B once a part.
+// packed numbers never travel, and no thread waits for another. 64 rows of 3136 x 128 took 340 us on one thread and 390 on two where every
+// thread read what both had packed, 166 so; 512 x 768 x 3072 14.7 ms and 12.9 on two Zen 4 threads, MKL 16.7. Floor: 2 rows columns depth
+// operations at the multiply-add peak, and reading B once a part.
 
 // The share i of n of `rows` rows of `length` adjacent numbers is asked for: they lie so far apart that no hardware prefetcher follows.
 template <class S>
@@ -69,8 +69,8 @@ inline StripShares strip_shares(const StripProduct<T, S>& p) {
 
 // The product of one task: rows top.. of A with columns first.. of B. `packed` holds a block of B, `own` the sums where p.c does not.
 template <class T, class S, class Finish>
-inline void multiply_group(const StripProduct<T, S>& p, const StripShares& shares, int64_t task, bool last_task, T* packed,
-                           T* own, Finish finish) {
+inline void multiply_group(const StripProduct<T, S>& p, const StripShares& shares, int64_t task, bool last_task, T* packed, T* own,
+                           Finish finish) {
   using Tile = PanelTile<T>;
   constexpr int64_t kHalf = Tile::kColumns / 2, kRowBlock = 96;
   const int64_t unit = shares.group * shares.width, first = task % shares.groups() * unit, columns = std::min(unit, p.columns - first);

@@ -1,4 +1,5 @@
-// What register tiles of several ops share: padded sizes, and products of bfloat16 numbers in pairs. Included by the kernel headers that use it, inside the namespace of each instruction set.
+// What register tiles of several ops share: padded sizes, and products of bfloat16 numbers in pairs. Included by the kernel headers that
+// use it, inside the namespace of each instruction set.
 
 // Two rows of at most one vector of columns, interleaved; a row that is null counts as 0.
 INLINE void store_pair(bfloat16* out, const bfloat16* first, const bfloat16* second, int64_t columns) {
