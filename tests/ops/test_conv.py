@@ -310,7 +310,11 @@ def test_nan_goes_through_relu_and_max_pool_as_in_torch(channels, pool, value):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("geometry", ["textbook", "stem", "long1d", "t2d_k4s2", "groups16"])
+THREADED = ["textbook", "stem", "long1d", "t2d_k4s2", "groups16"]
+THREADED += ["chosen_first", "chosen_first_wide", "chosen_textbook", "chosen_bands"]
+
+
+@pytest.mark.parametrize("geometry", THREADED)
 def test_the_number_of_threads_does_not_change_a_bit(geometry):
     p = Problem(geometry, "relu_max")
     before = torch.get_num_threads()
