@@ -72,7 +72,8 @@ void linear_forward(const LinearCall& call) {
   product.chain = product_chain(call.rows, call.out);
   if constexpr (std::is_same_v<S, T>) product.c = y;  // sums of bfloat16 are rounded once, at the end
   if (const auto simple = tail.simple()) {
-    product.tail = &*simple;
+    const bool nothing = !simple->bias && !simple->residual && call.activation == Activation::none;
+    product.tail = nothing ? nullptr : &*simple;
     return multiply_strips(product, [](auto...) {});
   }
   // Not inlined: it has a loop for every activation.
