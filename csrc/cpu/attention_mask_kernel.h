@@ -52,7 +52,7 @@ class Fetcher {
       const Run& run = run_at_[run_];
       const char* row = run.first + row_ * run.step;
       if (run.to_write)
-        for (int64_t i = 0; i < run.bytes; i += kLine) fetch_to_write(row + i);
+        for (int64_t i = 0; i < run.bytes; i += kLine) fetch_for_writing(row + i);
       else
         for (int64_t i = 0; i < run.bytes; i += kLine) __builtin_prefetch(row + i, 0, 2);
       if (++row_ == run.count) ++run_, row_ = 0;
@@ -60,15 +60,6 @@ class Fetcher {
   }
 
  private:
-  // The compiler's own is for reading only, but where all processors meant have the instruction.
-  INLINE static void fetch_to_write(const char* at) {
-#if defined(__x86_64__) && ISA_VECTOR_BYTES > 16
-    asm volatile("prefetchw %0" ::"m"(*at));
-#else
-    __builtin_prefetch(at, 1, 2);
-#endif
-  }
-
   static constexpr int64_t kMost = 16, kLine = 64;
   struct Run {
     const char* first;

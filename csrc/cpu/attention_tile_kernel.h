@@ -25,8 +25,6 @@ inline constexpr int64_t kBlockRows = 8 * kTileRows<T>;  // query rows of a bloc
 inline constexpr int64_t kBlockKeys = 192;               // keys of a block: whole panels, tiles and Philox groups
 static_assert(kBlockKeys % 64 == 0 && kBlockKeys == kMostKeysKept);
 
-inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // Elements from a row of head_dim or value_dim numbers to the next: whole vectors, or whole tiles, which are read past the end.
 template <class T>
 int64_t row_elements(int64_t n, bool tiled) {

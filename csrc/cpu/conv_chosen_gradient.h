@@ -15,19 +15,21 @@
 // pixels. dx has a kernel of 512-bit vectors alone: 16 sums take all registers of a narrower set.
 // Floor: the multiply-adds, of which each loads a vector. 32 -> 64 channels on 14 x 14, per image on one Zen 4 core: 56,400 cycles each.
 
-inline bool is_halves(const Window& window) {
-  return window.kind == Pooling::max && window.h == 2 && window.w == 2 && window.stride_h == 2 && window.stride_w == 2 &&
-         window.pad_h == 0 && window.pad_w == 0;
+// What the gradients by windows have in common, those of conv_planar_gradient.h too.
+template <class T>
+inline bool is_3x3_under_halves(const ConvBackward& call) {
+  const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
+  const Conv& conv = call.conv;
+  return std::is_same_v<T, float> && !call.transposed && conv.groups == 1 && plain(conv.h) && plain(conv.w) && call.window.is_halves() &&
+         call.index.c == 1;
 }
-// What both have in common.
 template <class T>
 inline bool chosen_gradient_applies(const ConvBackward& call) {
   constexpr int64_t kFewTasks = 4;
   const Conv& conv = call.conv;
-  const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
-  return std::is_same_v<T, float> && !call.transposed && conv.groups == 1 && plain(conv.h) && plain(conv.w) && is_halves(call.window) &&
-         call.activation != Activation::tanh_sigmoid && 4 * conv.wide_channels >= 3 * round_up(conv.wide_channels, kLanes<T>) &&
-         call.index.c == 1 && conv.batch >= kFewTasks && call.grad.height > 0 && call.grad.width > 0;
+  return is_3x3_under_halves<T>(call) && call.activation != Activation::tanh_sigmoid &&
+         4 * conv.wide_channels >= 3 * round_up(conv.wide_channels, kLanes<T>) && conv.batch >= kFewTasks && call.grad.height > 0 &&
+         call.grad.width > 0;
 }
 
 // to[tap][W] += sum over windows p of g[p] x[offset[p] + tap].

@@ -40,6 +40,9 @@ struct Conv {
 struct Window {  // of a pool; 1 x 1 without one
   Pooling kind = Pooling::none;
   int64_t h = 1, w = 1, stride_h = 1, stride_w = 1, pad_h = 0, pad_w = 0;
+
+  // A 2x2 max-pool whose windows do not overlap.
+  bool is_halves() const { return kind == Pooling::max && h == 2 && w == 2 && stride_h == 2 && stride_w == 2 && pad_h == 0 && pad_w == 0; }
 };
 
 // One axis of a pass over the output: `gather` computes the narrow side from the wide one (convolution, gradient of a

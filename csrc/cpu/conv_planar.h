@@ -29,8 +29,7 @@ template <class T>
 inline bool planar_applies(const ConvForward& call) {
   const Pass pass = gather_pass(call.conv);
   const Window& window = call.window;
-  const bool halves = window.kind == Pooling::max && window.h == 2 && window.w == 2 && window.stride_h == 2 && window.stride_w == 2 &&
-                      window.pad_h == 0 && window.pad_w == 0;
+  const bool halves = window.is_halves();
   if (call.transposed || pass.groups > 1 || !(halves || window.kind == Pooling::none) || !is_monotone(call.activation)) return false;
   if (call.x.w != 1 || call.out.w != 1 || call.residual.data || call.pre.data) return false;
   if (call.index.data && call.index.c != 1) return false;

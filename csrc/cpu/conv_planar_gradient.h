@@ -12,13 +12,10 @@
 
 template <class T>
 inline bool planar_gradient_applies(const ConvBackward& call) {
-  const Conv& conv = call.conv;
-  const auto plain = [](const Axis& a) { return a.taps == 3 && a.stride == 1 && a.dilation == 1; };
   // Of other activations the derivative is yet to be applied.
   const bool as_it_is = call.activation == Activation::none || call.activation == Activation::relu;
   const int64_t width = call.grad.width;
-  return std::is_same_v<T, float> && !call.transposed && conv.groups == 1 && plain(conv.h) && plain(conv.w) && is_halves(call.window) &&
-         as_it_is && call.x.w == 1 && call.grad.w == 1 && call.index.c == 1 && gather_pass(conv).depth() <= kSumLength &&
+  return is_3x3_under_halves<T>(call) && as_it_is && call.x.w == 1 && call.grad.w == 1 && gather_pass(call.conv).depth() <= kSumLength &&
          4 * width >= 3 * round_up(width, kLanes<T>);
 }
 

@@ -31,9 +31,9 @@ struct LinearTail {
 
   // What can be done as sums leave their registers.
   std::optional<Tail<T>> simple() const {
+    const AnyActivation<T> activation(kind, slope);
     if constexpr (std::is_same_v<S, T>)
-      if (!known && (kind == Activation::none || kind == Activation::relu))
-        return Tail<T>{bias, kind == Activation::relu ? T(0) : -std::numeric_limits<T>::infinity(), residual, residual_row};
+      if (!known && activation.is_floor()) return Tail<T>{bias, activation.floor, residual, residual_row};
     return std::nullopt;
   }
 

@@ -14,15 +14,6 @@ INLINE void store_row(S* out, const compute_t<S>* source, int64_t n) {
   for (int64_t j = 0; j < n; ++j) out[j] = from_compute<S>(source[j]);
 }
 
-// Fetches the line at p, which is about to be written: without it a store that misses waits for the line.
-INLINE void fetch_for_writing(const void* p) {
-#if defined(__x86_64__) && ISA_VECTOR_BYTES > 16
-  asm volatile("prefetchw %0" ::"m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, 1);
-#endif
-}
-
 // ---- sharing a layer among the threads ---------------------------------------------------------------------------
 
 // Every `stride`-th sequence from `first` on.

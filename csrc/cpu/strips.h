@@ -48,8 +48,8 @@ inline StripShares strip_shares(const StripProduct<T, S>& p) {
   for (const int64_t width : {2 * kHalf, kHalf})
     for (int64_t parts = 1; parts <= most_parts; ++parts) {
       const int64_t strips = (p.columns + width - 1) / width, rows = (p.rows + parts - 1) / parts;
-      const int64_t columns = parts % threads == 0 ? parts / threads * ((p.columns + kHalf - 1) / kHalf * kHalf)
-                                                   : (strips * parts + threads - 1) / threads * width;
+      const int64_t columns =
+          parts % threads == 0 ? parts / threads * round_up(p.columns, kHalf) : (strips * parts + threads - 1) / threads * width;
       const double cost = static_cast<double>(columns) * static_cast<double>(rows + 16) * (width == kHalf ? 1.15 : 1.0);
       if (cost < least) least = cost, shares.width = width, shares.strips = strips, shares.parts = parts;
     }

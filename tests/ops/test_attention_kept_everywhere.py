@@ -20,7 +20,6 @@ SIZES = [
     (1, 2, 2, 60, 130, 64, 64),  # probabilities
 ]
 FEW_KEYS = {400: [3, 205], 450: [0, 449], 130: [3, 60, 129]}
-OPERATORS = torch.ops.bigmodel_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -138,10 +137,10 @@ def calls():
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
 def test_the_operator_gives_what_its_fake_tells(backend):
     for args in calls():
-        actual = OPERATORS.attention_fwd(*args, backend)
+        actual = torch.ops.bigmodel_kernels.attention_fwd(*args, backend)
         with FakeTensorMode() as mode:
             fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-            told = OPERATORS.attention_fwd(*fakes, backend)
+            told = torch.ops.bigmodel_kernels.attention_fwd(*fakes, backend)
         for a, t in zip(actual, told, strict=True):
             assert (a.shape, a.dtype) == (t.shape, t.dtype)
             assert a.stride() == t.stride() or a.numel() == 0
@@ -156,10 +155,10 @@ def test_the_operator_gives_what_its_fake_tells(backend):
 def test_the_operator_of_sequences_gives_what_its_fake_tells(backend, save, dtype):
     q, k, ends = make(70, 2, 16, dtype=dtype), make(700, 2, 16, dtype=dtype), torch.tensor([[0, 30, 70], [0, 300, 700]])
     args = (q, k, k, *ends, None, None, 40, 400, 0.3, 0.0, 0.0, -1, -1, False, False, False, save, backend)
-    actual = OPERATORS.attention_varlen_fwd(*args)
+    actual = torch.ops.bigmodel_kernels.attention_varlen_fwd(*args)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in args]
-        told = OPERATORS.attention_varlen_fwd(*fakes)
+        told = torch.ops.bigmodel_kernels.attention_varlen_fwd(*fakes)
     for a, t in zip(actual, told, strict=True):
         assert (a.shape, a.stride(), a.dtype) == (t.shape, t.stride(), t.dtype)
     assert (actual[2].numel() > 0) == (save and dtype == torch.bfloat16)
@@ -170,13 +169,13 @@ def test_opcheck(keys):
     q, k, v = (make(1, 2, n, 32, dtype=torch.bfloat16, seed=n).requires_grad_() for n in (48, keys, keys))
     args = [a.detach() if isinstance(a, torch.Tensor) else a for a in bmk.attention.prepare(q, k, v)]
     assert args[-1] == (REST if keys > 192 else PROBABILITIES)
-    out, lse, kept = OPERATORS.attention_fwd(*args, "cpu")
+    out, lse, kept = torch.ops.bigmodel_kernels.attention_fwd(*args, "cpu")
     # Where nothing is kept but a place for it has to be given, that holds anything behind its first number.
     some = () if keys > 192 or _cpu.dot_products() else ("test_schema", "test_autograd_registration", "test_faketensor")
     options = {"test_utils": some} if some else {}
-    torch.library.opcheck(OPERATORS.attention_fwd.default, (*args, "cpu"), **options)
+    torch.library.opcheck(torch.ops.bigmodel_kernels.attention_fwd.default, (*args, "cpu"), **options)
     backward = (torch.ones_like(out), None, out, lse, kept, False, *args, "cpu")
-    torch.library.opcheck(OPERATORS.attention_bwd.default, backward)
+    torch.library.opcheck(torch.ops.bigmodel_kernels.attention_bwd.default, backward)
 
 
 def test_a_compiled_call_that_records_nothing_keeps_nothing():
@@ -197,7 +196,7 @@ def test_a_compiled_call_that_records_nothing_keeps_nothing():
     with torch.no_grad():
         call(q.requires_grad_())
     args = (q.detach(), q.detach(), q.detach(), None, None, None, 0.3, 0.0, 0.0, -1, -1, False, False, False, 0)
-    assert OPERATORS.attention_fwd(*args, "cpu")[2].numel() == 0
+    assert torch.ops.bigmodel_kernels.attention_fwd(*args, "cpu")[2].numel() == 0
     assert told == [0, 0]
 
 
@@ -229,9 +228,9 @@ def test_the_other_half_may_be_of_another_backend(sizes, forward):
     """A compiled graph asks for the backend at every operator: what a forward of PyTorch's leaves out must be read as nothing."""
     problem = Problem(sizes, "plain", torch.bfloat16)
     args = (*problem.arguments(torch.bfloat16)[:-1], REST if sizes[4] > 192 else PROBABILITIES)
-    outputs = OPERATORS.attention_fwd(*args, forward)
+    outputs = torch.ops.bigmodel_kernels.attention_fwd(*args, forward)
     backward = "torch" if forward == "cpu" else "cpu"
-    found = OPERATORS.attention_bwd(problem.grad_out, None, *outputs, False, *args, backward)
+    found = torch.ops.bigmodel_kernels.attention_bwd(problem.grad_out, None, *outputs, False, *args, backward)
     check(problem, found[:3])
 
 
