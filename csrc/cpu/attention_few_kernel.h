@@ -58,10 +58,11 @@ class CacheWalk {
   const int64_t batch, head;
 };
 
-template <class T>
+template <class T, class Q>
 struct FewScratch {
   const int64_t padded_depth, padded_value;
-  Scratch<T> q, o;                    // [kFewRows][padded]
+  Scratch<Q> q;                       // [kFewRows][padded]
+  Scratch<T> o;                       // [kFewRows][padded]
   Scratch<T> keys, values;            // [kFewKeys][padded]: rows that cannot be read where they lie
   alignas(64) T s[kFewKeys * kFewRows];      // scores, then probabilities: [set of W rows][key][R]
   alignas(64) T extra[kFewKeys * kFewRows];  // biases, then what is kept of dropout; laid out in the same way
@@ -116,8 +117,8 @@ inline void copy_cache_row(T* out, const C* row, int64_t stride, int64_t n, int6
 }
 
 // A block of rows copied to the compute type, each times its scale where the cache has scales.
-template <class C, class T>
-inline void copy_block(const CacheWalk& walk, int64_t first, int64_t count, FewScratch<T>& x) {
+template <class C, class T, class Q>
+inline void copy_block(const CacheWalk& walk, int64_t first, int64_t count, FewScratch<T, Q>& x) {
   const AttentionArgs& a = walk.a;
   const bool scaled = walk.cache && walk.cache->k_scale.data;
   walk.each(first, count, [&](int64_t i, int64_t page, int64_t position) {
@@ -130,38 +131,62 @@ inline void copy_block(const CacheWalk& walk, int64_t first, int64_t count, FewS
   });
 }
 
-// s[key][R] = the products of R rows of q with `count` keys; meanwhile their values come into the cache.
-template <int R, class T, class C>
-void multiply_keys(const T* q, int64_t ld, const KeyRows<C>& rows, int64_t count, int64_t depth, T* s) {
-  constexpr int W = kLanes<T>, K = W / R;
+// What products of queries and keys are taken of. Q: the type of the queries; bfloat16, with keys of that type, for dot products of
+// numbers as they lie, two to a lane: half as many operations as of numbers converted to floats.
+template <class Q, class C>
+INLINE auto load_operand(const C* p) {
+  if constexpr (std::is_same_v<Q, bfloat16>) {
+    vec<float> pairs;
+    std::memcpy(&pairs, p, sizeof pairs);
+    return pairs;
+  } else {
+    return load(p);
+  }
+}
+template <class Q, class V>
+INLINE void add_product(V& sum, V a, V b) {
+#if ISA_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<Q, bfloat16>)
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // the function of the compiler could not be inlined here
+  else
+#endif
+    sum += a * b;
+}
+
+// s[key][R] = the products of R rows of q with `count` keys, times `factor`. Meanwhile their values come into the first-level cache and
+// those of the block ahead into the second.
+template <int R, class T, class Q, class C>
+void multiply_keys(const Q* q, int64_t ld, const KeyRows<C>& rows, const KeyRows<C>& ahead, int64_t count, int64_t depth, T factor, T* s) {
+  constexpr int W = kLanes<T>, K = W / R, kStep = std::is_same_v<Q, bfloat16> ? 2 * W : W;
   for (int64_t j = 0; j < count; j += K) {
     vec<T> sums[W];
-    const C *key[K], *value[K];
+    const C *key[K], *value[K], *value_ahead[K];
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) sums[i] = vec<T>{};  // one by one: initialised as an array they live in memory
 #pragma GCC unroll 16
-    for (int i = 0; i < K; ++i) key[i] = rows.keys[j + i], value[i] = rows.values[j + i];
-    for (int64_t d = 0; d < depth; d += W) {
+    for (int i = 0; i < K; ++i) key[i] = rows.keys[j + i], value[i] = rows.values[j + i], value_ahead[i] = ahead.values[j + i];
+    for (int64_t d = 0; d < depth; d += kStep) {
       vec<T> k[K];
 #pragma GCC unroll 16
       for (int i = 0; i < K; ++i) {
-        k[i] = load(key[i] + d);
+        k[i] = load_operand<Q>(key[i] + d);
         __builtin_prefetch(value[i] + d);
+        __builtin_prefetch(value_ahead[i] + d, 0, 2);
       }
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
-        const vec<T> qd = load(q + r * ld + d);
+        const vec<T> qd = load_operand<Q>(q + r * ld + d);
 #pragma GCC unroll 16
-        for (int i = 0; i < K; ++i) sums[i * R + r] += qd * k[i];
+        for (int i = 0; i < K; ++i) add_product<Q>(sums[i * R + r], qd, k[i]);
       }
     }
-    store(s + j * R, sum_each<T>(sums));
+    store(s + j * R, sum_each<T>(sums) * factor);
   }
 }
 
-// o = o alpha + p values, N rows and V vectors of columns at a time; meanwhile `next`, the keys of the next block, come into the cache.
+// o = o alpha + p values, N rows and V vectors of columns at a time; meanwhile the keys of the block ahead come into the second-level cache.
 template <int R, int N, int V, class T, class C>
-void add_values(T* o, int64_t value_ld, const T* p, const KeyRows<C>& rows, const KeyRows<C>& next, int64_t count, int64_t column,
+void add_values(T* o, int64_t value_ld, const T* p, const KeyRows<C>& rows, const KeyRows<C>& ahead, int64_t count, int64_t column,
                 const T* alpha) {
   constexpr int W = kLanes<T>;
   vec<T> sums[N][V];
@@ -174,7 +199,7 @@ void add_values(T* o, int64_t value_ld, const T* p, const KeyRows<C>& rows, cons
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i) {
       v[i] = load(rows.values[j] + column + i * W);
-      __builtin_prefetch(next.keys[j] + column + i * W);
+      __builtin_prefetch(ahead.keys[j] + column + i * W, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < N; ++r)
@@ -235,9 +260,9 @@ inline void spread_rows(T* extra, int64_t rows, int64_t count, T otherwise, Read
 }
 
 // A block of keys k0 .. k0 + count against rows first .. first + R, as far as there are any. C: the type that the rows are read as.
-template <int R, class S, class T, class C>
+template <int R, class S, class T, class Q, class C>
 inline void attend_block(const AttentionArgs& a, const RowBlock<T>& rows, const Scores<T>& scores, int64_t first, int64_t k0, int64_t count,
-                         const KeyRows<C>& at, const KeyRows<C>& next, FewScratch<T>& x) {
+                         const KeyRows<C>& at, const KeyRows<C>& ahead, FewScratch<T, Q>& x) {
   constexpr int W = kLanes<T>, K = W / R;
   const int64_t set = first / W, present = std::min<int64_t>(R, rows.count - first), vectors = (count + K - 1) / K;
   const vec<T> lowest = broadcast(-std::numeric_limits<T>::infinity());
@@ -245,7 +270,7 @@ inline void attend_block(const AttentionArgs& a, const RowBlock<T>& rows, const 
   using Lane = lane_t<ints<T>>;
   T *s = x.s + set * kFewKeys * W, *o = x.o + first * x.padded_value;
 
-  multiply_keys<R>(x.q + first * x.padded_depth, x.padded_depth, at, count, x.padded_depth, s);
+  multiply_keys<R, T>(x.q.get() + first * x.padded_depth, x.padded_depth, at, ahead, count, x.padded_depth, scores.factor, s);
 
   const bool all = count % K == 0 && k0 >= x.last_lo && k0 + count <= x.first_hi;  // every row attends to every key of the block
   ints<T> lo = {}, hi = {};
@@ -303,16 +328,16 @@ inline void attend_block(const AttentionArgs& a, const RowBlock<T>& rows, const 
   for (int64_t r = 0; r < R; r += N) {
     int64_t column = 0;
     for (; column + V * W <= x.padded_value; column += V * W)
-      add_values<R, N, V>(o + r * x.padded_value, x.padded_value, s + r, at, next, count, column, alpha + r);
+      add_values<R, N, V>(o + r * x.padded_value, x.padded_value, s + r, at, ahead, count, column, alpha + r);
     for (; column < x.padded_value; column += W)
-      add_values<R, N, 1>(o + r * x.padded_value, x.padded_value, s + r, at, next, count, column, alpha + r);
+      add_values<R, N, 1>(o + r * x.padded_value, x.padded_value, s + r, at, ahead, count, column, alpha + r);
   }
 }
 
 // All rows of a group against keys [k_begin, k_end).
-template <int R, class S, class T>
+template <int R, class S, class T, class Q>
 inline void attend_few(const AttentionArgs& a, const AttentionCache* cache, const RowBlock<T>& rows, int64_t group, int64_t k_begin,
-                       int64_t k_end, FewScratch<T>& x, bool copied) {
+                       int64_t k_end, FewScratch<T, Q>& x, bool copied) {
   constexpr int64_t W = kLanes<T>;
   const CacheWalk walk(a, cache, group / a.kv_heads, group % a.kv_heads);
   const Scores<T> scores(a);
@@ -320,18 +345,20 @@ inline void attend_few(const AttentionArgs& a, const AttentionCache* cache, cons
   for (int64_t i = 0; i < sets; ++i) x.m[i] = broadcast(-std::numeric_limits<T>::infinity()), x.l[i] = vec<T>{};
   std::fill(x.o.get(), x.o.get() + sets * R * x.padded_value, T(0));
   for (int64_t r = 0; r < sets * R; ++r) {
-    if (r < rows.count)
-      pack_row<S, T>(x.q + r * x.padded_depth, a.q.at<S>(rows.batch, rows.head[r], rows.query[r]), a.q.stride[3], a.head_dim,
-                     x.padded_depth, scores.factor);
+    Q* row = x.q + r * x.padded_depth;
+    if (r >= rows.count)
+      std::fill(row, row + x.padded_depth, Q{});
+    else if constexpr (std::is_same_v<Q, T>)
+      pack_row<S, T>(row, a.q.at<S>(rows.batch, rows.head[r], rows.query[r]), a.q.stride[3], a.head_dim, x.padded_depth, T(1));
     else
-      std::fill(x.q + r * x.padded_depth, x.q + (r + 1) * x.padded_depth, T(0));
+      copy_row(row, a.q.at<S>(rows.batch, rows.head[r], rows.query[r]), a.q.stride[3], a.head_dim, x.padded_depth);
   }
   x.last_lo = *std::max_element(rows.lo, rows.lo + rows.count), x.first_hi = *std::min_element(rows.hi, rows.hi + rows.count);
   const int64_t begin = std::max(k_begin, rows.block_lo / kFewKeys * kFewKeys), end = std::min(k_end, rows.block_hi);
-  const auto each_set = [&](int64_t k0, const auto& at, const auto& next) {
-    for (int64_t i = 0; i < sets; ++i) attend_block<R, S>(a, rows, scores, i * W, k0, std::min(kFewKeys, end - k0), at, next, x);
+  const auto each_set = [&](int64_t k0, const auto& at, const auto& ahead) {
+    for (int64_t i = 0; i < sets; ++i) attend_block<R, S>(a, rows, scores, i * W, k0, std::min(kFewKeys, end - k0), at, ahead, x);
   };
-  if (copied) {
+  const auto attend_copies = [&] {
     KeyRows<T> at;
     for (int64_t i = 0; i < kFewKeys; ++i) at.keys[i] = x.keys + i * x.padded_depth, at.values[i] = x.values + i * x.padded_value;
     for (int64_t k0 = begin; k0 < end; k0 += kFewKeys) {
@@ -344,7 +371,8 @@ inline void attend_few(const AttentionArgs& a, const AttentionCache* cache, cons
       }
       each_set(k0, at, at);
     }
-  } else {
+  };
+  const auto attend_in_place = [&] {
     KeyRows<S> blocks[2];
     if (begin < end) walk.find(blocks[0], begin, std::min(kFewKeys, end - begin));
     for (int64_t k0 = begin, i = 0; k0 < end; k0 += kFewKeys, i ^= 1) {
@@ -352,7 +380,11 @@ inline void attend_few(const AttentionArgs& a, const AttentionCache* cache, cons
       if (left > 0) walk.find(blocks[i ^ 1], k0 + kFewKeys, std::min(kFewKeys, left));
       each_set(k0, blocks[i], left > 0 ? blocks[i ^ 1] : blocks[i]);
     }
-  }
+  };
+  if constexpr (std::is_same_v<Q, T>)
+    copied ? attend_copies() : attend_in_place();
+  else
+    attend_in_place();
   const auto add = [](vec<T> u, vec<T> v) __attribute__((always_inline)) { return u + v; };
   for (int64_t i = 0; i < sets; ++i) {
     alignas(64) T m[W], l[W];
@@ -438,19 +470,26 @@ void attention_few_of(const AttentionArgs& a, const AttentionCache* cache, void*
   T* const state = states.get();
   const int64_t work = a.group_rows() * std::max<int64_t>(1, keys / std::max<int64_t>(1, a.batch)) * (a.head_dim + a.value_dim);
   const int64_t work_of_task = std::max<int64_t>(1, work * a.groups() / std::max<int64_t>(1, static_cast<int64_t>(tasks.size())));
-  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), std::max<int64_t>(1, kWorkOfThread / work_of_task),
-                              [&](int64_t begin, int64_t end) {
-    FewScratch<T> x(a, copied);
+  const auto attend_tasks = [&](int64_t begin, int64_t end, auto zero) {
+    FewScratch<T, decltype(zero)> x(a, copied);
     for (int64_t i = begin; i < end; ++i) {
       const Task& task = tasks[i];
       const AttentionArgs one = of_sequence(a, cache, task.group / a.kv_heads);
       const RowBlock<T> rows(one, task.group, 0);
-      attend_few<R, S, T>(one, cache, rows, task.group, task.k_begin, task.k_end, x, copied);
+      attend_few<R, S>(one, cache, rows, task.group, task.k_begin, task.k_end, x, copied);
       T* to = state + i * step;
       std::copy(x.largest, x.largest + kFewRows, to);
       std::copy(x.sum, x.sum + kFewRows, to + kFewRows);
       std::copy(x.o.get(), x.o.get() + rows.count * value_ld, to + 2 * kFewRows);
     }
+  };
+  const int64_t grain = std::max<int64_t>(1, kWorkOfThread / work_of_task);
+  torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), grain, [&](int64_t begin, int64_t end) {
+#if ISA_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<S, bfloat16>)
+      if (!copied && selected_isa() == Isa::avx512_bf16 && a.head_dim % (2 * W) == 0) return attend_tasks(begin, end, bfloat16{});
+#endif
+    attend_tasks(begin, end, T(0));
   });
   const int64_t merging = std::max<int64_t>(1, a.group_rows() * most_parts * a.value_dim);
   torch::stable::parallel_for(0, a.groups(), std::max<int64_t>(1, kWorkOfThread / merging), [&](int64_t begin, int64_t end) {
