@@ -9,14 +9,18 @@
 // Floor: memory. Forward the logits once (their second reading is from a cache), backward the logits and the gradient once.
 #include "row_kernel.h"
 
+constexpr int64_t kAhead = int64_t{1} << 18;  // bytes of the next row: with the row itself they fit the second-level cache
+
+// Sums function over a row. Meanwhile `ahead` elements from `next` on come into the second-level cache.
 template <class T, class S, class Function>
-INLINE T sum_of_row(const S* row, int64_t columns, Function&& function) {
+INLINE T sum_of_row(const S* row, int64_t columns, const S* next, int64_t ahead, Function&& function) {
   constexpr int64_t kPart = 4096;
   T sum = 0;
   for (int64_t j0 = 0; j0 < columns; j0 += kPart) {
     vec<T> sums[kRowSums] = {};
     for_each_vector<T>(std::min(kPart, columns - j0), [&](int64_t j, int i, auto n) {
       sums[i] += first_lanes(function(load_size(row + j0 + j, n)), n);
+      if (j0 + j < ahead) __builtin_prefetch(next + j0 + j, 0, 2);
     });
     sum += total(sums);
   }
@@ -30,6 +34,7 @@ void cross_entropy_forward(const CrossEntropyCall& call, bool by_row, double sha
   const int64_t columns = call.columns;
   Scratch<T> losses(call.rows);
   const T smoothing = static_cast<T>(call.smoothing);
+  const int64_t most_ahead = std::min<int64_t>(columns, kAhead / sizeof(S));
   torch::stable::parallel_for(0, call.rows, row_grain(columns), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       const S* row = static_cast<const S*>(call.logits) + r * call.logits_row;
@@ -42,14 +47,14 @@ void cross_entropy_forward(const CrossEntropyCall& call, bool by_row, double sha
           for (int64_t k = j; k < columns; ++k) largest[i] = maximum(broadcast(static_cast<T>(to_compute(row[k]))), largest[i]);
       });
       const T m = reduce_max(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
-      const T log_sum = std::log(sum_of_row<T>(row, columns, [&](vec<T> z) { return exp(z - m); }));
+      const T log_sum = std::log(sum_of_row<T>(row, columns, row + call.logits_row, r + 1 < end ? most_ahead : 0, [&](vec<T> z) { return exp(z - m); }));
       static_cast<T*>(call.largest)[r] = m;
       static_cast<T*>(call.log_sum)[r] = log_sum;
       T loss = 0;
       if (call.target[r] != call.ignore_index) {
         loss = log_sum + (1 - smoothing) * (m - to_compute(row[call.target[r]]));
         // Of differences from m, so that logits far from 0 keep their digits.
-        if (smoothing > 0) loss += smoothing * (sum_of_row<T>(row, columns, [&](vec<T> z) { return m - z; }) / static_cast<T>(columns));
+        if (smoothing > 0) loss += smoothing * (sum_of_row<T>(row, columns, row, 0, [&](vec<T> z) { return m - z; }) / static_cast<T>(columns));
       }
       losses[r] = loss;
     }
