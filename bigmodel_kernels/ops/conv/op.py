@@ -379,7 +379,7 @@ def prefer(
 ) -> tuple[str, ...]:  # fmt: skip
     """By the tables "Convolution on the CPU" in docs/decisions_conv.md: where the kernels were measured faster, they run."""
     layer = (x.shape, weight.shape, tuple(stride), tuple(dilation), groups, transposed)
-    return order(x.dtype, is_channels_last(x), *layer, save)
+    return order(x.dtype, is_channels_last(x), *layer, save, activation != "none")
 
 
 _ARGS = (

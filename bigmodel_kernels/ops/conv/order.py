@@ -57,7 +57,7 @@ def _in_runs(weight_shape, stride, dilation, groups) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save) -> tuple[str, ...]:
+def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transposed, save, activated) -> tuple[str, ...]:
     first, second, *kernel = weight_shape
     pixels = math.prod(x_shape[2:])
     taps, weights = math.prod(kernel), first * second
@@ -85,7 +85,10 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
         if save:
             ours = taps >= 25 or len(kernel) == 1 or spread or (dense and not last and math.prod(x_shape) >= 3 << 18)
         else:
-            ours = dense and (taps == 49 and not spread if last else taps <= 25)
+            # PyTorch's loops of small kernels in channels_last are as fast on small images; its activation is another pass.
+            large = pixels >= 28 * 28
+            small_taps = (taps == 9 and large) or (taps in (9, 25) and activated and (large or math.prod(x_shape) <= 1 << 19))
+            ours = dense and ((taps == 49 or small_taps) and not spread if last else taps <= 25)
         ours = ours and first == groups and second == 1
     elif in_phases and tiles >= 128 and not save:
         ours = taps == 16 or weights <= 128 * 256
