@@ -32,6 +32,21 @@ inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, 
   }
 }
 
+// Where rows of a gradient go from the registers they are summed in, from row i of a head on; nowhere where that is not possible.
+template <class A, class T>
+inline Rounded results_of(const GradientRows& gradient, int64_t columns, int64_t b, int64_t h, int64_t i, const T* factor) {
+  if constexpr (std::is_same_v<A, bfloat16>)
+    if (columns % kPanel<T> == 0 && !in_tiles())
+      return {gradient.at<bfloat16>(b, h, i, columns), gradient.token * columns, factor};
+  return {};
+}
+// The same of a block of rows.
+template <class A, class T>
+inline Rounded results_of(const GradientRows& gradient, int64_t columns, const RowBlock<T>& rows, const T* factor) {
+  if (rows.head[0] != rows.head[rows.count - 1]) return {};
+  return results_of<A>(gradient, columns, rows.batch, rows.head[0], rows.query[0], factor);
+}
+
 // Problems differ in sizes and addresses only. A group whose keys are one part has its deltas and its dq to itself: both stay in the
 // cache of the thread that needs them.
 template <class S, class A>
@@ -83,13 +98,13 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
   }
   if (apart.total() > 0) all_deltas<S, T>(apart, problems, deltas.data());
   constexpr int64_t kGrain = 200000 / CostedTasks::kUnit;
-  torch::stable::parallel_for(0, costed.total(), kGrain, [&](int64_t begin, int64_t end) {
+  costed.run(kGrain, [&](const auto& each_task) {
     GradBlock<T, A> x(any, problems[0].g, deltas[0]);
     const int64_t padded_keys = round_up(kBlockKeys, kTileRows<T>);
     Scratch<T> dk(padded_keys * depth_ld), dv(padded_keys * value_ld), dq(own_dq);
     Scratch<T> sums(masked.rows * kBlockKeys);
     Scratch<T> dk_rows(tiled ? padded_keys * depth_ld : 0), dv_rows(tiled ? padded_keys * value_ld : 0);
-    costed.each(begin, end, [&](int64_t problem, int64_t task) {
+    each_task([&](int64_t problem, int64_t task) {
       const auto& [a, g] = problems[problem];
       const auto& [of, blocks, key_blocks, parts, padded_rows, first_dq, own] = plans[problem];
       x.enter(problems[problem], deltas[problem]);
@@ -117,6 +132,9 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           std::fill(dv.get(), dv + padded_keys * value_ld, T(0));
         };
         if (tiled) clear_keys();
+        const T dq_factor = static_cast<T>(a.scale), dk_factor = x.dk_factor();
+        const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
+        Rounded dk_results, dv_results;  // of the last block of rows
         const bool fresh_dq = !tiled && i == first_block;
         bool fresh_keys = !tiled;
         for (int64_t block = 0; block < blocks; ++block) {
@@ -124,6 +142,7 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           T* block_dq = part_dq + block * kRows * depth_ld;
           const bool last_rows = block + 1 == blocks, last_keys = i + 1 == last_block;
           // Written block by block: all of dq at once would wait for memory.
+          const Rounded dq_results = own && last_keys ? results_of<A>(g.dq, a.head_dim, rows, &dq_factor) : Rounded{};
           const auto finish_dq = [&] {
             if (own && last_keys) write_dq<S, A>(problems[problem], rows, part_dq, 1, 0, depth_ld);
           };
@@ -162,19 +181,21 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
           if constexpr (std::is_same_v<A, bfloat16>)
             if (kept) kept_probabilities(x, rows, kept);
           if (!kept) x.probabilities(rows);
-          x.add_dv(rows, dv, fresh_keys);
-          x.add_dk(rows, dk, fresh_keys);
-          x.add_dq(rows, block_dq, fresh_dq);
-          finish_dq();
+          if (last_rows && x.nothing_aside()) {
+            dk_results = results_of<A>(g.dk, a.head_dim, b, h, x.k0, &dk_factor);
+            dv_results = results_of<A>(g.dv, a.value_dim, b, h, x.k0, &dv_factor);
+          }
+          x.add_dv(rows, dv, fresh_keys, dv_results);
+          x.add_dk(rows, dk, fresh_keys, dk_results);
+          x.add_dq(rows, block_dq, fresh_dq, dq_results);
+          if (!dq_results.out) finish_dq();
           fresh_keys = false;
         }
         if (fresh_keys) clear_keys();
-        const T dk_factor = x.dk_factor();
-        const T dv_factor = a.dropout_p < 1 ? static_cast<T>(1 / (1 - a.dropout_p)) : T(0);
         const T *dk_sums = x.sum_rows(dk, depth_ld, dk_rows), *dv_sums = x.sum_rows(dv, value_ld, dv_rows);
         for (int64_t j = 0; j < x.n; ++j) {
-          write_scaled<A>(g.dk.at<S>(b, h, x.k0 + j, a.head_dim), dk_sums + j * depth_ld, a.head_dim, dk_factor);
-          write_scaled<A>(g.dv.at<S>(b, h, x.k0 + j, a.value_dim), dv_sums + j * value_ld, a.value_dim, dv_factor);
+          if (!dk_results.out) write_scaled<A>(g.dk.at<S>(b, h, x.k0 + j, a.head_dim), dk_sums + j * depth_ld, a.head_dim, dk_factor);
+          if (!dv_results.out) write_scaled<A>(g.dv.at<S>(b, h, x.k0 + j, a.value_dim), dv_sums + j * value_ld, a.value_dim, dv_factor);
         }
         if (g.dmask && last_of_run && (of.each_key() || i + 1 == last_block))
           finish_sums<T>(problems[problem], of, task / parts, x.k0, x.n, sums, mask_sums);
@@ -184,9 +205,8 @@ void attention_backward_of(const AttentionBackward* problems, int64_t count) {
     });
   });
   if (masked.runs > 1) merge_sums<T>(problems[0], masked, mask_sums);
-  if (summed.total() == 0) return;
-  torch::stable::parallel_for(0, summed.total(), kGrain, [&](int64_t begin, int64_t end) {
-    summed.each(begin, end, [&](int64_t problem, int64_t task) {
+  summed.run(kGrain, [&](const auto& each_task) {
+    each_task([&](int64_t problem, int64_t task) {
       const auto& [of, blocks, key_blocks, parts, padded_rows, first_dq, own] = plans[problem];
       const int64_t group = task / blocks, part_step = padded_rows * depth_ld;
       const RowBlock<T> rows(problems[problem].a, group, task % blocks * kRows);

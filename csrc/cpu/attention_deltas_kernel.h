@@ -39,8 +39,8 @@ inline void add_deltas(CostedTasks& costed, const AttentionArgs& a) {
 template <class S, class T>
 void all_deltas(const CostedTasks& costed, const AttentionBackward* problems, T* const* deltas) {
   constexpr int64_t kTaskValues = 65536;
-  torch::stable::parallel_for(0, costed.total(), kTaskValues / CostedTasks::kUnit, [&](int64_t begin, int64_t end) {
-    costed.each(begin, end, [&](int64_t i, int64_t head) {
+  costed.run(kTaskValues / CostedTasks::kUnit, [&](const auto& each_task) {
+    each_task([&](int64_t i, int64_t head) {
       const AttentionArgs& a = problems[i].a;
       head_deltas<S>(problems[i], head / a.heads, head % a.heads, deltas[i] + head * a.q_len);
     });

@@ -18,6 +18,8 @@ struct ForwardScratch {
   Scratch<A> q, rounded;
   Scratch<T> s, o;
   T m[kRows], l[kRows], alpha[kRows];
+  T factors[kRows];      // 1 / l, where o is rounded straight to the result
+  bool written = false;  // whether it was
   const TileTask tile_task{tiled};
 
   explicit ForwardScratch(const AttentionArgs& a)
@@ -41,6 +43,13 @@ struct ForwardScratch {
   void start() {
     std::fill(m, m + kRows, -std::numeric_limits<T>::infinity());
     std::fill(l, l + kRows, T(0));
+  }
+  // Of rows begin .. end, whole vectors of them; `kept` of l is not dropped.
+  void find_factors(int64_t begin, int64_t end, T kept) {
+    for (int64_t r = begin; r < end; r += kLanes<T>) {
+      const vec<T> sums = load(l + r) * kept;
+      store(factors + r, sums == 0 ? sums : 1 / sums);
+    }
   }
   void clear_output(int64_t begin, int64_t end) { std::fill(o + begin * padded_value, o + end * padded_value, T(0)); }
 };
@@ -172,10 +181,11 @@ INLINE void tile_output(ForwardScratch<T, A>& x, int64_t first, int64_t count, c
 }
 
 // A block of rows against keys [k_begin, k_end), which `packed` holds; k_begin is a multiple of kBlockKeys. Where there is one block of
-// keys its probabilities may be kept, from the first row on. What `fetcher` has is fetched meanwhile.
+// keys its probabilities may be kept, from the first row on, and o goes `to` the result where that can be: see written. What `fetcher` has
+// is fetched meanwhile.
 template <class S, class T, class A>
 inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const PackedGroup<T, A>& packed, int64_t k_begin, int64_t k_end,
-                   Scores<T>& scores, ForwardScratch<T, A>& x, uint16_t* kept, Fetcher& fetcher) {
+                   Scores<T>& scores, ForwardScratch<T, A>& x, uint16_t* kept, const Rounded& to, Fetcher& fetcher) {
   constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>, step = kStep<A>;
   const int64_t D = packed.depth, ld = x.padded_depth, value_ld = x.padded_value, strip_tiles = x.strip_tiles;
   x.start();
@@ -201,6 +211,7 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
   }
   const int64_t first = std::max(k_begin, rows.block_lo / kBlockKeys * kBlockKeys), last = std::min(k_end, rows.block_hi);
   if (first >= last || x.tiled) x.clear_output(0, kBlockRows<T>);
+  x.written = false;
   for (int64_t k0 = first; k0 < last; k0 += kBlockKeys) {
     const bool fresh = k0 == first && !x.tiled;  // what o holds is replaced
     const int64_t n = std::min(kBlockKeys, k_end - k0);
@@ -211,6 +222,8 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
       hi[t] = std::clamp<int64_t>(rows.tile_hi[t] - k0, 0, n);
       if (fresh && lo[t] >= hi[t]) x.clear_output(t * R, (t + 1) * R);
     }
+    // With one block of keys o is final at once.
+    x.written = to.out && last - first <= kBlockKeys && packed.aside.rows.empty() && std::equal(lo, lo + rows.tiles, hi, std::less<>());
     for (int64_t strip = 0; strip < rows.tiles; strip += strip_tiles) {
       const int64_t tiles = std::min(rows.tiles, strip + strip_tiles), last_row = std::min(rows.count, tiles * R);
       const A* keys = packed.keys.get() + (k0 - k_begin) * D;
@@ -272,10 +285,18 @@ inline void attend(const AttentionArgs& a, const RowBlock<T>& rows, const Packed
         }
       if constexpr (step == 2)
         if (x.tiled) tile_output(x, strip * R, last_row - strip * R, values, strip_lo, strip_hi);
+      if (x.written) x.find_factors(strip * R, last_row, static_cast<T>(1 - a.dropout_p));
       for (int64_t d = 0; d < value_ld && !x.tiled; d += P)
         for (int64_t t = strip; t < tiles; ++t) {
           const int64_t from = lo[t] / step * step;
           if (lo[t] >= hi[t]) continue;
+          if constexpr (step == 2)
+            if (x.written) {
+              round_tile<true>(rows.tile_count(t), x.p(t * R) + from, kBlockKeys, step, values + from * value_ld + d * step,
+                               value_ld * step, (hi[t] - from + step - 1) / step, x.o.get(), 0, false,
+                               Rounded{to.out, to.row, x.factors, true}.at(t * R, d));
+              continue;
+            }
           const auto output = [&](auto start) __attribute__((always_inline)) {
             product<start.value>(rows.tile_count(t), (value_ld - d) / W, x.p(t * R) + from, kBlockKeys, step,
                                  values + from * value_ld + d * step, value_ld * step, (hi[t] - from + step - 1) / step,
@@ -319,7 +340,7 @@ inline void write_rows(const AttentionArgs& a, const RowBlock<T>& rows, const Fo
     int16_t* row_rest = rest_of(a, rest, rows.batch, rows.head[r], rows.query[r]);
     const T* o = x.o.get() + r * x.padded_value;
     if constexpr (kStep<A> == 2) {
-      round_scaled(row, o, a.value_dim, factors[r % W]);
+      if (!x.written) round_scaled(row, o, a.value_dim, factors[r % W]);
       if (row_rest) round_rest(row_rest, o, a.value_dim, factors[r % W]);
     } else {
       const T divisor = empty || kept <= 0 ? std::numeric_limits<T>::infinity() : x.l[r] * kept;
@@ -395,12 +416,12 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
   Scratch<T> partial(most_parts > 1 ? tasks * state : 0);
   // A task below some 10 microseconds of work is not worth a thread.
   constexpr int64_t kGrain = 200000 / CostedTasks::kUnit;
-  torch::stable::parallel_for(0, costed.total(), kGrain, [&](int64_t begin, int64_t end) {
+  costed.run(kGrain, [&](const auto& each_task) {
     ForwardScratch<T, A> x(any);
     Scores<T> scores(any);
     PackedGroup<T, A> packed(any, most_keys);
     Fetcher fetcher;
-    costed.each(begin, end, [&](int64_t problem, int64_t task) {
+    each_task([&](int64_t problem, int64_t task) {
       const auto& [a, out, lse, kept, rest] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (scores.a != &a) scores.a = &a, packed.group = -1;
@@ -419,8 +440,13 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
         fetcher.add_queries<S>(a, a.q, a.head_dim, next_group, next_block * kRows);
         if (next_group != group) fetcher.add_keys<S>(a, next_group, k_first, std::min(2 * kBlockKeys, plans[problem].most_keys()));
       }
+      Rounded results;
+      if constexpr (kStep<A> == 2)
+        if (parts == 1 && !rest && a.value_dim % kPanel<T> == 0 && rows.count % (kTileRows<T> / 2) == 0 && !x.tiled &&
+            rows.head[0] == rows.head[rows.count - 1])
+          results = {row_of(a, static_cast<A*>(out), rows, 0), a.heads * a.value_dim};
       attend<S>(a, rows, packed, k_begin, k_end, scores, x, kept ? kept + (group * a.group_rows() + rows.first) * a.kept_row() : nullptr,
-                fetcher);
+                results, fetcher);
       if (parts == 1) {
         write_rows<S>(a, rows, x, static_cast<S*>(out), static_cast<T*>(lse), rest);
       } else {
@@ -432,9 +458,9 @@ void attention_forward_of(const AttentionForward* problems, int64_t count) {
     });
   });
   if (most_parts == 1) return;
-  torch::stable::parallel_for(0, merged.total(), kGrain, [&](int64_t begin, int64_t end) {
+  merged.run(kGrain, [&](const auto& each_task) {
     ForwardScratch<T, A> x(any);
-    merged.each(begin, end, [&](int64_t problem, int64_t task) {
+    each_task([&](int64_t problem, int64_t task) {
       const auto& [a, out, lse, kept, rest] = problems[problem];
       const auto& [blocks, parts, part_keys, k_first, k_last, first_task] = plans[problem];
       if (parts == 1) return;

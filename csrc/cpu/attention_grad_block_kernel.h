@@ -144,6 +144,8 @@ struct GradBlock {
     pack_rows(pairs, at, stride, 1, rows.count, in_place ? columns : ld, ld, 0, aside);
   }
 
+  bool nothing_aside() const { return q_aside.rows.empty() && grad_out_aside.rows.empty(); }
+
   // p and ds of the block; both are 0 for every key that a row does not attend, over the whole block.
   NOINLINE void probabilities(const RowBlock<T>& rows) {
     if (scores.plain() && !scores.dropped)
@@ -173,8 +175,8 @@ struct GradBlock {
           for (int64_t r = 0; r < R; r += 2) {
             const int64_t at = (t * R + r) * kLd, row = r * kLd;
             if (at_once)
-              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, Finished{p_rows + row, ds_rows + row},
-                              Finished{p_rows + row + kLd, ds_rows + row + kLd});
+              round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, Finished<T>{p_rows + row, ds_rows + row},
+                              Finished<T>{p_rows + row + kLd, ds_rows + row + kLd});
             else
               round_gradients(p + at, ds_pairs + at, ds + at, kLd, end, weighed<featured>(rows, t, r, sloped, p_rows, ds_rows),
                               weighed<featured>(rows, t, r + 1, sloped, p_rows, ds_rows));
@@ -193,7 +195,7 @@ struct GradBlock {
         }
         weigh_tile<featured, false>(rows, t, sloped, p_rows, ds_rows);
         for (int64_t r = 0; r < R; ++r) {
-          const Weighed<featured> row = weighed<featured>(rows, t, r, sloped, p_rows, ds_rows);
+          const Weighed<featured, T> row = weighed<featured>(rows, t, r, sloped, p_rows, ds_rows);
           for (int64_t j = 0; j < round_up(n, kLanes<T>); j += kLanes<T>) {
             const auto [weight, gradient] = row.at(j);
             store(p_rows + r * kLd + j, weight), store(ds_rows + r * kLd + j, gradient);
@@ -336,76 +338,44 @@ struct GradBlock {
     for (int64_t j = whole_end; j < row.end; j += W) one(j, true);
   }
 
-  // The p that dv takes and ds, as weigh_row leaves them at once.
-  struct Finished {
-    const T *p, *ds;
-    INLINE std::pair<vec<T>, vec<T>> at(int64_t j) const { return {load(p + j), load(ds + j)}; }
-  };
-
-  // What weigh_row leaves of a row otherwise, and the two numbers that were not known before its end.
   template <bool featured>
-  struct Weighed {
-    const T *p, *dp, *slope;
-    T* bias_row;
-    vec<T> factor, delta;
-    bool dropped;
-
-    // The p that dv takes, and ds, at key j.
-    INLINE std::pair<vec<T>, vec<T>> at(int64_t j) const {
-      const vec<T> signed_p = load(p + j);
-      vec<T> weight = signed_p * factor, probability = weight;
-      if constexpr (featured) {
-        if (dropped) {
-          const auto drop = reinterpret_cast<ints<T>>(signed_p) < 0;
-          probability = drop ? -weight : weight;
-          weight = drop ? vec<T>{} : weight;
-        }
-      }
-      vec<T> gradient = probability * (load(dp + j) - delta);
-      if constexpr (featured) {
-        if (bias_row) add_to_sums<T>(bias_row + j, signed_p, gradient);
-        if (slope) gradient *= load(slope + j);
-      }
-      return {weight, signed_p == 0 ? vec<T>{} : gradient};
-    }
-  };
-
-  template <bool featured>
-  INLINE Weighed<featured> weighed(const RowBlock<T>& rows, int64_t t, int64_t row, bool sloped, const T* p_rows, const T* dp_rows) const {
+  INLINE Weighed<featured, T> weighed(const RowBlock<T>& rows, int64_t t, int64_t row, bool sloped, const T* p_rows,
+                                      const T* dp_rows) const {
     const int64_t r = t * kTileRows<T> + row, at = row * kLd;
     const T* slope = sloped ? slopes.get() + at : nullptr;
     T* sums = row_of_sums(*a, *g, rows, r, bias_sums);
     return {p_rows + at, dp_rows + at, slope, sums, broadcast(row_factor[r]), broadcast(delta[r]), scores.dropped};
   }
 
-  // The next three add to what is there, or where it is `fresh` memory, replace it; in tiles it is to be 0 first.
-  void add_dv(const RowBlock<T>& rows, T* dv, bool fresh) {
+  // The next three add to what is there, or where it is `fresh` memory, replace it; in tiles it is to be 0 first. Where `to` is given the
+  // sums are final, and rounded to there instead; but for what is set aside, of which there is to be nothing.
+  void add_dv(const RowBlock<T>& rows, T* dv, bool fresh, const Rounded& to) {
     if constexpr (kPaired) {
       if (tiled)
         add_in_tiles(rows, p, grad_t, value_ld, grad_out_aside, dv);
       else
-        add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv, fresh);
+        add_transposed(rows, p, grad_pairs, value_ld, grad_out_aside, dv, fresh, to);
     } else {
       if (any_aside) grad_out_aside.take(grad_out, rows.count, value_ld, 0);
-      add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv, fresh);
+      add_transposed(rows, p, grad_out, value_ld, grad_out_aside, dv, fresh, to);
     }
   }
 
-  void add_dk(const RowBlock<T>& rows, T* dk, bool fresh) {
+  void add_dk(const RowBlock<T>& rows, T* dk, bool fresh, const Rounded& to) {
     if constexpr (kPaired) {
       if (tiled)
         add_in_tiles(rows, ds_pairs, q_t, depth_ld, q_aside, dk);
       else
-        add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk, fresh);
+        add_transposed(rows, ds_pairs, q_pairs, depth_ld, q_aside, dk, fresh, to);
     } else {
       if (any_aside) q_aside.take(q, rows.count, depth_ld, 0);
-      add_transposed(rows, ds, q, depth_ld, q_aside, dk, fresh);
+      add_transposed(rows, ds, q, depth_ld, q_aside, dk, fresh, to);
     }
   }
 
   // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
   NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c,
-                               bool fresh) {
+                               bool fresh, const Rounded& to) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {
@@ -413,14 +383,18 @@ struct GradBlock {
         for (int64_t t = 0; t < rows.tiles; ++t)
           if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
         T* sums = c + key * columns + d;
+        const int64_t keys_here = std::min(R, n - key), row = first * R, count = std::min(rows.count, last * R) - row;
+        const int64_t steps = (count + step - 1) / step;
+        const A *a_from = w + row * kLd + key * step, *b_from = b + row * columns + d * step;
         if (first >= last) {
           if (fresh) clear(sums, columns, std::min(P, columns - d));
-          continue;
+        } else {
+          fetcher.some();
+          if (round_tile<false>(keys_here, a_from, step, step * kLd, b_from, step * columns, steps, sums, columns, !fresh, to.at(key, d)))
+            continue;
+          add_or_replace(fresh, keys_here, (columns - d) / W, a_from, step, step * kLd, b_from, step * columns, steps, sums, columns);
         }
-        const int64_t row = first * R, count = std::min(rows.count, last * R) - row;
-        fetcher.some();
-        add_or_replace(fresh, std::min(R, n - key), (columns - d) / W, w + row * kLd + key * step, step, step * kLd,
-                       b + row * columns + d * step, step * columns, (count + step - 1) / step, sums, columns);
+        round_sums(sums, columns, keys_here, to.at(key, d));
       }
     aside.add(c, columns, n, columns, 0, rows.count, weight_of(w));
   }
@@ -471,7 +445,7 @@ struct GradBlock {
   }
 
   // dq[rows, depth_ld] += ds k
-  NOINLINE void add_dq(const RowBlock<T>& rows, T* dq, bool fresh) {
+  NOINLINE void add_dq(const RowBlock<T>& rows, T* dq, bool fresh, const Rounded& to) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     if constexpr (kPaired)
       for (int64_t strip = 0; strip < rows.tiles && tiled; strip += strip_tiles) {
@@ -487,11 +461,16 @@ struct GradBlock {
       for (int64_t t = 0; t < rows.tiles; ++t) {
         const int64_t from = lo[t] / step * step;
         T* sums = dq + t * R * depth_ld + d;
-        if (lo[t] < hi[t])
-          add_or_replace(fresh, rows.tile_count(t), (depth_ld - d) / W, ds + t * R * kLd + from, kLd, step,
-                         keys + from * depth_ld + d * step, depth_ld * step, (hi[t] - from + step - 1) / step, sums, depth_ld);
-        else if (fresh)
+        const A *a_from = ds + t * R * kLd + from, *b_from = keys + from * depth_ld + d * step;
+        const int64_t count = rows.tile_count(t), steps = (hi[t] - from + step - 1) / step;
+        if (lo[t] < hi[t]) {
+          if (round_tile<false>(count, a_from, kLd, step, b_from, depth_ld * step, steps, sums, depth_ld, !fresh, to.at(t * R, d)))
+            continue;
+          add_or_replace(fresh, count, (depth_ld - d) / W, a_from, kLd, step, b_from, depth_ld * step, steps, sums, depth_ld);
+        } else if (fresh) {
           clear(sums, depth_ld, std::min(P, depth_ld - d));
+        }
+        round_sums(sums, depth_ld, count, to.at(t * R, d));
       }
   }
 };

@@ -19,6 +19,8 @@
 
 #include "attention_pairs_kernel.h"
 
+#include "attention_rounded_kernel.h"
+
 #include "attention_rest_kernel.h"
 
 #include "attention_mask_kernel.h"
@@ -34,6 +36,8 @@
 #include "attention_forward_kernel.h"
 
 #include "attention_deltas_kernel.h"
+
+#include "attention_weighed_kernel.h"
 
 #include "attention_grad_block_kernel.h"
 

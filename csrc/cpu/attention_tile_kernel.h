@@ -34,22 +34,27 @@ int64_t row_elements(int64_t n, bool tiled) {
 // What a product does to C: replaces it, replaces it times factor[0], is added to it, or to C with row r times factor[r].
 enum class Start { zero, times, add, scaled };
 
+// Row r of a tile.
+template <Start start, int NV, class T>
+INLINE void finish_row(const vec<T> (&acc)[NV], int r, T* c, int64_t c_row, const T* factor) {
+#pragma GCC unroll 2
+  for (int v = 0; v < NV; ++v) {
+    T* at = c + r * c_row + v * kLanes<T>;
+    if constexpr (start == Start::zero)
+      store(at, acc[v]);
+    else if constexpr (start == Start::times)
+      store(at, acc[v] * factor[0]);
+    else if constexpr (start == Start::add)
+      store(at, load(at) + acc[v]);
+    else
+      store(at, load(at) * factor[r] + acc[v]);
+  }
+}
+
 template <Start start, int R, int NV, class T>
 INLINE void finish_tile(const vec<T> (&acc)[R][NV], T* c, int64_t c_row, const T* factor) {
 #pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) {
-      T* at = c + r * c_row + v * kLanes<T>;
-      if constexpr (start == Start::zero)
-        store(at, acc[r][v]);
-      else if constexpr (start == Start::times)
-        store(at, acc[r][v] * factor[0]);
-      else if constexpr (start == Start::add)
-        store(at, load(at) + acc[r][v]);
-      else
-        store(at, load(at) * factor[r] + acc[r][v]);
-    }
+  for (int r = 0; r < R; ++r) finish_row<start>(acc[r], r, c, c_row, factor);
 }
 
 template <int R, int NV, Start start, class T>
@@ -72,13 +77,52 @@ void product_tile(const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t
 }
 
 #if ISA_VECTOR_BYTES == 64
-// The same of bfloat16 numbers, two to a step.
+// The same of bfloat16 numbers, two to a step; finish(row of sums, r) takes row r. The last steps are taken row by row and a row is
+// finished right after its own: 16 stores one after the other held up the products of the next tile for some 40 cycles, of 568 for a tile
+// of 32 steps.
+template <int R, int NV, class Finish>
+__attribute__((target("avx512bf16"), always_inline)) inline void product_by_rows(const bfloat16* a, int64_t a_row, int64_t a_step,
+                                                                                 const bfloat16* b, int64_t b_step, int64_t steps,
+                                                                                 Finish finish) {
+  constexpr int kLast = 4;
+  vec<float> acc[R][NV] = {};
+  if (steps < kLast) {
+    multiply_pairs<R, NV>(acc, a, a_row, a_step, b, steps, b_step);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) finish(acc[r], r);
+    return;
+  }
+  steps -= kLast;
+  multiply_pairs<R, NV>(acc, a, a_row, a_step, b, steps, b_step);
+  a += steps * a_step, b += steps * b_step;
+  __m512bh last[kLast][NV];
+#pragma GCC unroll 4
+  for (int k = 0; k < kLast; ++k)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) last[k][v] = reinterpret_cast<__m512bh>(_mm512_loadu_si512(b + k * b_step + v * 32));
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int k = 0; k < kLast; ++k) {
+      int32_t pair;
+      std::memcpy(&pair, a + r * a_row + k * a_step, sizeof pair);
+      const __m512bh both = reinterpret_cast<__m512bh>(_mm512_set1_epi32(pair));
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v)
+        acc[r][v] = reinterpret_cast<vec<float>>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[r][v]), both, last[k][v]));
+    }
+    finish(acc[r], r);
+    asm volatile("" ::: "memory");  // or the compiler gathers the stores at the end
+  }
+}
+
 template <int R, int NV, Start start>
 __attribute__((target("avx512bf16"))) void product_tile(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_step,
                                                         int64_t steps, float* c, int64_t c_row, const float* factor) {
-  vec<float> acc[R][NV] = {};
-  multiply_pairs<R, NV>(acc, a, a_row, a_step, b, steps, b_step);
-  finish_tile<start>(acc, c, c_row, factor);
+  product_by_rows<R, NV>(a, a_row, a_step, b, b_step, steps,
+                         [=](const vec<float>(&acc)[NV], int r) __attribute__((target("avx512bf16"), always_inline)) {
+                           finish_row<start>(acc, r, c, c_row, factor);
+                         });
 }
 #endif
 

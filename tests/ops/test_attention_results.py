@@ -1,0 +1,94 @@
+"""The results of the CPU kernels of bmk.attention: where they are rounded from registers, and the memory they lie in."""
+
+import gc
+import threading
+
+import pytest
+import torch
+
+import bigmodel_kernels as bmk
+from bigmodel_kernels import _cpu
+from tests.ops.attention_problem import Problem
+
+# Widths of whole panels of 32, with tiles of 8, of 4 and of fewer rows and keys at the end.
+SIZES = [
+    (1, 2, 2, 100, 132, 64, 32),
+    (1, 2, 2, 98, 130, 32, 64),
+    (2, 4, 2, 36, 60, 64, 64),  # two heads to a group: rows of several heads in a block
+    (1, 2, 2, 64, 190, 64, 64),  # causal: keys without a row
+    (1, 1, 1, 190, 64, 64, 64),  # causal from the end: rows without a key
+    (1, 2, 2, 140, 450, 64, 64),
+]
+
+
+@pytest.mark.skipif(not _cpu.dot_products(), reason="this CPU has no dot products of bfloat16")
+@pytest.mark.parametrize("layout", ["contiguous", "heads_inside"])
+@pytest.mark.parametrize("flags", ["plain", "causal", "causal_lower", "window", "bool_mask", "float_mask"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_matches_float64(sizes, flags, layout):
+    problem = Problem(sizes, flags, torch.bfloat16)
+    if layout == "heads_inside":
+        problem.q, problem.k, problem.v, problem.grad_out = (
+            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (problem.q, problem.k, problem.v, problem.grad_out)
+        )
+    problem.check()
+
+
+@pytest.mark.parametrize("row", [0, 63, 64, 99])
+def test_a_gradient_that_is_not_finite_spoils_no_key_that_its_row_does_not_attend_to(row):
+    q, k, v, grad = (torch.randn(1, 1, 100, 64, dtype=torch.bfloat16) for _ in range(4))
+    grad[0, 0, row] = torch.nan
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    out = bmk.attention(*leaves, is_causal=True, backend="cpu")
+    _, dk, dv = torch.autograd.grad(out, leaves, grad)
+    for gradient in (dk, dv):
+        assert gradient[0, 0, row + 1 :].isfinite().all()
+    assert dk[0, 0, : row + 1].isnan().all()
+
+
+def problem(seed: int, dtype: torch.dtype = torch.bfloat16) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, 8, 128, 64, generator=generator).to(dtype).requires_grad_() for _ in range(3)]
+
+
+def step(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
+    out = bmk.attention(*leaves, backend="cpu")
+    return [out.detach(), *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_results_is_not_used_again_before_they_are_gone(dtype):
+    results = step(problem(0, dtype))
+    views, copies = [t[1:, :, ::2] for t in results], [t.clone() for t in results]
+    del results
+    gc.collect()
+    for seed in range(1, 4):
+        step(problem(seed, dtype))
+    for view, copy in zip(views, copies):
+        assert torch.equal(view, copy[1:, :, ::2])
+
+
+def test_results_outlive_the_thread_that_made_them():
+    made, copies = [], []
+
+    def make():
+        made.extend(step(problem(0)))
+        copies.extend(t.clone() for t in made)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    step(problem(1))
+    assert all(torch.equal(t, copy) for t, copy in zip(made, copies))
+    made.clear()
+    assert all(torch.equal(t, copy) for t, copy in zip(step(problem(0)), copies))
+
+
+def test_results_are_tensors_like_others():
+    with torch.inference_mode():
+        assert bmk.attention(*problem(0), backend="cpu").is_inference()
+    out, *gradients = step(problem(0))
+    assert out.transpose(1, 2).is_contiguous()
+    assert all(t.is_contiguous() for t in gradients)
+    out.add_(1).share_memory_()
+    assert out.is_shared()
