@@ -165,6 +165,8 @@ NOINLINE void load_planar(T* out, int64_t stride, const S* row, int64_t channel_
     for (int64_t p = 0; p < count; ++p) out[p * stride + c] = read_one<T>(row + c * channel_step + p);
 }
 
+inline constexpr int64_t kFewBytes = 65536;  // a small part of the second-level cache
+
 // Rows [row, row + rows) x columns [column, column + columns) of channels [c0, c0 + channels) of image n.
 // `stride` >= channels; elements past the channels, and pixels outside the image, are 0.
 template <class T, class S>
@@ -175,7 +177,9 @@ NOINLINE void load_block(T* block, int64_t stride, int64_t block_columns, const 
   const int64_t count = std::max<int64_t>(right - left, 0);
   const bool whole = left == column && right == column + columns && stride == channels;
   // Rows that far below are asked for: a plane's row of 14 floats is read before the third-level cache has sent the next.
-  const int64_t ahead = 1 + (256 / sizeof(S)) / std::max<int64_t>(1, count);
+  // Of a small image that is loaded as a whole the next one is, which comes while this one is worked on.
+  const int64_t ahead = 1 + (256 / sizeof(S)) / std::max<int64_t>(1, count), image_bytes = x.height * count * channels * sizeof(S);
+  const bool whole_image = row <= 0 && row + rows >= x.height && image_bytes <= kFewBytes;
   for (int64_t r = 0; r < rows; ++r) {
     T* out = block + r * block_columns * stride;
     const int64_t h = row + r;
@@ -203,7 +207,7 @@ NOINLINE void load_block(T* block, int64_t stride, int64_t block_columns, const 
         for (int64_t i = 0; i < length; i += W)
           write_lanes<T>(out + p * stride + i, read_lanes<T>(source + p * x.w + i, length - i), length - i);
     } else if (x.w == 1) {
-      load_planar<T>(out, stride, source, x.c, channels, count, r + ahead < rows ? x.h * ahead : 0);
+      load_planar<T>(out, stride, source, x.c, channels, count, whole_image ? x.n : r + ahead < rows ? x.h * ahead : 0);
     } else {
       for (int64_t p = 0; p < count; ++p)
         for (int64_t c = 0; c < channels; ++c) out[p * stride + c] = read_one<T>(source + p * x.w + c * x.c);
