@@ -8,7 +8,7 @@ from torch import nn
 
 import bigmodel_kernels as bmk
 from benchmarks.cases import Case, Problem
-from benchmarks.contestant import TRAIN, Contestant
+from benchmarks.contestant import FWD, TRAIN, Contestant
 
 
 def build(dtype, pass_, *, rows, inputs, outputs, activation=None) -> Problem:
@@ -29,5 +29,7 @@ CASES = [
         quick=True,
     ),
     Case("linear", "2048 x 512-1536", partial(build, rows=2048, inputs=512, outputs=1536)),
+    Case("linear", "1 x 4096-4096", partial(build, rows=1, inputs=4096, outputs=4096), (FWD,), ("fp32", "bf16")),
+    Case("linear", "8 x 4096-4096", partial(build, rows=8, inputs=4096, outputs=4096), (FWD,), ("fp32", "bf16")),
     Case("linear", "64 x 3136-128 + ReLU", partial(build, rows=64, inputs=3136, outputs=128, activation=nn.ReLU)),
 ]

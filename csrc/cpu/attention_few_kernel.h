@@ -131,33 +131,11 @@ inline void copy_block(const CacheWalk& walk, int64_t first, int64_t count, FewS
   });
 }
 
-// What products of queries and keys are taken of. Q: the type of the queries; bfloat16, with keys of that type, for dot products of
-// numbers as they lie, two to a lane: half as many operations as of numbers converted to floats.
-template <class Q, class C>
-INLINE auto load_operand(const C* p) {
-  if constexpr (std::is_same_v<Q, bfloat16>) {
-    vec<float> pairs;
-    std::memcpy(&pairs, p, sizeof pairs);
-    return pairs;
-  } else {
-    return load(p);
-  }
-}
-template <class Q, class V>
-INLINE void add_product(V& sum, V a, V b) {
-#if ISA_VECTOR_BYTES == 64
-  if constexpr (std::is_same_v<Q, bfloat16>)
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));  // the function of the compiler could not be inlined here
-  else
-#endif
-    sum += a * b;
-}
-
 // s[key][R] = the products of R rows of q with `count` keys, times `factor`. Meanwhile their values come into the first-level cache and
 // those of the block ahead into the second.
 template <int R, class T, class Q, class C>
 void multiply_keys(const Q* q, int64_t ld, const KeyRows<C>& rows, const KeyRows<C>& ahead, int64_t count, int64_t depth, T factor, T* s) {
-  constexpr int W = kLanes<T>, K = W / R, kStep = std::is_same_v<Q, bfloat16> ? 2 * W : W;
+  constexpr int W = kLanes<T>, K = W / R;
   for (int64_t j = 0; j < count; j += K) {
     vec<T> sums[W];
     const C *key[K], *value[K], *value_ahead[K];
@@ -165,7 +143,7 @@ void multiply_keys(const Q* q, int64_t ld, const KeyRows<C>& rows, const KeyRows
     for (int i = 0; i < W; ++i) sums[i] = vec<T>{};  // one by one: initialised as an array they live in memory
 #pragma GCC unroll 16
     for (int i = 0; i < K; ++i) key[i] = rows.keys[j + i], value[i] = rows.values[j + i], value_ahead[i] = ahead.values[j + i];
-    for (int64_t d = 0; d < depth; d += kStep) {
+    for (int64_t d = 0; d < depth; d += kTerms<Q>) {
       vec<T> k[K];
 #pragma GCC unroll 16
       for (int i = 0; i < K; ++i) {

@@ -11,6 +11,8 @@
 // which with the part-filled tiles at the causal edge makes 80 % of the peak full and 72 % causal. Measured, useful operations
 // over the peak, causal: 66 % forward, 67 % forward and backward; in pairs 61 % and 60 % (S2048: 69 % and 73 %). What is missing is
 // packing, the start and end of tiles of depth 64 and, in pairs, the softmax, which does not get faster with the products.
+#include "dots.h"
+
 #include "tiles.h"
 
 #include "tile_product.h"

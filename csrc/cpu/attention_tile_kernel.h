@@ -165,15 +165,6 @@ INLINE ints<T> lane_numbers() {
   return out;
 }
 
-template <class V, size_t... I>
-INLINE V interleave_low(V a, V b, std::index_sequence<I...>) {
-  return __builtin_shufflevector(a, b, (I % 2 ? sizeof...(I) + I / 2 : I / 2)...);
-}
-template <class V, size_t... I>
-INLINE V interleave_high(V a, V b, std::index_sequence<I...>) {
-  constexpr size_t half = sizeof...(I) / 2;
-  return __builtin_shufflevector(a, b, (I % 2 ? sizeof...(I) + half + I / 2 : half + I / 2)...);
-}
 // Transposes kLanes vectors in place: log2 rounds of interleaving each vector with the one half the square away.
 template <class T>
 INLINE void transpose_square(vec<T> (&x)[kLanes<T>]) {
@@ -190,29 +181,6 @@ INLINE void transpose_square(vec<T> (&x)[kLanes<T>]) {
 #pragma GCC unroll 16
     for (int i = 0; i < W; ++i) x[i] = y[i];
   }
-}
-
-// Lane i is what `combine` makes of the lanes of x[i], for kLanes vectors at once: half as many vectors in every round, each
-// with the lanes of two interleaved.
-template <int kHalf, class T, class Combine>
-INLINE void reduce_round(vec<T> (&x)[kLanes<T>], Combine combine) {
-  constexpr auto lanes = std::make_index_sequence<kLanes<T>>{};
-#pragma GCC unroll 8
-  for (int i = 0; i < kHalf; ++i) x[i] = combine(interleave_low(x[i], x[i + kHalf], lanes), interleave_high(x[i], x[i + kHalf], lanes));
-  if constexpr (kHalf > 1) reduce_round<kHalf / 2, T>(x, combine);
-}
-template <class T, class Combine>
-INLINE vec<T> reduce_each(vec<T> (&x)[kLanes<T>], Combine combine) {
-  reduce_round<kLanes<T> / 2, T>(x, combine);
-  return x[0];
-}
-template <class T>
-INLINE vec<T> sum_each(vec<T> (&x)[kLanes<T>]) {
-  return reduce_each<T>(x, [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return a + b; });
-}
-template <class T>
-INLINE vec<T> largest_of_each(vec<T> (&x)[kLanes<T>]) {
-  return reduce_each<T>(x, [](vec<T> a, vec<T> b) __attribute__((always_inline)) { return maximum(a, b); });
 }
 
 // e^x for x <= 0 (a rounding step above 0 is fine): exactly 0 below the smallest normal number and for -inf, NaN for NaN.

@@ -10,6 +10,8 @@
 // clang-format off: each builds on those before it
 #include "strips.h"
 #include "activation_kernel.h"
+#include "dots.h"
+#include "linear_few_kernel.h"
 // clang-format on
 
 // Terms that are added up one after the other: fewer where the result has few columns or rows. MKL adds those up in finer parts, and
@@ -66,6 +68,18 @@ void linear_forward(const LinearCall& call) {
                            call.out,
                            call.activation,
                            static_cast<T>(call.slope)};
+  // Not inlined: it has a loop for every activation.
+  const auto finish = [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows, int64_t columns)
+                          __attribute__((noinline)) {
+    with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
+  };
+  if (is_few_rows(call)) {
+#if ISA_VECTOR_BYTES == 64
+    if constexpr (std::is_same_v<S, bfloat16>)
+      if (selected_isa() == Isa::avx512_bf16) return FewRows<T>::template run<S, S>(call, finish);
+#endif
+    return FewRows<T>::template run<T, S>(call, finish);
+  }
   const AdjacentSteps<T, S> x(static_cast<const S*>(call.x), call.x_row, call.x_step, call.rows, call.in);
   StripProduct<T, S> product{call.rows,        call.out,        call.in, x.data(), x.row(), static_cast<const S*>(call.weight),
                              call.weight_step, call.weight_row, nullptr, call.out};
@@ -76,11 +90,7 @@ void linear_forward(const LinearCall& call) {
     product.tail = nothing ? nullptr : &*simple;
     return multiply_strips(product, [](auto...) {});
   }
-  // Not inlined: it has a loop for every activation.
-  multiply_strips(product, [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows,
-                               int64_t columns) __attribute__((noinline)) {
-    with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
-  });
+  multiply_strips(product, finish);
 }
 
 // dz (where there is an activation) and dbias (where `dbias` is not null). The rows of a column are summed in runs of kRun, whose sums

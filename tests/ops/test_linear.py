@@ -20,6 +20,9 @@ from tests.triton_interpreter import interpreted
 # Rows, inputs, outputs: tails of tiles of 6 x 64 and 12 x 32, of blocks of 96 rows and of 192 inputs, more than 384; 0 and 1.
 SIZES = [(1, 1, 1), (3, 5, 7), (8, 48, 48), (97, 193, 49), (200, 33, 130), (5, 400, 1), (64, 16, 500), (130, 1, 3)]
 SIZES += [(12, 64, 64), (13, 385, 65), (193, 384, 96)]
+# Few rows, whose weights are read where they lie: groups of 4, 2 and 1 rows and of 4 outputs, blocks of 4096 bytes, tails.
+FEW = [(1, 64, 4), (2, 1100, 33), (3, 256, 7), (7, 2100, 19), (16, 1029, 66)]
+SIZES += FEW
 
 
 def problem(size, activation, bias=True, residual=True, seed=0, layout="contiguous", leading=(), integer=False):
@@ -48,7 +51,7 @@ def test_matches_float64(size, activation, dtype):
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATIONS])
-@pytest.mark.parametrize("size", [(97, 193, 49), (64, 16, 500)], ids=str)
+@pytest.mark.parametrize("size", [(97, 193, 49), (64, 16, 500), *FEW], ids=str)
 def test_bfloat16(size, activation):
     for residual in (False, True):
         check(*problem(size, activation, residual=residual), torch.bfloat16, "cpu")
@@ -97,12 +100,12 @@ def test_integers_are_exact(size):
         assert torch.equal(a.double(), e)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
-    rerun(__file__, "parts or layout or exact or threads", isa)
+    rerun(__file__, "parts or layout or exact or threads or (bfloat16 and (None or silu))", isa)
 
 
-@pytest.mark.parametrize("size", [(700, 300, 170), (200, 500, 64), (96, 64, 200), (400, 40, 33)], ids=str)
+@pytest.mark.parametrize("size", [(700, 300, 170), (200, 500, 64), (96, 64, 200), (400, 40, 33), (7, 1030, 130)], ids=str)
 @pytest.mark.parametrize(("activation", "residual"), [("silu", True), ("relu", False)])
 def test_result_does_not_depend_on_the_number_of_threads(size, activation, residual):
     """Parts of the rows, one strip or several at a time, narrow ones."""
@@ -264,7 +267,13 @@ def test_auto_knows_where_the_products_of_torch_go_to_mkl_on_amd(monkeypatch):
         assert bmk.explain(bmk.linear, x[:96], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:4], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:64], weight[:128]).backend == "torch"
-        assert bmk.explain(bmk.linear, x[:3], weight).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:1], weight).backend == backend
+        assert bmk.explain(bmk.linear, x[:1], weight.t()).backend == "torch"
+        for dots in (True, False):
+            monkeypatch.setattr(_cpu, "dot_products", lambda dots=dots: dots)
+            chosen = bmk.explain(bmk.linear, x[:1].bfloat16(), weight[:128].bfloat16()).backend
+            assert chosen == (backend if dots else "torch")
+        assert bmk.explain(bmk.linear, x[:3], weight[:256]).backend == "torch"
         assert bmk.explain(bmk.linear, x[:97], weight).backend == "torch"
         assert bmk.explain(bmk.linear, x[:128], weight).backend == backend
         assert bmk.explain(bmk.linear, x, weight[:200]).backend == "torch"

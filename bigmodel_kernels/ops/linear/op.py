@@ -111,14 +111,26 @@ def _backward(op, args, outputs, grads, needs, backend):
     return *(g if need else None for g, need in zip(found, wanted)), dy if needs[3] else None, None, None, None
 
 
+def _reads_weights_faster(weight: Tensor) -> bool:
+    """Whether csrc/cpu/linear_few_kernel.h, which reads them at the speed of memory, was measured ahead with so many weights: on
+    Zen 4."""
+    if not _cpu.mkl_on_amd() or _cpu.slow_products():
+        return False
+    if weight.dtype is torch.bfloat16:
+        return weight.numel() >= 1 << 16 and _cpu.dot_products()
+    return weight.dtype is torch.float32 and weight.numel() >= 1 << 18
+
+
 def prefer(x, weight, *rest) -> tuple[str, ...]:
     """By the tables "Linear layers" in docs/decisions.md: ours where PyTorch's product goes to MKL on an AMD processor, from so
     many multiplications on. Fewer than 16 outputs fill a quarter of a tile, and PyTorch's is faster."""
     outputs, inputs = weight.shape
     rows, save = x.numel() // max(inputs, 1), rest[-1]
     work = rows * weight.numel()
-    few = not save and 4 <= rows <= 96  # rows that multiply the weights where they lie
-    if outputs < 16 or x.dtype not in (torch.float32, torch.float64):
+    few = not save and 4 <= rows <= 96
+    if not save and rows <= 16 and inputs >= 256 and outputs >= 64 and weight.stride(1) == 1 and _reads_weights_faster(weight):
+        ours = True
+    elif outputs < 16 or x.dtype not in (torch.float32, torch.float64):
         ours = False
     elif _cpu.slow_products():
         ours = (few or rows >= 16) and work >= (1 << 20 if few else 1 << 23)
