@@ -36,8 +36,7 @@ inline void write_dq(const AttentionBackward& problem, const RowBlock<T>& rows, 
 template <class A, class T>
 inline Rounded results_of(const GradientRows& gradient, int64_t columns, int64_t b, int64_t h, int64_t i, const T* factor) {
   if constexpr (std::is_same_v<A, bfloat16>)
-    if (columns % kPanel<T> == 0 && !in_tiles())
-      return {gradient.at<bfloat16>(b, h, i, columns), gradient.token * columns, factor};
+    if (columns % kPanel<T> == 0 && !in_tiles()) return {gradient.at<bfloat16>(b, h, i, columns), gradient.token * columns, factor};
   return {};
 }
 // The same of a block of rows.

@@ -374,8 +374,8 @@ struct GradBlock {
   }
 
   // C[keys, columns] += w^T b, w being p or ds and b rows of the block; only rows whose tiles attend to a key.
-  NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c,
-                               bool fresh, const Rounded& to) {
+  NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c, bool fresh,
+                               const Rounded& to) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
     for (int64_t d = 0; d < columns; d += P)
       for (int64_t key = 0; key < n; key += R) {

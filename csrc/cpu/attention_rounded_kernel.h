@@ -17,15 +17,15 @@ struct Rounded {
 template <int R, bool added, bool each>
 __attribute__((target("avx512bf16"))) void rounded_tile(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_step,
                                                         int64_t steps, const float* c, int64_t c_row, Rounded to) {
-  product_by_rows<R, 2>(a, a_row, a_step, b, b_step, steps,
-                        [=](const vec<float>(&acc)[2], int r) __attribute__((target("avx512bf16"), always_inline)) {
-                          vec<float> x = acc[0], y = acc[1];
-                          if constexpr (added) x = load(c + r * c_row) + x, y = load(c + r * c_row + kLanes<float>) + y;
-                          const float factor = to.factors[each ? r : 0];
-                          x *= factor, y *= factor;
-                          _mm512_storeu_si512(to.out + r * to.row, reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(
-                                                                       reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(x))));
-                        });
+  product_by_rows<R, 2>(
+      a, a_row, a_step, b, b_step, steps, [=](const vec<float>(&acc)[2], int r) __attribute__((target("avx512bf16"), always_inline)) {
+        vec<float> x = acc[0], y = acc[1];
+        if constexpr (added) x = load(c + r * c_row) + x, y = load(c + r * c_row + kLanes<float>) + y;
+        const float factor = to.factors[each ? r : 0];
+        x *= factor, y *= factor;
+        _mm512_storeu_si512(to.out + r * to.row,
+                            reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(y), reinterpret_cast<__m512>(x))));
+      });
 }
 
 // As `product`, of two vectors of columns and of exactly kTileRows rows or half as many.
@@ -60,7 +60,6 @@ template <class T>
 INLINE void round_sums(const T* sums, int64_t row, int64_t count, const Rounded& to) {
 #if ISA_VECTOR_BYTES == 64
   if constexpr (std::is_same_v<T, float>)
-    for (int64_t r = 0; to.out && r < count; ++r)
-      round_scaled(to.out + r * to.row, sums + r * row, kPanel<T>, to.factors[to.each ? r : 0]);
+    for (int64_t r = 0; to.out && r < count; ++r) round_scaled(to.out + r * to.row, sums + r * row, kPanel<T>, to.factors[to.each ? r : 0]);
 #endif
 }

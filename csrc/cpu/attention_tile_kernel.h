@@ -120,9 +120,8 @@ template <int R, int NV, Start start>
 __attribute__((target("avx512bf16"))) void product_tile(const bfloat16* a, int64_t a_row, int64_t a_step, const bfloat16* b, int64_t b_step,
                                                         int64_t steps, float* c, int64_t c_row, const float* factor) {
   product_by_rows<R, NV>(a, a_row, a_step, b, b_step, steps,
-                         [=](const vec<float>(&acc)[NV], int r) __attribute__((target("avx512bf16"), always_inline)) {
-                           finish_row<start>(acc, r, c, c_row, factor);
-                         });
+                         [=](const vec<float>(&acc)[NV], int r)
+                             __attribute__((target("avx512bf16"), always_inline)) { finish_row<start>(acc, r, c, c_row, factor); });
 }
 #endif
 

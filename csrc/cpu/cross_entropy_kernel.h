@@ -47,14 +47,16 @@ void cross_entropy_forward(const CrossEntropyCall& call, bool by_row, double sha
           for (int64_t k = j; k < columns; ++k) largest[i] = maximum(broadcast(static_cast<T>(to_compute(row[k]))), largest[i]);
       });
       const T m = reduce_max(maximum(maximum(largest[0], largest[1]), maximum(largest[2], largest[3])));
-      const T log_sum = std::log(sum_of_row<T>(row, columns, row + call.logits_row, r + 1 < end ? most_ahead : 0, [&](vec<T> z) { return exp(z - m); }));
+      const T log_sum =
+          std::log(sum_of_row<T>(row, columns, row + call.logits_row, r + 1 < end ? most_ahead : 0, [&](vec<T> z) { return exp(z - m); }));
       static_cast<T*>(call.largest)[r] = m;
       static_cast<T*>(call.log_sum)[r] = log_sum;
       T loss = 0;
       if (call.target[r] != call.ignore_index) {
         loss = log_sum + (1 - smoothing) * (m - to_compute(row[call.target[r]]));
         // Of differences from m, so that logits far from 0 keep their digits.
-        if (smoothing > 0) loss += smoothing * (sum_of_row<T>(row, columns, row, 0, [&](vec<T> z) { return m - z; }) / static_cast<T>(columns));
+        if (smoothing > 0)
+          loss += smoothing * (sum_of_row<T>(row, columns, row, 0, [&](vec<T> z) { return m - z; }) / static_cast<T>(columns));
       }
       losses[r] = loss;
     }

@@ -11,6 +11,7 @@
 #include "strips.h"
 #include "activation_kernel.h"
 #include "dots.h"
+#include "row_kernel.h"
 #include "linear_few_kernel.h"
 // clang-format on
 
@@ -69,16 +70,23 @@ void linear_forward(const LinearCall& call) {
                            call.activation,
                            static_cast<T>(call.slope)};
   // Not inlined: it has a loop for every activation.
-  const auto finish = [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows, int64_t columns)
-                          __attribute__((noinline)) {
+  const auto finish = [&](const T* tile, int64_t tile_row, int64_t row, int64_t column, int64_t rows,
+                          int64_t columns) __attribute__((noinline)) {
     with_activation(call.activation, [&](auto activation) { tail.template run<activation>(tile, tile_row, row, column, rows, columns); });
   };
   if (is_few_rows(call)) {
+    const auto run = [&](auto zero) {
+      using Q = decltype(zero);
+      if (call.weight_step == 1)
+        FewRows<T>::template run<Q, S>(call, finish);
+      else
+        FewRowsAcross<T>::template run<Q, S>(call, finish);
+    };
 #if ISA_VECTOR_BYTES == 64
     if constexpr (std::is_same_v<S, bfloat16>)
-      if (selected_isa() == Isa::avx512_bf16) return FewRows<T>::template run<S, S>(call, finish);
+      if (selected_isa() == Isa::avx512_bf16) return run(S{});
 #endif
-    return FewRows<T>::template run<T, S>(call, finish);
+    return run(T(0));
   }
   const AdjacentSteps<T, S> x(static_cast<const S*>(call.x), call.x_row, call.x_step, call.rows, call.in);
   StripProduct<T, S> product{call.rows,        call.out,        call.in, x.data(), x.row(), static_cast<const S*>(call.weight),

@@ -63,6 +63,32 @@ def test_takes_any_layout(layout, leading):
     check(*problem((20, 40, 30), "gelu", layout=layout, leading=leading), torch.float32, "cpu")
 
 
+@pytest.mark.parametrize("size", FEW, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_few_rows_take_weights_in_either_layout(layout, dtype, size):
+    function, tensors = problem(size, "relu", layout=layout)
+    tensors[1] = tensors[1].t().contiguous().t()  # outputs are adjacent, as in GPT-2
+    check(function, tensors, dtype, "cpu")
+
+
+@pytest.mark.parametrize("rows", [1, 2, 6, 16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_read_nothing_beyond_their_tensors(dtype, transposed, rows):
+    """What lies behind a tensor, or between its rows, is NaN."""
+    inputs, outputs = 149, 71
+    x = torch.full((rows, inputs + 40), torch.nan, dtype=dtype)[:, :inputs]
+    weight = torch.full((inputs, outputs + 40) if transposed else (outputs, inputs + 40), torch.nan, dtype=dtype)
+    weight = weight[:, :outputs].t() if transposed else weight[:, :inputs]
+    for t, seed in ((x, 1), (weight, 2)):
+        t.copy_(make(*t.shape, seed=seed))
+    ours = bmk.linear(x, weight, backend="cpu")
+    torch.testing.assert_close(
+        ours.float(), x.float() @ weight.float().t(), rtol=1e-2, atol=1e-2 if dtype == torch.bfloat16 else 1e-4
+    )
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize(("bias", "residual"), [(False, False), (True, False), (False, True)])
 def test_without_parts(bias, residual, seed):
@@ -102,10 +128,12 @@ def test_integers_are_exact(size):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 def test_lower_instruction_sets(isa):
-    rerun(__file__, "parts or layout or exact or threads or (bfloat16 and (None or silu))", isa)
+    rerun(__file__, "parts or layout or beyond or exact or threads or (bfloat16 and (None or silu))", isa)
 
 
-@pytest.mark.parametrize("size", [(700, 300, 170), (200, 500, 64), (96, 64, 200), (400, 40, 33), (7, 1030, 130)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(700, 300, 170), (200, 500, 64), (96, 64, 200), (400, 40, 33), (7, 1030, 130)], ids=str
+)
 @pytest.mark.parametrize(("activation", "residual"), [("silu", True), ("relu", False)])
 def test_result_does_not_depend_on_the_number_of_threads(size, activation, residual):
     """Parts of the rows, one strip or several at a time, narrow ones."""
@@ -269,6 +297,8 @@ def test_auto_knows_where_the_products_of_torch_go_to_mkl_on_amd(monkeypatch):
         assert bmk.explain(bmk.linear, x[:64], weight[:128]).backend == "torch"
         assert bmk.explain(bmk.linear, x[:1], weight).backend == backend
         assert bmk.explain(bmk.linear, x[:1], weight.t()).backend == "torch"
+        assert bmk.explain(bmk.linear, x[:1].repeat(1, 2), weight.repeat(2, 2).t()).backend == backend
+        assert bmk.explain(bmk.linear, x[:1].repeat(1, 2), weight.repeat(4, 4)[::2, ::2]).backend == "torch"
         for dots in (True, False):
             monkeypatch.setattr(_cpu, "dot_products", lambda dots=dots: dots)
             chosen = bmk.explain(bmk.linear, x[:1].bfloat16(), weight[:128].bfloat16()).backend

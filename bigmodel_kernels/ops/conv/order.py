@@ -87,7 +87,9 @@ def order(dtype, last, x_shape, weight_shape, stride, dilation, groups, transpos
         else:
             # PyTorch's loops of small kernels in channels_last are as fast on small images; its activation is another pass.
             large = pixels >= 28 * 28
-            small_taps = (taps == 9 and large) or (taps in (9, 25) and activated and (large or math.prod(x_shape) <= 1 << 19))
+            small_taps = (taps == 9 and large) or (
+                taps in (9, 25) and activated and (large or math.prod(x_shape) <= 1 << 19)
+            )
             ours = dense and ((taps == 49 or small_taps) and not spread if last else taps <= 25)
         ours = ours and first == groups and second == 1
     elif in_phases and tiles >= 128 and not save:

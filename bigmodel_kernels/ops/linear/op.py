@@ -111,14 +111,15 @@ def _backward(op, args, outputs, grads, needs, backend):
     return *(g if need else None for g, need in zip(found, wanted)), dy if needs[3] else None, None, None, None
 
 
-def _reads_weights_faster(weight: Tensor) -> bool:
-    """Whether csrc/cpu/linear_few_kernel.h, which reads them at the speed of memory, was measured ahead with so many weights: on
-    Zen 4."""
-    if not _cpu.mkl_on_amd() or _cpu.slow_products():
+def _few_are_ours(rows: int, weight: Tensor) -> bool:
+    """Whether csrc/cpu/linear_few_kernel.h, which reads the weights at the speed of memory, was measured ahead: on Zen 4."""
+    outputs, inputs = weight.shape
+    if rows > 16 or inputs < 256 or outputs < 64 or not _cpu.mkl_on_amd() or _cpu.slow_products():
         return False
+    across, along = weight.stride(0) == 1, weight.stride(1) == 1
     if weight.dtype is torch.bfloat16:
-        return weight.numel() >= 1 << 16 and _cpu.dot_products()
-    return weight.dtype is torch.float32 and weight.numel() >= 1 << 18
+        return (across or along) and weight.numel() >= 1 << 16 and _cpu.dot_products()
+    return weight.dtype is torch.float32 and (across or along) and weight.numel() >= 1 << (18 if along else 20)
 
 
 def prefer(x, weight, *rest) -> tuple[str, ...]:
@@ -128,7 +129,7 @@ def prefer(x, weight, *rest) -> tuple[str, ...]:
     rows, save = x.numel() // max(inputs, 1), rest[-1]
     work = rows * weight.numel()
     few = not save and 4 <= rows <= 96
-    if not save and rows <= 16 and inputs >= 256 and outputs >= 64 and weight.stride(1) == 1 and _reads_weights_faster(weight):
+    if not save and _few_are_ours(rows, weight):
         ours = True
     elif outputs < 16 or x.dtype not in (torch.float32, torch.float64):
         ours = False
