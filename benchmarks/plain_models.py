@@ -175,9 +175,18 @@ class PlainGPTBlock(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": PlainProjection(e, 4 * e), "c_proj": PlainProjection(4 * e, e)})
 
     def forward(self, x):  # [B, S, E]
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).chunk(3, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.rest(x, F.scaled_dot_product_attention(*self.project(x), is_causal=True))
+
+    def step(self, x, keys, values, length):  # [B, 1, E], [B, H, capacity, D] twice
+        q, k, v = self.project(x)
+        keys[:, :, length], values[:, :, length] = k[:, :, 0], v[:, :, 0]
+        return self.rest(x, F.scaled_dot_product_attention(q, keys[:, :, : length + 1], values[:, :, : length + 1]))
+
+    def project(self, x):
+        packed = self.attn["c_attn"](self.ln_1(x)).chunk(3, -1)
+        return tuple(t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in packed)
+
+    def rest(self, x, y):
         x = x + self.attn["c_proj"](y.transpose(1, 2).flatten(2))
         return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh"))
 

@@ -210,6 +210,30 @@ def build_gpt(dtype, pass_, *, b: int, s: int, e: int, heads: int) -> Problem:
     return build_layer(dtype, plain, ours, (torch.randn(b, s, e),), 2.0 * b * s * (12 * e * e + s * e))
 
 
+class Step(nn.Module):
+    """One token more, behind those that the caches hold."""
+
+    def __init__(self, block: nn.Module, *where) -> None:
+        super().__init__()
+        self.block, self.where = block, where
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        return self.block.step(x, keys, values, *self.where)
+
+
+def build_gpt_step(dtype, pass_, *, b: int, past: int, e: int, heads: int) -> Problem:
+    plain, ours = plain_models.PlainGPTBlock(e, heads), bigmodel_models.gpt.GPTBlock(e, heads, 0.0)
+    ours.load_state_dict(plain.state_dict())
+    caches = (torch.randn(b, heads, past + 1, e // heads).to(dtype) for _ in range(2))
+    inputs = (torch.randn(b, 1, e).to(dtype), *caches)
+    return Problem(
+        ours=Contestant("ours", Step(ours, torch.full((b,), past)).to(dtype), inputs),
+        stock=[Contestant("eager", Step(plain, past).to(dtype), inputs)],
+        flops=2.0 * b * (12 * e * e + 2 * past * e),
+        compile=["eager"],
+    )
+
+
 def build_deepspeech(dtype, pass_, *, b: int, t: int, h: int, layers: int) -> Problem:
     classes, frequencies, channels = 29, 161, 32
     plain = plain_models.PlainDeepSpeech(classes, frequencies, h, layers)
@@ -229,6 +253,7 @@ def build_deepspeech(dtype, pass_, *, b: int, t: int, h: int, layers: int) -> Pr
     return problem
 
 
+BOTH = ("fp32", "bf16")
 CASES = [
     Case("cnn", "textbook B64 28x28", partial(build_cnn, b=64), quick=True),
     Case("cnn", "plain + optimize() B64 28x28", partial(build_cnn, b=64, optimize=True)),
@@ -241,5 +266,11 @@ CASES = [
     Case("resnet", "ResNet-18 B1 224x224", partial(build_resnet, b=1, size=224), passes=(FWD,)),
     Case("bert", "base layer B2 S128 padded", partial(build_bert, b=2, s=128, e=768, heads=12)),
     Case("gpt", "small block B1 S256", partial(build_gpt, b=1, s=256, e=768, heads=12)),
+    Case(
+        "gpt", "small block step B1 after 1024", partial(build_gpt_step, b=1, past=1024, e=768, heads=12), (FWD,), BOTH
+    ),
+    Case(
+        "gpt", "small block step B8 after 1024", partial(build_gpt_step, b=8, past=1024, e=768, heads=12), (FWD,), BOTH
+    ),
     Case("deepspeech", "B2 T200 F161 H256 L2", partial(build_deepspeech, b=2, t=200, h=256, layers=2)),
 ]

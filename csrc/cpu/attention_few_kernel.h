@@ -7,9 +7,9 @@
 // While a block's scores are computed the next block's values come into the second-level cache, and while values are added up its keys:
 // the first-level cache has too few places for lines that are on their way from memory, and sums would wait for one.
 //
-// Floor: the bytes of the caches at the speed memory is read with (50 GB/s on two Zen 5 cores, of which one reaches 42; on two Zen 4 cores 30
-// in pages of 4 KiB), as long as the products, 4 R D operations for each key, take less. For 8 rows of depth 128 in float32 those take 64
-// cycles a key and core (128 on Zen 4), sums across lanes and softmax some 25, and reading 1 KiB 160 where two cores share the memory.
+// Floor: the bytes of the caches at the speed memory is read with (50 GB/s on two Zen 5 cores, of which one reaches 42; on two Zen 4 cores
+// 30 in pages of 4 KiB), as long as the products, 4 R D operations for each key, take less. For 8 rows of depth 128 in float32 those take
+// 64 cycles a key and core (128 on Zen 4), sums across lanes and softmax some 25, and reading 1 KiB 160 where two cores share the memory.
 
 constexpr int64_t kFewKeys = 32;  // keys of a block: 16 KiB of depth 128 in float32, and as much of values, fit the first-level cache
 

@@ -267,7 +267,8 @@ struct FewRowsAcross {
       }
       std::fill(x + r * x_row + call.in, x + (r + 1) * x_row, Q{});
     }
-    const int64_t fitting = std::max(kStrip, kSumsBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, call.rows) / kStrip * kStrip);
+    const int64_t fitting =
+        std::max(kStrip, kSumsBytes / static_cast<int64_t>(sizeof(T)) / std::max<int64_t>(1, call.rows) / kStrip * kStrip);
     const int64_t width = std::min(fitting, round_up((call.out + threads - 1) / threads, kStrip));
     const int64_t tasks = (call.out + width - 1) / width, work = std::max<int64_t>(1, call.rows * call.in * width);
     const C* weight = static_cast<const C*>(call.weight);
