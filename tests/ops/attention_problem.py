@@ -62,6 +62,12 @@ class Problem:
         self.grad_out = make(B, Hq, Sq, Dv, dtype=dtype, seed=seed + 500)
         self.grad_lse = make(B, Hq, Sq, dtype=torch.float64, seed=seed + 600)
 
+    def lay_heads_inside(self):
+        """From now on the heads of a token are adjacent, as in [B, S, H, D]."""
+        self.q, self.k, self.v, self.grad_out = (
+            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.q, self.k, self.v, self.grad_out)
+        )
+
     def leaves(self):
         tensors = [self.q, self.k, self.v] + (
             [self.mask] if self.mask is not None and self.mask.dtype != torch.bool else []

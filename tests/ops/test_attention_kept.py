@@ -53,9 +53,7 @@ def kept_of(sizes, dtype=torch.bfloat16, dropout_p=0.0, softcap=0.0):
 def test_matches_float64(sizes, flags, layout):
     problem = Problem(sizes, flags, torch.bfloat16)
     if layout == "heads_inside":
-        problem.q, problem.k, problem.v, problem.grad_out = (
-            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (problem.q, problem.k, problem.v, problem.grad_out)
-        )
+        problem.lay_heads_inside()
     problem.check()
 
 

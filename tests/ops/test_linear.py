@@ -72,6 +72,21 @@ def test_few_rows_take_weights_in_either_layout(layout, dtype, size):
     check(function, tensors, dtype, "cpu")
 
 
+@pytest.mark.parametrize("rows", [1, 11])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_few_rows_do_not_depend_on_the_number_of_threads(dtype, transposed, rows):
+    x, weight = make(rows, 700, dtype=dtype), make(450, 700, dtype=dtype, seed=1)
+    if transposed:
+        weight = weight.t().contiguous().t()
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        found.append(bmk.linear(x, weight, backend="cpu"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
 @pytest.mark.parametrize("rows", [1, 2, 6, 16])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
