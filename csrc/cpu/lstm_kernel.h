@@ -14,6 +14,7 @@
 // order either way: results do not depend on the number of threads.
 // clang-format off: each builds on those before it
 #include "strips.h"
+#include "dots.h"
 #include "lstm_step.h"
 #include "lstm_step_direct.h"
 // clang-format on

@@ -1,62 +1,45 @@
 // One step of an LSTM with the weights as they lie, for so few sequences that packing them would take longer than the step. Included by
 // lstm_kernel.h.
 
-// The dot products of R rows of x and of h with four rows of weights each, vectors along the inputs.
-template <int R, class T, class S, class A>
-INLINE void add_dot_products(vec<T> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth) {
-  constexpr int W = kLanes<T>;
-  const auto add = [&](int64_t k, auto get) {
-    vec<T> weights[4];
+// The dot products of R rows of x or of h with four rows of weights. Meanwhile those of the next unit, the rows behind them, come into the
+// second-level cache.
+template <int R, class Q, class S, class A>
+INLINE void add_dot_products(vec<compute_t<Q>> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth,
+                             int64_t next) {
+  constexpr int64_t N = kTerms<Q>;
+  vec<compute_t<Q>> weights[4];
+  const auto add = [&](int64_t k, auto get) __attribute__((always_inline)) {
 #pragma GCC unroll 4
     for (int g = 0; g < 4; ++g) weights[g] = get(w[g] + k);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      const vec<T> x = get(a + r * a_row + k);
+      const auto x = get(a + r * a_row + k);
 #pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g) acc[r][g] += x * weights[g];
+      for (int g = 0; g < 4; ++g) add_product<Q>(acc[r][g], x, weights[g]);
     }
   };
   int64_t k = 0;
-  for (; k + W <= depth; k += W) add(k, [](const auto* p) { return load(p); });
-  if (k < depth) add(k, [&](const auto* p) { return load_partial(p, depth - k); });
+  for (; k + N <= depth; k += N) {
+#pragma GCC unroll 4
+    for (int g = 0; g < 4; ++g) __builtin_prefetch(w[g] + k + next, 0, 2);
+    add(k, [](const auto* p) __attribute__((always_inline)) { return load_operand<Q>(p); });
+  }
+  if (k < depth) add(k, [&](const auto* p) __attribute__((always_inline)) { return load_operand<Q>(p, depth - k); });
 }
 
 // The same in runs where vectors are short: their few lanes would each add up more terms in a row than PyTorch's product does.
-template <int R, class T, class S, class A>
-INLINE void add_dot_runs(vec<T> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth) {
-  constexpr int64_t kRun = 8 * kLanes<T>;
-  if (ISA_VECTOR_BYTES == 64 || depth <= kRun) return add_dot_products<R, T>(acc, a, a_row, w, depth);
+template <int R, class Q, class S, class A>
+INLINE void add_dot_runs(vec<compute_t<Q>> (&acc)[R][4], const A* a, int64_t a_row, const S* const (&w)[4], int64_t depth) {
+  constexpr int64_t kRun = 8 * kLanes<Q>;
+  if (ISA_VECTOR_BYTES == 64 || depth <= kRun) return add_dot_products<R, Q>(acc, a, a_row, w, depth, depth);
   for (int64_t k = 0; k < depth; k += kRun) {
     const S* const from[4] = {w[0] + k, w[1] + k, w[2] + k, w[3] + k};
-    vec<T> run[R][4] = {};
-    add_dot_products<R, T>(run, a + k, a_row, from, std::min(kRun, depth - k));
+    vec<compute_t<Q>> run[R][4] = {};
+    add_dot_products<R, Q>(run, a + k, a_row, from, std::min(kRun, depth - k), depth);
     for (int r = 0; r < R; ++r)
       for (int g = 0; g < 4; ++g) acc[r][g] += run[r][g];
   }
 }
-
-#if ISA_VECTOR_BYTES == 64
-// The same of bfloat16 numbers, two to a lane.
-template <int R>
-__attribute__((target("avx512bf16"))) void add_pair_products(vec<float> (&acc)[R][4], const bfloat16* a, int64_t a_row,
-                                                             const bfloat16* const (&w)[4], int64_t depth) {
-  constexpr int64_t N = 2 * kLanes<float>;
-  for (int64_t k = 0; k < depth; k += N) {
-    const __mmask32 mask = depth - k >= N ? ~__mmask32{0} : (__mmask32{1} << (depth - k)) - 1;
-    __m512i weights[4];
-#pragma GCC unroll 4
-    for (int g = 0; g < 4; ++g) weights[g] = _mm512_maskz_loadu_epi16(mask, w[g] + k);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const __m512i x = _mm512_maskz_loadu_epi16(mask, a + r * a_row + k);
-#pragma GCC unroll 4
-      for (int g = 0; g < 4; ++g)
-        acc[r][g] = reinterpret_cast<vec<float>>(
-            _mm512_dpbf16_ps(reinterpret_cast<__m512>(acc[r][g]), reinterpret_cast<__m512bh>(x), reinterpret_cast<__m512bh>(weights[g])));
-    }
-  }
-}
-#endif
 
 // The gates of R <= 4 sequences x one panel before their activation, into gates [R][4][lanes].
 template <int R, class S, class M>
@@ -74,13 +57,8 @@ void direct_product(const LstmShape& shape, const LstmWeights<const S>& weights,
         w_ih[g] = weights.w_ih + (g * H + unit) * I;
         w_hh[g] = weights.w_hh + (g * H + unit) * P;
       }
-      if constexpr (std::is_same_v<M, T>) {
-        add_dot_runs<R, T>(acc, x + row * I, I, w_ih, I);
-        add_dot_runs<R, T>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
-      } else {
-        add_pair_products<R>(acc, x + row * I, I, w_ih, I);
-        add_pair_products<R>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
-      }
+      add_dot_runs<R, M>(acc, x + row * I, I, w_ih, I);
+      add_dot_runs<R, M>(acc, step.h + row * step.h_row, step.h_row, w_hh, P);
     }
     for (int g = 0; g < 4; ++g) {
       T bias = 0;
