@@ -34,11 +34,13 @@ NAMES = ("out", "lse", "dq", "dk", "dv", "dmask")
 
 
 class Problem:
-    """sizes: B, Hq, Hkv, Sq, Sk, D, Dv."""
+    """sizes: B, Hq, Hkv, Sq, Sk, D, Dv. layout: one of LAYOUTS, or "heads_inside", where the heads of a token are adjacent."""
 
     def __init__(self, sizes, flags="plain", dtype=torch.float32, seed=0, layout="contiguous"):
         B, Hq, Hkv, Sq, Sk, D, Dv = sizes
         options = dict(FLAGS[flags])
+        inside = layout == "heads_inside"
+        layout = "contiguous" if inside else layout
         kind, alibi = options.pop("mask", None), options.pop("alibi", False)
         self.dtype, self.options = dtype, options
         self.q = make(B, Hq, Sq, D, dtype=dtype, seed=seed, layout=layout)
@@ -61,12 +63,10 @@ class Problem:
         options["alibi_slopes"] = make(Hq, seed=seed + 400).abs() if alibi else None
         self.grad_out = make(B, Hq, Sq, Dv, dtype=dtype, seed=seed + 500)
         self.grad_lse = make(B, Hq, Sq, dtype=torch.float64, seed=seed + 600)
-
-    def lay_heads_inside(self):
-        """From now on the heads of a token are adjacent, as in [B, S, H, D]."""
-        self.q, self.k, self.v, self.grad_out = (
-            t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.q, self.k, self.v, self.grad_out)
-        )
+        if inside:
+            self.q, self.k, self.v, self.grad_out = (
+                t.transpose(1, 2).contiguous().transpose(1, 2) for t in (self.q, self.k, self.v, self.grad_out)
+            )
 
     def leaves(self):
         tensors = [self.q, self.k, self.v] + (

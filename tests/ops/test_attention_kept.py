@@ -51,10 +51,7 @@ def kept_of(sizes, dtype=torch.bfloat16, dropout_p=0.0, softcap=0.0):
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matches_float64(sizes, flags, layout):
-    problem = Problem(sizes, flags, torch.bfloat16)
-    if layout == "heads_inside":
-        problem.lay_heads_inside()
-    problem.check()
+    Problem(sizes, flags, torch.bfloat16, layout=layout).check()
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

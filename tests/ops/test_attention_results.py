@@ -23,10 +23,7 @@ SIZES = [
 @pytest.mark.parametrize("flags", ["plain", "causal", "causal_lower", "window", "bool_mask", "float_mask"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_matches_float64(sizes, flags, layout):
-    problem = Problem(sizes, flags, torch.bfloat16)
-    if layout == "heads_inside":
-        problem.lay_heads_inside()
-    problem.check()
+    Problem(sizes, flags, torch.bfloat16, layout=layout).check()
 
 
 @pytest.mark.parametrize("row", [0, 63, 64, 99])

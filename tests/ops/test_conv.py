@@ -376,6 +376,17 @@ def test_auto_trains_kernels_taller_than_the_image_on_our_kernels():
     torch.testing.assert_close(weight.grad, expected.float(), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("size", "activation", "backend"),
+    [(28, None, "cpu"), (28, "relu", "cpu"), (14, "relu", "cpu"), (14, None, "torch")],
+)
+def test_auto_takes_depthwise_layers_that_are_one_pass_over_memory(size, activation, backend):
+    x = make(2, 64, size, size).contiguous(memory_format=torch.channels_last)
+    options = {"padding": 1, "groups": 64, "activation": activation}
+    assert bmk.explain(bmk.conv, x, make(64, 1, 3, 3), **options).backend == backend
+    assert bmk.explain(bmk.conv, x, make(64, 1, 3, 3, requires_grad=True), **options).backend == "torch"
+
+
 def test_auto_and_explain():
     assert set(bmk.explain(bmk.conv, make(1, 2, 8, 8), make(3, 2, 3, 3)).reasons) == {"cpu", "cuda", "triton", "torch"}
     half = make(1, 2, 8, 8, dtype=torch.float16), make(3, 2, 3, 3, dtype=torch.float16)
