@@ -377,14 +377,14 @@ struct GradBlock {
   NOINLINE void add_transposed(const RowBlock<T>& rows, const A* w, const A* b, int64_t columns, const SetAside<T>& aside, T* c, bool fresh,
                                const Rounded& to) {
     constexpr int64_t R = kTileRows<T>, W = kLanes<T>, P = kPanel<T>;
-    for (int64_t d = 0; d < columns; d += P)
-      for (int64_t key = 0; key < n; key += R) {
-        int64_t first = rows.tiles, last = 0;
-        for (int64_t t = 0; t < rows.tiles; ++t)
-          if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
+    for (int64_t key = 0; key < n; key += R) {
+      int64_t first = rows.tiles, last = 0;
+      for (int64_t t = 0; t < rows.tiles; ++t)
+        if (lo[t] < key + R && hi[t] > key && lo[t] < hi[t]) first = std::min(first, t), last = t + 1;
+      const int64_t keys_here = std::min(R, n - key), row = first * R, count = std::min(rows.count, last * R) - row;
+      const int64_t steps = (count + step - 1) / step;
+      for (int64_t d = 0; d < columns; d += P) {
         T* sums = c + key * columns + d;
-        const int64_t keys_here = std::min(R, n - key), row = first * R, count = std::min(rows.count, last * R) - row;
-        const int64_t steps = (count + step - 1) / step;
         const A *a_from = w + row * kLd + key * step, *b_from = b + row * columns + d * step;
         if (first >= last) {
           if (fresh) clear(sums, columns, std::min(P, columns - d));
@@ -396,6 +396,7 @@ struct GradBlock {
         }
         round_sums(sums, columns, keys_here, to.at(key, d));
       }
+    }
     aside.add(c, columns, n, columns, 0, rows.count, weight_of(w));
   }
 
