@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from bigmodel_kernels import _registry
-from bigmodel_kernels._library import Call, Op, are_plain_eager, in_forward_mode, needs_grad
+from bigmodel_kernels._library import Call, Op, are_plain_eager, in_forward_mode
 
 _MOST = 4096
 
@@ -55,14 +55,24 @@ def _recording(call: Call) -> Callable:
 
 
 def _key(tensors: Sequence, options: tuple) -> tuple | None:
-    x, weight, *others = tensors
+    # Few calls and no comprehensions: right after a kernel each takes microseconds.
+    x, weight = tensors[:2]
     if x is None or weight is None or not (x.is_cpu and weight.is_cpu):
         return None
     if torch._C._is_any_autocast_enabled() or in_forward_mode():
         return None
-    rest = [None if t is None else (t.shape, t.dtype, t.device) for t in others]
-    save = needs_grad(*tensors)
-    if save and any([t.is_inference() for t in tensors if t is not None]):  # autograd saves no such tensor
-        return None
+    save = False
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                save = True
+                break
+    if save:
+        for t in tensors:
+            if t is not None and t.is_inference():  # autograd saves no such tensor
+                return None
+    rest = []
+    for t in tensors[2:]:
+        rest += (None,) if t is None else (t.shape, t.dtype, t.device)
     kinds = tuple(map(type, options))  # True, 1 and 1.0 are one key else, and not all of them are valid
     return x.shape, x.stride(), x.dtype, weight.shape, weight.stride(), weight.dtype, *rest, save, kinds, *options

@@ -36,19 +36,18 @@ class _Recorded(torch.autograd.Function):
     times as long where a kernel has just filled the caches."""
 
     @staticmethod
-    def forward(ctx, options, q, k, v):
-        out, lse, kept = _run(_native()[0], q, k, v, None, None, None, *options[:6], True)  # kept may be None
-        ctx.options = options
+    def forward(ctx, known, q, k, v):
+        out, lse, kept = _run(_native()[0], q, k, v, *known[1])  # kept may be None
+        ctx.known = known
         ctx.save_for_backward(q, k, v, out, lse, kept)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, kept = ctx.saved_tensors
-        options = ctx.options
+        options, given = ctx.known
         if is_plainly_grad(grad):
-            args = (grad, None, out, lse, kept, False, q, k, v, None, None, None, *options[:6], True)
-            return None, *_run(_native()[1], *args)[:3]
+            return None, *_run(_native()[1], grad, None, out, lse, kept, False, q, k, v, *given)[:3]
         args, needs = (q, k, v, None, None, None, *options), (*ctx.needs_input_grad[1:], *[False] * (3 + len(options)))
         return None, *gradients(op.OP, "cpu", args, (), needs, (out, lse, kept), (grad, None))[:3]
 
@@ -57,12 +56,14 @@ _apply = function_apply(_Recorded)
 
 
 def plan(*args):
-    """`fwd` without masks for such arguments as a function of its six tensors."""
-    options = args[6:]
-    if args[-1]:
-        return lambda q, k, v, *_: _apply(options, unwrapped(q), unwrapped(k), unwrapped(v))
-    native, numbers = _native()[0], options[:6]
-    return lambda *tensors: _run(native, *tensors, *numbers, False)[0]
+    """`fwd` without masks for such arguments as a function of q, k and v."""
+    options, save = args[6:], bool(args[-1])
+    given = (None, None, None, *options[:6], save)  # what both operators are given last
+    if save:
+        known = options, given
+        return lambda q, k, v: _apply(known, unwrapped(q), unwrapped(k), unwrapped(v))
+    native = _native()[0]
+    return lambda q, k, v: _run(native, q, k, v, *given)[0]
 
 
 def fwd(*args):  # lse comes always, and every result is deterministic

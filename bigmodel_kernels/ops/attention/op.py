@@ -71,7 +71,7 @@ def attention(
     """
     key = plan = None
     if attn_mask is None and alibi_slopes is None and dropout_p == 0 and not return_lse:
-        tensors, window = (q, k, v, None, None, None), tuple(window) if isinstance(window, list) else window
+        tensors, window = (q, k, v), tuple(window) if isinstance(window, list) else window
         options = (is_causal, alignment, scale, dropout_p, enable_gqa, window, softcap, deterministic)
         key, plan = _PLANS.look_up(backend, tensors, options)
         if plan is not None:

@@ -75,13 +75,13 @@ def call(
 
 
 def plan(q, k, v, attn_mask, alibi_slopes, seed, *options):
-    """`call` without masks for arguments of these shapes and options as a function of its six tensors."""
+    """`call` without masks for arguments of these shapes and options as a function of q, k and v."""
     scale, dropout_p, softcap, window_left, window_right, lower_right, return_lse, *_ = options
     limited = window_left >= 0 or window_right >= 0
     if limited or not _plain(softcap, return_lse):
-        return lambda *tensors: call(*tensors, *options)[0]
+        return lambda q, k, v: call(q, k, v, None, None, None, *options)[0]
     known = _sdpa_arguments(q, k, None, None, scale, dropout_p, window_left, window_right, lower_right)
-    return lambda q, k, v, *_: F.scaled_dot_product_attention(q, k, v, **known)
+    return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, **known)
 
 
 def _heads_inside(t: Tensor) -> Tensor:
