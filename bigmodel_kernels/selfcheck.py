@@ -80,6 +80,11 @@ def _linear(x, weight, bias, residual, backend):
     return bmk.linear(x, weight, bias, activation="gelu", residual=residual, backend=backend)
 
 
+@torch.no_grad()
+def _encoder_layer(x, *weights, backend):
+    return bmk.encoder_layer(x, *weights, num_heads=4, activation="gelu", backend=backend)
+
+
 def _cross_entropy(logits, backend):
     target = torch.arange(logits.shape[0], device=logits.device)
     return bmk.cross_entropy(logits, target, label_smoothing=0.1, backend=backend)
@@ -120,6 +125,9 @@ def _cases() -> Iterator[Case]:
     yield Case("norm", "layer", _layer_norm, (rows, row, row, rows))
     yield Case("norm", "rms", lambda x, w, backend: bmk.rms_norm(x, w, backend=backend), (rows, row))
     yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)), 1)
+    feed_forward = ((90, 32), (90,), (32, 90), (32,))
+    encoder = ((5, 21, 32), (96, 32), (96,), (32, 32), (32,), *feed_forward, (32,), (32,), (32,), (32,))
+    yield Case("encoder_layer", "gelu", _encoder_layer, encoder, 1)
     yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
     yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
     norms = ((64,), (16,), (16,))

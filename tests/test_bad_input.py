@@ -58,6 +58,12 @@ CALLS = {
     "bias_act": (bmk.bias_act, {
         "x": make(4, 6), "bias": make(6), "activation": "relu", "dropout_p": 0.1, "residual": make(4, 6),
     }),
+    "encoder_layer": (bmk.encoder_layer, {
+        "x": make(2, 3, 8), "in_proj_weight": make(24, 8), "in_proj_bias": make(24), "out_proj_weight": make(8, 8),
+        "out_proj_bias": make(8), "linear1_weight": make(6, 8), "linear1_bias": make(6), "linear2_weight": make(8, 6),
+        "linear2_bias": make(8), "norm1_weight": make(8), "norm1_bias": make(8), "norm2_weight": make(8), "norm2_bias": make(8),
+        "num_heads": 2, "attn_mask": make(3, 3), "activation": "relu", "eps": 1e-5,
+    }),
     "cross_entropy": (bmk.cross_entropy, {
         "logits": make(4, 6), "target": torch.tensor([0, 1, 5, -100]), "ignore_index": -100, "label_smoothing": 0.1,
         "reduction": "mean",
@@ -68,6 +74,7 @@ FLAGS = {
     "attention_varlen": ("is_causal", "enable_gqa", "return_lse", "deterministic"),
     "attention_decode": ("is_causal", "return_lse"),
     "conv": ("transposed",),
+    "encoder_layer": ("is_causal", "norm_first"),
     "lstm": ("bidirectional", "batch_first", "training"),
 }
 JUNK = (None, "abc", -3, 0, 10**6, 2.5, float("nan"), [1, 2], {}, object(), ("max",), (), float("inf"))

@@ -12,6 +12,8 @@ from bigmodel_kernels.nn.attention import MultiheadAttention
 from bigmodel_kernels.nn.fused import linear_block
 from bigmodel_kernels.nn.linear import Linear, has_hooks
 from bigmodel_kernels.nn.traced import refuse_script, traced_whole
+from bigmodel_kernels.ops.encoder_layer import encoder_layer
+from bigmodel_kernels.ops.encoder_layer.op import is_faster
 from bigmodel_kernels.ops.linear.op import prefer as linear_prefer
 
 _ACTIVATIONS = {F.relu: "relu", F.gelu: "gelu"}
@@ -23,7 +25,7 @@ _MANY_SCORES = 1 << 19  # from which on holding them all costs more than the cal
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """torch.nn.TransformerEncoderLayer: same constructor, parameters and results.
 
-    Inference without masks goes to torch.nn's one call of the whole layer where that is faster, as it is for short sequences.
+    Inference is one call of the whole layer, of ours or, without masks, of torch.nn's, where that is faster than call by call.
     """
 
     __prepare_scriptable__ = refuse_script
@@ -53,11 +55,14 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         """Output like src. is_causal promises that src_mask is the causal mask."""
-        if src_mask is None and src_key_padding_mask is None and not is_causal and self._is_torchs(src):
-            _registry.announce("transformer_encoder_layer", "one call of PyTorch's for the whole layer", src)
-            twin = _share(torch.nn.TransformerEncoderLayer, self)
-            twin.activation_relu_or_gelu = _FUSED_ACTIVATIONS[self.activation]
-            return twin.forward(src)  # which goes on by blocks where PyTorch sees anything against it
+        if self._is_one_call(src) and (src_mask is not None or not is_causal):
+            if self._is_ours(src):
+                return self._in_one_call(src, src_mask, src_key_padding_mask, is_causal)
+            if src_mask is None and src_key_padding_mask is None and self._is_torchs(src):
+                _registry.announce("transformer_encoder_layer", "one call of PyTorch's for the whole layer", src)
+                twin = _share(torch.nn.TransformerEncoderLayer, self)
+                twin.activation_relu_or_gelu = _FUSED_ACTIVATIONS[self.activation]
+                return twin.forward(src)  # which goes on by blocks where PyTorch sees anything against it
 
         def attend(x: Tensor) -> Tensor:
             return self._sa_block(x, src_mask, src_key_padding_mask, is_causal=is_causal)
@@ -68,18 +73,60 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         x = self.norm1(src + attend(src))
         return self.norm2(self._plus_ff_block(x, x))
 
+    def _is_one_call(self, src: Tensor) -> bool:
+        """Whether the layer is set up to compute what one call of all of it does."""
+        if self.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
+            return False
+        if not is_plain_eager(range(1), (src,)) or not src.is_cpu or src.is_nested or src.dim() != 3:
+            return False
+        if type(self) is not TransformerEncoderLayer or self.activation not in _FUSED_ACTIVATIONS:
+            return False
+        return _PLAIN_BLOCKS.issuperset(map(type, self._blocks()))
+
+    def _blocks(self) -> list[torch.nn.Module]:
+        parts = self._modules  # a module looks its attributes up three times before it comes to these
+        return [parts["linear1"], parts["linear2"], parts["norm1"], parts["norm2"]]
+
+    def _is_ours(self, src: Tensor) -> bool:
+        """Whether that call is `encoder_layer`: nobody looks at the parts, which are those of an inference."""
+        attention, blocks = self._modules["self_attn"], self._blocks()
+        if type(attention) is not MultiheadAttention or attention.training:
+            return False
+        wanted, weight = _registry.wanted(attention.backend), attention.in_proj_weight
+        if wanted != "cpu" and (wanted != "auto" or not is_faster(src, blocks[0].out_features)):
+            return False
+        if weight is None or attention.bias_k is not None or attention.add_zero_attn:
+            return False
+        if src.shape[2] != attention.embed_dim or src.dtype != weight.dtype:  # torch.nn words the errors
+            return False
+        norm1, norm2 = blocks[2:]
+        if norm1.eps != norm2.eps or not norm1.normalized_shape == norm2.normalized_shape == (attention.embed_dim,):
+            return False
+        for name in ("dropout", "dropout1", "dropout2"):
+            if not _is_idle(self._modules[name]):
+                return False
+        return not any([has_hooks(m) for m in (attention, *blocks)])
+
+    def _in_one_call(self, src: Tensor, src_mask: Tensor | None, padding: Tensor | None, is_causal: bool) -> Tensor:
+        attention, mask = self._modules["self_attn"], None
+        x = (src if attention.batch_first else src.transpose(0, 1)).contiguous()
+        if src_mask is not None or padding is not None:
+            mask = attention._mask(src_mask, padding, (x.shape[0], x.shape[1], x.shape[1]), x.dtype, is_causal)
+            mask = mask[None, None] if mask is not None and mask.dim() == 2 else mask
+        out = attention.out_proj
+        y = encoder_layer(
+            x, attention.in_proj_weight, attention.in_proj_bias, out.weight, out.bias,
+            *[t for m in self._blocks() for t in (m.weight, m.bias)], num_heads=attention.num_heads, attn_mask=mask,
+            is_causal=is_causal, activation=_ACTIVATIONS[self.activation], norm_first=self.norm_first,
+            eps=self._modules["norm1"].eps, backend=attention.backend,
+        )  # fmt: skip
+        return y if attention.batch_first else y.transpose(0, 1).contiguous()
+
     def _is_torchs(self, src: Tensor) -> bool:
         """By the table "Transformer layers" in docs/decisions.md: PyTorch's one call of the whole layer saves a dozen others, and
         loses where it holds many scores, and where its products are slow."""
-        attention, blocks = self.self_attn, (self.linear1, self.linear2, self.norm1, self.norm2)
-        if self.training or torch.is_grad_enabled() or torch._C._is_any_autocast_enabled():
-            return False
-        if not is_plain_eager(range(1), (src,)) or _registry.wanted(attention.backend) != "auto":
-            return False
-        if not src.is_cpu or src.is_nested or src.dim() != 3 or not attention.batch_first:
-            return False
-        plain = type(self) is TransformerEncoderLayer and _PLAIN_BLOCKS.issuperset(map(type, blocks))
-        if not plain or self.activation not in _FUSED_ACTIVATIONS:
+        attention = self.self_attn
+        if _registry.wanted(attention.backend) != "auto" or not attention.batch_first:
             return False
         batch, length, width = src.shape
         if 2 * length > width and batch * attention.num_heads * length**2 >= _MANY_SCORES:
@@ -91,9 +138,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def _plus_ff_block(self, x: Tensor, inner: Tensor) -> Tensor:
         """x + _ff_block(inner), the sum by the last linear layer where nothing stands between them."""
-        dropout = self.dropout2
-        idle = type(dropout) is torch.nn.Dropout and not (dropout.training and dropout.p > 0) and not has_hooks(dropout)
-        if type(self) is not TransformerEncoderLayer or not idle or autocast_enabled(x.device.type):
+        if type(self) is not TransformerEncoderLayer or not _is_idle(self.dropout2) or autocast_enabled(x.device.type):
             return x + self._ff_block(inner)
         return _feed_forward(self, inner, residual=x)
 
@@ -145,6 +190,11 @@ class Transformer(torch.nn.Transformer):
             setattr(model, name, stack)
             _convert_layers(stack)
         return model
+
+
+def _is_idle(dropout: torch.nn.Module) -> bool:
+    """Whether it returns what it is given, and nobody is told."""
+    return type(dropout) is torch.nn.Dropout and not (dropout.training and dropout.p > 0) and not has_hooks(dropout)
 
 
 def _feed_forward(layer: torch.nn.Module, x: Tensor, residual: Tensor | None = None) -> Tensor:

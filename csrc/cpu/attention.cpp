@@ -78,6 +78,10 @@ void each_kind(std::vector<Problem>& problems, ScalarType dtype, Run run) {
 
 }  // namespace
 
+void run_attention(const AttentionForward& problem, ScalarType dtype) {
+  DISPATCH_FLOATING(dtype, "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
+}
+
 // The third is what is kept for the backward, if `save` and where keeps_probabilities or keeps_rest says so; else it is undefined, which
 // Python takes for None.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
@@ -100,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
       problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
     }
   }
-  DISPATCH_FLOATING(q.scalar_type(), "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
+  run_attention(problem, q.scalar_type());
   return {out, lse, kept};
 }
 

@@ -50,6 +50,30 @@ inline void read_options(AttentionArgs& a, const std::optional<Tensor>& seed, do
   }
 }
 
+// Once the sizes are known.
+inline void read_mask(AttentionArgs& a, const std::optional<Tensor>& attn_mask) {
+  if (!attn_mask) return;
+  const Tensor& mask = *attn_mask;
+  CHECK_CPU(mask);
+  CHECK_DIM(mask, 4);
+  const int64_t full[] = {a.batch, a.heads, a.q_len, a.k_len};
+  a.mask.data = mask.const_data_ptr();
+  for (int64_t i = 0; i < 4; ++i) {
+    STD_TORCH_CHECK(mask.size(i) == full[i] || mask.size(i) == 1, "attn_mask must broadcast to ",
+                    shape_string({a.batch, a.heads, a.q_len, a.k_len}), ", got shape ", shape_string(mask));
+    a.mask.stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
+  }
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool: a.mask_type = MaskType::boolean; break;
+    case ScalarType::Float: a.mask_type = MaskType::float32; break;
+    case ScalarType::Double: a.mask_type = MaskType::float64; break;
+    case ScalarType::BFloat16: a.mask_type = MaskType::bfloat16; break;
+    default:
+      STD_TORCH_CHECK(false, "attn_mask must be bool, float32, float64 or bfloat16, got scalar type ",
+                      static_cast<int>(mask.scalar_type()));
+  }
+}
+
 inline AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
                                const std::optional<Tensor>& alibi_slopes, const std::optional<Tensor>& seed, double scale, double dropout_p,
                                double softcap, int64_t window_left, int64_t window_right, bool lower_right) {
@@ -74,27 +98,7 @@ inline AttentionArgs read_args(const Tensor& q, const Tensor& k, const Tensor& v
   a.q = strided(q), a.k = strided(k), a.v = strided(v);
   a.offset = lower_right ? k_len - q_len : 0;
   a.lse_stride = q_len;
-  if (attn_mask) {
-    const Tensor& mask = *attn_mask;
-    CHECK_CPU(mask);
-    CHECK_DIM(mask, 4);
-    const int64_t full[] = {batch, heads, q_len, k_len};
-    a.mask.data = mask.const_data_ptr();
-    for (int64_t i = 0; i < 4; ++i) {
-      STD_TORCH_CHECK(mask.size(i) == full[i] || mask.size(i) == 1, "attn_mask must broadcast to ",
-                      shape_string({batch, heads, q_len, k_len}), ", got shape ", shape_string(mask));
-      a.mask.stride[i] = mask.size(i) == 1 ? 0 : mask.stride(i);
-    }
-    switch (mask.scalar_type()) {
-      case ScalarType::Bool: a.mask_type = MaskType::boolean; break;
-      case ScalarType::Float: a.mask_type = MaskType::float32; break;
-      case ScalarType::Double: a.mask_type = MaskType::float64; break;
-      case ScalarType::BFloat16: a.mask_type = MaskType::bfloat16; break;
-      default:
-        STD_TORCH_CHECK(false, "attn_mask must be bool, float32, float64 or bfloat16, got scalar type ",
-                        static_cast<int>(mask.scalar_type()));
-    }
-  }
+  read_mask(a, attn_mask);
   read_slopes(a, alibi_slopes);
   read_options(a, seed, scale, dropout_p, softcap, window_left, window_right);
   return a;

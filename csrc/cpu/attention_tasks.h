@@ -2,6 +2,7 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -19,6 +20,8 @@ struct AttentionForward {
   uint16_t* kept = nullptr;  // [B, Hkv, rows of the group, a.kept_row()], where the probabilities are kept
   int16_t* rest = nullptr;   // [B, Hq, Sq, Dv], where what rounding takes from out is kept
 };
+
+void run_attention(const AttentionForward& problem, torch::headeronly::ScalarType dtype);
 
 struct AttentionBackward {
   AttentionArgs a;

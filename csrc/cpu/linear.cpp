@@ -59,6 +59,10 @@ LinearCall make_call(const Tensor& x, const Tensor& weight, const std::optional<
 
 }  // namespace
 
+void run_linear(const LinearCall& call, torch::headeronly::ScalarType dtype) {
+  DISPATCH_FLOATING(dtype, "linear", [&] { ISA_CALL(linear_forward<scalar_t>, call); });
+}
+
 // Returns (y, known): what the derivative of the activation is known from, empty unless `save_known`.
 std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                       const std::optional<Tensor>& residual, const Text& activation, double slope, bool save_known) {
@@ -66,8 +70,7 @@ std::tuple<Tensor, Tensor> linear_fwd(const Tensor& x, const Tensor& weight, con
   CHECK_DIM(weight, 2);
   Tensor y = new_contiguous({x.size(0), weight.size(0)}, x.scalar_type());
   Tensor known = save_known ? new_contiguous({x.size(0), weight.size(0)}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
-  const LinearCall call = make_call(x, weight, bias, residual, activation, slope, y, known);
-  DISPATCH_FLOATING(x.scalar_type(), "linear", [&] { ISA_CALL(linear_forward<scalar_t>, call); });
+  run_linear(make_call(x, weight, bias, residual, activation, slope, y, known), x.scalar_type());
   return {y, known};
 }
 

@@ -1,6 +1,8 @@
 // The arguments of linear_kernel.h as plain data.
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 
 #include "activation.h"
@@ -21,5 +23,7 @@ struct LinearCall {
   void* y;
   void* known;  // what the derivative of the activation is known from; null in a forward that does not keep it
 };
+
+void run_linear(const LinearCall& call, torch::headeronly::ScalarType dtype);
 
 }  // namespace bmk

@@ -39,6 +39,10 @@ int64_t row_stride(const std::optional<Tensor>& t) { return t ? t->stride(0) : 0
 
 }  // namespace
 
+void run_norm(const NormCall& call, torch::headeronly::ScalarType dtype) {
+  DISPATCH_FLOATING(dtype, "norm", [&] { ISA_CALL(norm_forward<scalar_t>, call); });
+}
+
 // Returns (y, h, mean, rstd); h is empty without a residual.
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
@@ -67,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::
                       residual ? h.mutable_data_ptr() : nullptr,
                       mean.mutable_data_ptr(),
                       rstd.mutable_data_ptr()};
-  DISPATCH_FLOATING(x.scalar_type(), "norm", [&] { ISA_CALL(norm_forward<scalar_t>, call); });
+  run_norm(call, x.scalar_type());
   return {y, h, mean, rstd};
 }
 

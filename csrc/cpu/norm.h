@@ -1,6 +1,8 @@
 // The arguments of norm_kernel.h as plain data. Rows of x, residual, dy and dh may lie apart; their columns are adjacent.
 #pragma once
 
+#include <torch/headeronly/core/ScalarType.h>
+
 #include <cstdint>
 
 namespace bmk {
@@ -20,6 +22,8 @@ struct NormCall {
   void* mean;
   void* rstd;
 };
+
+void run_norm(const NormCall& call, torch::headeronly::ScalarType dtype);
 
 struct NormGradientCall {
   int64_t rows, columns;

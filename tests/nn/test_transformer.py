@@ -86,8 +86,8 @@ def test_transformer(batch_first, training):
 
 
 def attention_calls(model, *args, **call):
-    with torch.no_grad():
-        return [c.backend for c in bmk.explain(model, *args, **call).calls if c.op == "attention"]
+    """Of layers by their blocks, which they go by where gradients are recorded."""
+    return [c.backend for c in bmk.explain(model, *args, **call).calls if c.op == "attention"]
 
 
 def test_torchs_containers_take_our_layers_and_never_the_fast_path():
@@ -177,9 +177,16 @@ def calls_of(layer, x):
     return [(call.op, call.backend) for call in bmk.explain(layer, x).calls]
 
 
+@pytest.fixture
+def torchs_choice(monkeypatch):
+    """As on a processor where PyTorch's products are fast."""
+    monkeypatch.setattr("bigmodel_kernels.nn.transformer.is_faster", lambda *args: False)
+    monkeypatch.setattr("bigmodel_kernels.nn.transformer.linear_prefer", lambda *args: ("torch", "cpu"))
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu", F.silu], ids=["relu", "gelu", "callable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_short_sequences_go_to_torchs_one_call_of_the_layer(dtype, activation):
+def test_short_sequences_go_to_torchs_one_call_of_the_layer(dtype, activation, torchs_choice):
     theirs, ours = pair("TransformerEncoderLayer", D, HEADS, WIDTH, 0.1, activation, batch_first=True, dtype=dtype)
     theirs.eval(), ours.eval()
     x = make(N, L, D, dtype=dtype)
@@ -199,7 +206,94 @@ def test_short_sequences_go_to_torchs_one_call_of_the_layer(dtype, activation):
         assert whole != calls_of(ours.train(), x)
 
 
-def test_torchs_one_call_does_not_pass_over_what_a_layer_was_given():
+@pytest.fixture
+def our_choice(monkeypatch):
+    monkeypatch.setattr("bigmodel_kernels._cpu.mkl_on_amd", lambda: True)
+
+
+ONE_CALL = [("encoder_layer", "cpu")]
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_inference_is_one_call_of_the_layer(activation, batch_first, norm_first, our_choice):
+    options = {"batch_first": batch_first, "norm_first": norm_first}
+    _, ours = pair("TransformerEncoderLayer", D, HEADS, WIDTH, 0.1, activation, **options)
+    ours.eval()
+    for p in ours.parameters():
+        torch.nn.init.normal_(p)
+    x = make(N, L, D) if batch_first else make(L, N, D)
+    causal = torch.nn.Transformer.generate_square_subsequent_mask(L)
+    per_head = make(N * HEADS, L, L) > -1
+    for call in (
+        {},
+        {"src_mask": causal},
+        {"src_mask": causal, "is_causal": True},
+        {"src_mask": per_head},
+        {"src_key_padding_mask": padding()},
+        {"src_mask": causal < 0, "src_key_padding_mask": padding()},
+    ):
+        expected = ours(x, **call).detach()  # with gradients recorded the layer goes by its blocks
+        with torch.no_grad():
+            assert [(c.op, c.backend) for c in bmk.explain(ours, x, **call).calls] == ONE_CALL
+            result = ours(x, **call)
+        assert result.is_contiguous()
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_call_of_the_whole_layer_where_its_parts_matter(our_choice):
+    x = make(N, L, D)
+
+    def layer():
+        torch.manual_seed(0)
+        return bmk.nn.TransformerEncoderLayer(D, HEADS, WIDTH, 0.5, batch_first=True).eval()
+
+    def listen(part):
+        part.register_forward_hook(lambda *args: None)
+
+    changes = {
+        "no change": lambda m: None,
+        "training": lambda m: m.train(),
+        "dropout alone": lambda m: m.dropout1.train(),
+        "attention alone": lambda m: m.self_attn.train(),
+        "hook on attention": lambda m: listen(m.self_attn),
+        "hook on linear": lambda m: listen(m.linear2),
+        "hook on dropout": lambda m: listen(m.dropout),
+        "parametrization": lambda m: torch.nn.utils.parametrizations.weight_norm(m.linear1),
+        "two eps": lambda m: setattr(m.norm2, "eps", 1e-3),
+        "another norm": lambda m: setattr(m, "norm1", torch.nn.Identity()),
+        "another activation": lambda m: setattr(m, "activation", torch.tanh),
+        "another backend": lambda m: setattr(m.self_attn, "backend", "torch"),
+    }
+    for name, change in changes.items():
+        changed = layer()
+        change(changed)
+        with torch.no_grad():
+            assert (calls_of(changed, x) == ONE_CALL) == (name == "no change"), name
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert calls_of(layer(), x) != ONE_CALL
+    with torch.no_grad(), bmk.use_backend("torch"):
+        assert calls_of(layer(), x) != ONE_CALL
+    for wrong in (make(N, L, D + 1), make(N, L, D, dtype=torch.float64)):
+        with pytest.raises((RuntimeError, AssertionError)), torch.no_grad():
+            layer()(wrong)
+    with pytest.raises(RuntimeError, match="is_causal hint"), torch.no_grad():
+        layer()(x, is_causal=True)
+
+
+def test_the_one_call_reads_parameters_as_they_are(our_choice):
+    layer = bmk.nn.TransformerEncoderLayer(D, HEADS, WIDTH, 0.0, batch_first=True).eval()
+    x = make(N, L, D)
+    for change in (lambda p: p.data.mul_(1.5), lambda p: setattr(p, "data", torch.randn_like(p))):
+        for p in layer.parameters():
+            change(p)
+        expected = layer(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_torchs_one_call_does_not_pass_over_what_a_layer_was_given(torchs_choice):
     x = make(N, L, D)
 
     class Doubled(bmk.nn.TransformerEncoderLayer):

@@ -130,7 +130,7 @@ def prepare(
         q,
         k,
         v,
-        None if attn_mask is None else _mask(attn_mask, q, k),
+        None if attn_mask is None else check_mask(attn_mask, q, (*q.shape[:3], k.shape[2])),
         None if alibi_slopes is None else slopes_2d(alibi_slopes, q.shape[0], q.shape[1], q.device),
         None,
         number("scale", scale),
@@ -240,15 +240,14 @@ def _lead(t: Tensor, count: int) -> Tensor:
     return t
 
 
-def _mask(mask: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """attn_mask as [B or 1, Hq or 1, Sq or 1, Sk or 1]."""
+def check_mask(mask: Tensor, q: Tensor, full: tuple[int, int, int, int]) -> Tensor:
+    """attn_mask as [B or 1, Hq or 1, Sq or 1, Sk or 1], of `full` sizes, for queries on the device and of the dtype of q."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"attn_mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and not mask.is_floating_point():
         raise RuntimeError(f"attn_mask must be bool or floating, got {mask.dtype}")
     if mask.device != q.device:
         raise RuntimeError(f"attn_mask must be on {q.device} as q is, got {mask.device}")
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if mask.dim() > 4:
         mask = mask.flatten(0, mask.dim() - 4)
     mask = _lead(mask, 4 - mask.dim())
