@@ -85,6 +85,12 @@ def _encoder_layer(x, *weights, backend):
     return bmk.encoder_layer(x, *weights, num_heads=4, activation="gelu", backend=backend)
 
 
+@torch.no_grad()
+def _decoder_step(x, k_cache, v_cache, *weights, backend):
+    lengths, caches = torch.tensor([11, 3], device=x.device), (k_cache.clone(), v_cache.clone())
+    return bmk.decoder_step(x, *caches, lengths, *weights, num_heads=4, backend=backend), *caches
+
+
 def _cross_entropy(logits, backend):
     target = torch.arange(logits.shape[0], device=logits.device)
     return bmk.cross_entropy(logits, target, label_smoothing=0.1, backend=backend)
@@ -126,8 +132,9 @@ def _cases() -> Iterator[Case]:
     yield Case("norm", "rms", lambda x, w, backend: bmk.rms_norm(x, w, backend=backend), (rows, row))
     yield Case("linear", "gelu", _linear, ((50, 70), (90, 70), (90,), (50, 90)), 1)
     feed_forward = ((90, 32), (90,), (32, 90), (32,))
-    encoder = ((5, 21, 32), (96, 32), (96,), (32, 32), (32,), *feed_forward, (32,), (32,), (32,), (32,))
-    yield Case("encoder_layer", "gelu", _encoder_layer, encoder, 1)
+    parameters = ((96, 32), (96,), (32, 32), (32,), *feed_forward, (32,), (32,), (32,), (32,))
+    yield Case("encoder_layer", "gelu", _encoder_layer, ((5, 21, 32), *parameters), 1)
+    yield Case("decoder_step", "gelu", _decoder_step, ((2, 32), *((2, 4, 12, 8),) * 2, *parameters), 3)
     yield Case("bias_act", "gelu", _bias_act, (rows, row, rows))
     yield Case("cross_entropy", "smooth", _cross_entropy, (rows,))
     norms = ((64,), (16,), (16,))

@@ -58,6 +58,12 @@ CALLS = {
     "bias_act": (bmk.bias_act, {
         "x": make(4, 6), "bias": make(6), "activation": "relu", "dropout_p": 0.1, "residual": make(4, 6),
     }),
+    "decoder_step": (torch.no_grad()(bmk.decoder_step), {
+        "x": make(2, 8), "k_cache": make(2, 2, 5, 4), "v_cache": make(2, 2, 5, 4), "lengths": torch.tensor([0, 3]),
+        "in_proj_weight": make(24, 8), "in_proj_bias": make(24), "out_proj_weight": make(8, 8), "out_proj_bias": make(8),
+        "linear1_weight": make(6, 8), "linear1_bias": make(6), "linear2_weight": make(8, 6), "linear2_bias": make(8),
+        "num_heads": 2, "activation": "relu", "eps": 1e-5,
+    }),
     "encoder_layer": (bmk.encoder_layer, {
         "x": make(2, 3, 8), "in_proj_weight": make(24, 8), "in_proj_bias": make(24), "out_proj_weight": make(8, 8),
         "out_proj_bias": make(8), "linear1_weight": make(6, 8), "linear1_bias": make(6), "linear2_weight": make(8, 6),
@@ -74,6 +80,7 @@ FLAGS = {
     "attention_varlen": ("is_causal", "enable_gqa", "return_lse", "deterministic"),
     "attention_decode": ("is_causal", "return_lse"),
     "conv": ("transposed",),
+    "decoder_step": ("norm_first",),
     "encoder_layer": ("is_causal", "norm_first"),
     "lstm": ("bidirectional", "batch_first", "training"),
 }

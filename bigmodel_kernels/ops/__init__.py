@@ -8,6 +8,7 @@ from bigmodel_kernels.ops.conv import conv as conv
 from bigmodel_kernels.ops.conv_step import ConvState as ConvState
 from bigmodel_kernels.ops.conv_step import conv_step as conv_step
 from bigmodel_kernels.ops.cross_entropy import cross_entropy as cross_entropy
+from bigmodel_kernels.ops.decoder_step import decoder_step as decoder_step
 from bigmodel_kernels.ops.encoder_layer import encoder_layer as encoder_layer
 from bigmodel_kernels.ops.gated_conv import gated_conv as gated_conv
 from bigmodel_kernels.ops.linear import linear as linear

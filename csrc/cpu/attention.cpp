@@ -82,6 +82,10 @@ void run_attention(const AttentionForward& problem, ScalarType dtype) {
   DISPATCH_FLOATING(dtype, "attention", [&] { ISA_CALL(attention_forward<scalar_t>, &problem, 1); });
 }
 
+void run_decode(const AttentionArgs& a, const AttentionCache& cache, void* out, void* lse, ScalarType dtype) {
+  DISPATCH_FLOATING(dtype, "attention_decode", [&] { ISA_CALL(attention_few<scalar_t>, a, &cache, out, lse, nullptr); });
+}
+
 // The third is what is kept for the backward, if `save` and where keeps_probabilities or keeps_rest says so; else it is undefined, which
 // Python takes for None.
 std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& attn_mask,
@@ -308,8 +312,7 @@ std::tuple<Tensor, Tensor> attention_decode_fwd(const Tensor& q, const Tensor& k
   }
   Tensor out = new_heads_inside(a.batch, a.heads, a.q_len, a.value_dim, q.scalar_type());
   Tensor lse = new_contiguous({a.batch, a.heads, a.q_len}, lse_dtype(q));
-  DISPATCH_FLOATING(q.scalar_type(), "attention_decode",
-                    [&] { ISA_CALL(attention_few<scalar_t>, a, &cache, out.mutable_data_ptr(), lse.mutable_data_ptr(), nullptr); });
+  run_decode(a, cache, out.mutable_data_ptr(), lse.mutable_data_ptr(), q.scalar_type());
   return {out, lse};
 }
 

@@ -23,6 +23,9 @@ struct AttentionForward {
 
 void run_attention(const AttentionForward& problem, torch::headeronly::ScalarType dtype);
 
+// Of up to kFewRows queries a group; out and lse as of AttentionForward.
+void run_decode(const AttentionArgs& a, const AttentionCache& cache, void* out, void* lse, torch::headeronly::ScalarType dtype);
+
 struct AttentionBackward {
   AttentionArgs a;
   AttentionGradArgs g;

@@ -207,10 +207,14 @@ class GPTBlock(nn.Module):
         values: Tensor,  # [B, H, capacity, D], likewise
         lengths: Tensor,  # [B] int64
     ) -> Tensor:  # [B, 1, E]
-        q, k, v = self.attn.project(_norm(self.ln_1, x))
-        rows = torch.arange(x.shape[0], device=x.device)
-        keys[rows, :, lengths], values[rows, :, lengths] = k[:, :, 0], v[:, :, 0]
-        return self._rest(x, bmk.attention_decode(q, keys, values, lengths + 1))
+        """One token more; without gradients, and without dropout."""
+        attn, mlp, norms = self.attn, self.mlp, (self.ln_1, self.ln_2)
+        linears = attn.c_attn, attn.c_proj, mlp["c_fc"], mlp["c_proj"]
+        y = bmk.decoder_step(
+            x[:, 0], keys, values, lengths, *(t for m in linears for t in (m.weight.t(), m.bias)),
+            *(t for m in norms for t in (m.weight, m.bias)), num_heads=attn.num_heads, eps=self.ln_1.eps,
+        )  # fmt: skip
+        return y[:, None]
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         """What follows the attention, [B, H, S, D]."""

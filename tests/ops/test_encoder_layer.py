@@ -7,13 +7,11 @@ import torch
 
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.encoder_layer import op, reference, torch_op
+from bigmodel_kernels.ops.encoder_layer.op import PARAMETERS
 from bigmodel_kernels.testing import check_whole_model, make
 from tests.rerun import rerun
+from tests.triton_interpreter import interpreted
 
-NAMES = (
-    "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias", "linear1_weight", "linear1_bias", "linear2_weight",
-    "linear2_bias", "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias",
-)  # fmt: skip
 # batch, tokens, width, heads, hidden
 SIZES = {
     "middling": (3, 17, 32, 4, 64), "one token": (2, 1, 24, 3, 40), "odd": (1, 37, 21, 3, 35), "one head": (2, 9, 16, 1, 16),
@@ -73,7 +71,7 @@ def test_is_the_formula(name, norm_first, dtype):
         ("relu", None, False),
         ("gelu", "padding", False),
         ("silu", "scores", True),
-        ("relu", "square", False),
+        ("gelu_tanh", "square", False),
     ):
         check(name, dtype, mask=mask, norm_first=norm_first, activation=activation, is_causal=is_causal)
 
@@ -83,6 +81,15 @@ def test_every_instruction_set(isa):
     rerun(__file__, "test_is_the_formula", isa)
 
 
+def check_triton():
+    check("middling", torch.float32, "triton", mask="padding", activation="silu")
+    check("middling", torch.float32, "triton", is_causal=True, activation="gelu_tanh", norm_first=True)
+
+
+def test_triton_runs_the_kernels_of_its_parts():
+    interpreted(check_triton)
+
+
 @pytest.mark.parametrize("norm_first", [False, True])
 def test_reference_is_torchs_layer(norm_first):
     tensors = problem("middling")
@@ -90,7 +97,7 @@ def test_reference_is_torchs_layer(norm_first):
     theirs = torch.nn.TransformerEncoderLayer(
         width, heads, hidden, 0.0, "gelu", batch_first=True, norm_first=norm_first, dtype=torch.float64
     ).eval()
-    order = [n.replace("in_proj", "self_attn.in_proj").replace("out_proj_", "self_attn.out_proj.") for n in NAMES]
+    order = [n.replace("in_proj", "self_attn.in_proj").replace("out_proj_", "self_attn.out_proj.") for n in PARAMETERS]
     order = [
         n if n in theirs.state_dict() else n.replace("_weight", ".weight").replace("_bias", ".bias") for n in order
     ]
@@ -100,15 +107,15 @@ def test_reference_is_torchs_layer(norm_first):
         torch.testing.assert_close(ours, theirs(tensors[0]), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("left_out", [NAMES[1::2], NAMES[8:], NAMES[9::2]])
+@pytest.mark.parametrize("left_out", [PARAMETERS[1::2], PARAMETERS[8:], PARAMETERS[9::2]])
 def test_without_biases_and_norm_weights(left_out):
     tensors = problem("middling", torch.float32)
-    some = [tensors[0], *(None if n in left_out else t for n, t in zip(NAMES, tensors[1:]))]
+    some = [tensors[0], *(None if n in left_out else t for n, t in zip(PARAMETERS, tensors[1:]))]
     neutral = {
         n: torch.ones_like(t) if "norm" in n and "weight" in n else torch.zeros_like(t)
-        for n, t in zip(NAMES, tensors[1:])
+        for n, t in zip(PARAMETERS, tensors[1:])
     }
-    full = [tensors[0], *(neutral[n] if n in left_out else t for n, t in zip(NAMES, tensors[1:]))]
+    full = [tensors[0], *(neutral[n] if n in left_out else t for n, t in zip(PARAMETERS, tensors[1:]))]
     torch.testing.assert_close(layer(some, "middling", "cpu"), layer(full, "middling", "cpu"), rtol=1e-6, atol=1e-6)
 
 
@@ -210,7 +217,7 @@ def test_explain_tells_of_one_call():
 
 def test_refusals():
     tensors = problem("middling", torch.float32)
-    for argument, i in zip(NAMES, itertools.count(1)):
+    for argument, i in zip(PARAMETERS, itertools.count(1)):
         for wrong, error, words in (
             (tensors[i][:-1], RuntimeError, f"{argument} must have shape"),
             (tensors[i].double(), RuntimeError, f"{argument} must be torch.float32"),
@@ -222,11 +229,15 @@ def test_refusals():
                 layer([*tensors[:i], wrong, *tensors[i + 1 :]], "middling", "auto")
     for options, error, words in (
         ({"num_heads": 5}, ValueError, "num_heads must divide the last dimension of x, 32, got 5"),
-        ({"num_heads": 4, "activation": "tanh"}, ValueError, "activation must be one of relu, gelu, silu; got 'tanh'"),
+        (
+            {"num_heads": 4, "activation": "tanh"},
+            ValueError,
+            "activation must be one of relu, gelu, gelu_tanh, silu; got 'tanh'",
+        ),
         ({"num_heads": 4, "eps": -1.0}, ValueError, "eps must not be negative"),
         ({"num_heads": 4, "is_causal": 1}, TypeError, "is_causal must be a bool"),
         ({"num_heads": 4, "attn_mask": torch.ones(5, 17)}, RuntimeError, "attn_mask must broadcast"),
-        ({"num_heads": 4, "backend": "triton"}, RuntimeError, "no triton kernel of encoder_layer"),
+        ({"num_heads": 4, "backend": "cuda"}, RuntimeError, "no cuda kernel of encoder_layer"),
     ):
         with pytest.raises(error, match=words), torch.no_grad():
             bmk.encoder_layer(*tensors, **options)

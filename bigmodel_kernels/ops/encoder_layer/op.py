@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from bigmodel_kernels import _cpu, _registry
 from bigmodel_kernels._arguments import flag, integer, number
-from bigmodel_kernels._library import ForwardOp, autocast_enabled, in_forward_mode, is_plain_eager, needs_grad
+from bigmodel_kernels._library import ForwardOp, are_plain_eager, autocast_enabled, in_forward_mode, needs_grad
 from bigmodel_kernels.ops.attention.op import check_mask
-from bigmodel_kernels.ops.encoder_layer import cpu, torch_op
+from bigmodel_kernels.ops.encoder_layer import cpu, reference, torch_op
 
-ACTIVATIONS = ("relu", "gelu", "silu")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+PARAMETERS = (
+    "in_proj_weight", "in_proj_bias", "out_proj_weight", "out_proj_bias", "linear1_weight", "linear1_bias", "linear2_weight",
+    "linear2_bias", "norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias",
+)  # fmt: skip
 
 
 def encoder_layer(
@@ -49,9 +54,10 @@ def encoder_layer(
         num_heads: H, which divides E.
         attn_mask: bool, where True attends, or floating, added to the scores. A query that may attend to nothing attends with 0.
         is_causal: a query attends to no later key.
-        activation: "relu", "gelu" (exact) or "silu".
+        activation: "relu", "gelu" (exact), "gelu_tanh" (its formula with tanh, as GPT-2 has it) or "silu".
         eps: added to the variances.
-        backend: "auto", "cpu" or "torch". Where a gradient is recorded, PyTorch's ops run it.
+        backend: "auto", "cpu", "triton" (its kernels one after the other) or "torch". Where a gradient is recorded, PyTorch's ops
+            run it.
 
     Returns:
         [N, S, E], contiguous.
@@ -65,8 +71,8 @@ def encoder_layer(
         x, in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight,
         linear2_bias, norm1_weight, norm1_bias, norm2_weight, norm2_bias, attn_mask,
     )  # fmt: skip
-    plain = type(num_heads) is int and type(activation) is str and type(eps) is float and activation in ACTIVATIONS
-    if plain and eps >= 0 and type(is_causal) is type(norm_first) is bool and _goes_to_the_kernel(tensors, backend):
+    plain = are_plain(num_heads, activation, norm_first, eps) and type(is_causal) is bool
+    if plain and _goes_to_the_kernel(tensors, backend):
         # The kernel checks all else: to check it here too takes as long as a short sequence.
         with contextlib.suppress(RuntimeError, TypeError):
             return cpu.native()(*tensors, is_causal, num_heads, activation, norm_first, eps)
@@ -83,11 +89,17 @@ def encoder_layer(
     return OP(*args, backend=backend)
 
 
+def are_plain(num_heads: int, activation: str, norm_first: bool, eps: float) -> bool:
+    """Whether these options need no word before the kernel's own checks."""
+    kinds = type(num_heads) is int and type(activation) is str and type(norm_first) is bool and type(eps) is float
+    return kinds and activation in reference.ACTIVATIONS and eps >= 0
+
+
 def _goes_to_the_kernel(tensors: tuple, backend: str) -> bool:
     """Whether this is an eager call without gradients that gets the backend "cpu"."""
     if torch.is_grad_enabled() or torch._C._is_any_autocast_enabled() or in_forward_mode():
         return False
-    if not is_plain_eager(range(len(tensors)), tensors) or _registry.wanted(backend) not in ("auto", "cpu"):
+    if not are_plain_eager(tensors) or _registry.wanted(backend) not in ("auto", "cpu"):
         return False
     x, linear1_weight = tensors[0], tensors[5]
     if x is None or not x.is_cpu or x.dtype not in _cpu.DTYPES or x.dim() != 3 or not x.is_contiguous():
@@ -120,25 +132,45 @@ def prepare(
     eps: float = 1e-5,
 ) -> tuple:
     """Validates a call of `encoder_layer`; returns the arguments of the op."""
-    for name, t in (("x", x), ("linear1_weight", linear1_weight)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(t).__name__}")
-    if not x.is_floating_point():
-        raise RuntimeError(f"x must have a floating dtype, got {x.dtype}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if x.dim() != 3 or x.shape[2] == 0:
         raise RuntimeError(f"x must have shape [N, S, E] with E > 0, got {list(x.shape)}")
+    (batch, length, width), num_heads = x.shape, integer("num_heads", num_heads)
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f"num_heads must divide the last dimension of x, {width}, got {num_heads}")
+    weights = (
+        in_proj_weight, in_proj_bias, out_proj_weight, out_proj_bias, linear1_weight, linear1_bias, linear2_weight, linear2_bias,
+        norm1_weight, norm1_bias, norm2_weight, norm2_bias,
+    )  # fmt: skip
+    activation, norm_first, eps = check_layer(x, weights, 3 * width, width, activation, norm_first, eps)
+    if attn_mask is not None:
+        attn_mask = check_mask(attn_mask, x, (batch, num_heads, length, length))
+    return x, *weights, attn_mask, flag("is_causal", is_causal), num_heads, activation, norm_first, eps
+
+
+def check_layer(
+    x: Tensor,  # [.., E]
+    weights: Sequence[Tensor | None],
+    packed: int,
+    inner: int,
+    activation: str,
+    norm_first: bool,
+    eps: float,
+) -> tuple[str, bool, float]:
+    """Checks the parameters of a layer, from in_proj_weight to norm2_bias, whose in_proj gives `packed` values and whose heads
+    give `inner`; returns the options."""
+    if not x.is_floating_point():
+        raise RuntimeError(f"x must have a floating dtype, got {x.dtype}")
+    linear1_weight, width = weights[4], x.shape[-1]
+    if not isinstance(linear1_weight, Tensor):
+        raise TypeError(f"linear1_weight must be a tensor, got {type(linear1_weight).__name__}")
     if linear1_weight.dim() != 2:
         raise RuntimeError(f"linear1_weight must have 2 dimensions, got shape {list(linear1_weight.shape)}")
-    (batch, length, width), hidden = x.shape, linear1_weight.shape[0]
-    weights = {
-        "in_proj_weight": (in_proj_weight, (3 * width, width)), "in_proj_bias": (in_proj_bias, (3 * width,)),
-        "out_proj_weight": (out_proj_weight, (width, width)), "out_proj_bias": (out_proj_bias, (width,)),
-        "linear1_weight": (linear1_weight, (hidden, width)), "linear1_bias": (linear1_bias, (hidden,)),
-        "linear2_weight": (linear2_weight, (width, hidden)), "linear2_bias": (linear2_bias, (width,)),
-        "norm1_weight": (norm1_weight, (width,)), "norm1_bias": (norm1_bias, (width,)),
-        "norm2_weight": (norm2_weight, (width,)), "norm2_bias": (norm2_bias, (width,)),
-    }  # fmt: skip
-    for name, (t, shape) in weights.items():
+    hidden = linear1_weight.shape[0]
+    sizes = (packed, width), (width, inner), (hidden, width), (width, hidden)
+    shapes = [shape for matrix in sizes for shape in (matrix, matrix[:1])] + [(width,)] * 4
+    for name, t, shape in zip(PARAMETERS, weights, shapes):
         if t is None and len(shape) == 1:
             continue
         if not isinstance(t, Tensor):
@@ -147,19 +179,12 @@ def prepare(
             raise RuntimeError(f"{name} must have shape {list(shape)}, got {list(t.shape)}")
         if t.dtype != x.dtype or t.device != x.device:
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device} as x is, got {t.dtype} on {t.device}")
-    num_heads = integer("num_heads", num_heads)
-    if num_heads < 1 or width % num_heads:
-        raise ValueError(f"num_heads must divide the last dimension of x, {width}, got {num_heads}")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}")
     eps = number("eps", eps)
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    if attn_mask is not None:
-        attn_mask = check_mask(attn_mask, x, (batch, num_heads, length, length))
-    flags = flag("is_causal", is_causal), flag("norm_first", norm_first)
-    tensors = [t for t, _ in weights.values()]
-    return x, *tensors, attn_mask, flags[0], num_heads, activation, flags[1], eps
+    return activation, flag("norm_first", norm_first), eps
 
 
 def is_faster(x: Tensor, hidden: int) -> bool:

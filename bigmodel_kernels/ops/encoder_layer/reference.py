@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 
 from bigmodel_kernels.ops.attention import reference as attention
-from bigmodel_kernels.ops.conv.reference import activate
 from bigmodel_kernels.ops.norm import reference as norm
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
 
 
 def heads_of(packed, num_heads: int) -> tuple[torch.Tensor, ...]:
@@ -41,9 +50,8 @@ def fwd(
         return product(out.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
 
     def fed(t):
-        return product(
-            activate(product(t, linear1_weight, linear1_bias), activation, 0.0), linear2_weight, linear2_bias
-        )
+        inner = ACTIVATIONS[activation](product(t, linear1_weight, linear1_bias))
+        return product(inner, linear2_weight, linear2_bias)
 
     norms = normal(norm1_weight, norm1_bias), normal(norm2_weight, norm2_bias)
     return layer(x, *norms, attended, fed, norm_first)
