@@ -11,6 +11,7 @@
 
 #include "../check.h"
 #include "../text.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
@@ -56,10 +57,10 @@ std::tuple<Tensor, Tensor> cross_entropy_fwd(const Tensor& logits, const Tensor&
                                              const Text& reduction) {
   CHECK_DIM(logits, 2);
   const int64_t rows = logits.size(0);
-  Tensor parts = torch::stable::new_empty(logits, {2, rows}, parts_dtype(logits));
+  Tensor parts = new_contiguous({2, rows}, parts_dtype(logits));
   const CrossEntropyCall call = make_call(logits, target, ignore_index, smoothing, parts);
   const bool by_row = reduction == "none";
-  Tensor loss = torch::stable::new_empty(logits, {by_row ? rows : 1});
+  Tensor loss = new_contiguous({by_row ? rows : 1}, logits.scalar_type());
   DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] {
     ISA_CALL(cross_entropy_forward<scalar_t>, call, by_row, share_of(call, reduction), loss.mutable_data_ptr());
   });
@@ -73,7 +74,7 @@ Tensor cross_entropy_bwd(const Tensor& d_loss, const Tensor& parts, const Tensor
   CHECK_SHAPE(d_loss, by_row ? call.rows : 1);
   CHECK_SAME_DTYPE(d_loss, logits);
   CHECK_CONTIGUOUS(d_loss);
-  Tensor d_logits = torch::stable::new_empty(logits, {call.rows, call.columns});
+  Tensor d_logits = new_contiguous({call.rows, call.columns}, logits.scalar_type());
   const CrossEntropyGradientCall gradient{call, d_loss.const_data_ptr(), by_row, share_of(call, reduction), d_logits.mutable_data_ptr()};
   DISPATCH_FLOATING(logits.scalar_type(), "cross_entropy", [&] { ISA_CALL(cross_entropy_backward<scalar_t>, gradient); });
   return d_logits;

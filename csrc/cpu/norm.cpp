@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
@@ -21,21 +22,46 @@ torch::headeronly::ScalarType statistics_dtype(const Tensor& x) {
   return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+int64_t columns_of(const Tensor& t) { return t.size(t.dim() - 1); }
+
+int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+// From one row to the next: of a matrix any; more dimensions are contiguous.
+int64_t row_stride(const Tensor& t) { return t.dim() == 2 ? t.stride(0) : columns_of(t); }
+int64_t row_stride(const std::optional<Tensor>& t) { return t ? row_stride(*t) : 0; }
+
+bool same_shape(const Tensor& a, const Tensor& b) {
+  if (a.dim() != b.dim()) return false;
+  for (int64_t i = 0; i < a.dim(); ++i)
+    if (a.size(i) != b.size(i)) return false;
+  return true;
+}
+
 void check_rows(const Tensor& t, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == like.size(0) && t.size(1) == like.size(1), name, " must have shape ", shape_string(like),
-                  ", got ", shape_string(t));
+  STD_TORCH_CHECK(t.is_cpu() && t.dim() > 0 && t.dim() <= kMostDims && same_shape(t, like), name, " must be on the CPU, with 1 to ",
+                  kMostDims, " dimensions, and have shape ", shape_string(like), ", got ", shape_string(t));
   STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), name, " must have the dtype of x");
-  STD_TORCH_CHECK(t.size(1) < 2 || t.stride(1) == 1, name, " must have adjacent columns");
+  STD_TORCH_CHECK(t.dim() == 2 ? t.size(1) < 2 || t.stride(1) == 1 : t.is_contiguous(), name,
+                  " must have adjacent columns, and be contiguous unless it is a matrix");
+}
+
+Tensor new_like(const Tensor& t) {
+  int64_t sizes[kMostDims];
+  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
+  return new_contiguous({sizes, static_cast<size_t>(t.dim())}, t.scalar_type());
 }
 
 void check_column_vector(const std::optional<Tensor>& t, const Tensor& x, const char* name) {
   if (!t) return;
-  STD_TORCH_CHECK(has_shape(*t, {x.size(1)}) && t->scalar_type() == x.scalar_type() && t->is_contiguous(), name,
-                  " must be contiguous, of the dtype of x and of shape [", x.size(1), "], got ", shape_string(*t));
+  STD_TORCH_CHECK(t->is_cpu() && has_shape(*t, {columns_of(x)}) && t->scalar_type() == x.scalar_type() && t->is_contiguous(), name,
+                  " must be on the CPU, contiguous, of the dtype of x and of shape [", columns_of(x), "], got ", shape_string(*t));
 }
 
 const void* data(const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; }
-int64_t row_stride(const std::optional<Tensor>& t) { return t ? t->stride(0) : 0; }
 
 }  // namespace
 
@@ -47,22 +73,19 @@ void run_norm(const NormCall& call, torch::headeronly::ScalarType dtype) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::optional<Tensor>& residual,
                                                     const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double eps,
                                                     bool center) {
-  CHECK_CPU(x);
-  CHECK_DIM(x, 2);
   check_rows(x, x, "x");
   if (residual) check_rows(*residual, x, "residual");
   check_column_vector(weight, x, "weight");
   check_column_vector(bias, x, "bias");
-  const int64_t rows = x.size(0), columns = x.size(1);
-  Tensor y = torch::stable::new_empty(x, {rows, columns});
-  Tensor h = residual ? torch::stable::new_empty(x, {rows, columns}) : torch::stable::new_empty(x, {0});
-  Tensor mean = torch::stable::new_empty(x, {rows}, statistics_dtype(x)), rstd = torch::stable::new_empty(x, {rows}, statistics_dtype(x));
+  const int64_t rows = rows_of(x), columns = columns_of(x);
+  Tensor y = new_like(x), h = residual ? new_like(x) : new_contiguous({0}, x.scalar_type());
+  Tensor mean = new_contiguous({rows}, statistics_dtype(x)), rstd = new_contiguous({rows}, statistics_dtype(x));
   const NormCall call{rows,
                       columns,
                       eps,
                       center,
                       x.const_data_ptr(),
-                      x.stride(0),
+                      row_stride(x),
                       data(residual),
                       row_stride(residual),
                       data(weight),
@@ -79,30 +102,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_fwd(const Tensor& x, const std::
 std::tuple<Tensor, Tensor, Tensor> norm_bwd(const Tensor& dy, const std::optional<Tensor>& dh, const Tensor& h, const Tensor& mean,
                                             const Tensor& rstd, const std::optional<Tensor>& weight, bool center, bool need_weight,
                                             bool need_bias) {
-  CHECK_CPU(h);
-  CHECK_DIM(h, 2);
   check_rows(h, h, "h");
   check_rows(dy, h, "dy");
   if (dh) check_rows(*dh, h, "dh");
   check_column_vector(weight, h, "weight");
-  const int64_t rows = h.size(0), columns = h.size(1);
+  const int64_t rows = rows_of(h), columns = columns_of(h);
   for (const Tensor* t : {&mean, &rstd}) {
     CHECK_SHAPE(*t, rows);
     CHECK_DTYPE_IS(*t, statistics_dtype(h));
     CHECK_CONTIGUOUS(*t);
   }
-  Tensor d_h = torch::stable::new_empty(h, {rows, columns});
-  Tensor d_weight = torch::stable::new_empty(h, {need_weight ? columns : 0});
-  Tensor d_bias = torch::stable::new_empty(h, {need_bias ? columns : 0});
+  Tensor d_h = new_like(h);
+  Tensor d_weight = new_contiguous({need_weight ? columns : 0}, h.scalar_type());
+  Tensor d_bias = new_contiguous({need_bias ? columns : 0}, h.scalar_type());
   const NormGradientCall call{rows,
                               columns,
                               center,
                               dy.const_data_ptr(),
-                              dy.stride(0),
+                              row_stride(dy),
                               data(dh),
                               row_stride(dh),
                               h.const_data_ptr(),
-                              h.stride(0),
+                              row_stride(h),
                               mean.const_data_ptr(),
                               rstd.const_data_ptr(),
                               data(weight),

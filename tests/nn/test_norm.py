@@ -44,6 +44,18 @@ def test_what_is_left_to_torch():
     torch.testing.assert_close(compiled(make(5, 12)), stock(make(5, 12)))
 
 
+def test_a_trace_is_torchs():
+    """Known calls or not; torch.jit.trace compares one made with gradients to one without."""
+    for shape in ((5, 32), (300, 256)):
+        stock, ours = pair(shape=shape[1])
+        x = make(*shape)
+        for _ in range(2):
+            traced = torch.jit.trace(ours, x)
+            assert torch.equal(traced(x), stock(x))
+            for _ in range(2):
+                ours(x)
+
+
 @pytest.mark.parametrize("x", [torch.zeros(2, 11), torch.zeros(2, 12, dtype=torch.int64)], ids=str)
 def test_errors_are_torchs(x):
     stock, ours = pair()

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from bigmodel_kernels import _registry
 from bigmodel_kernels._arguments import number
 from bigmodel_kernels._library import Op, autocast_enabled
+from bigmodel_kernels._plans import Plans
 from bigmodel_kernels.ops.norm import reference
 
 
@@ -36,7 +41,17 @@ def layer_norm(
         TypeError: an argument of the wrong type.
         ValueError: eps out of range, or an unknown backend.
     """
-    y, h, *_ = OP(*prepare(x, weight, bias, residual=residual, eps=eps), backend=backend)
+    tensors = (x, residual, weight, bias)
+    key, plan = PLANS.look_up(backend, tensors, (eps, True))
+    if plan is not None:
+        try:
+            return plan(*tensors)
+        except RuntimeError:  # is raised below
+            pass
+    args = prepare(x, weight, bias, residual=residual, eps=eps)
+    y, h, *_ = OP(*args, backend=backend)
+    if key is not None:
+        PLANS.remember(key, args, save=False)
     return y if residual is None else (y, h)
 
 
@@ -53,11 +68,21 @@ def rms_norm(
     Args, results and errors are those of `layer_norm`; eps None is the smallest step at 1 of the dtype computed in
     (float32 for 16-bit inputs), as in torch.
     """
-    y, h, *_ = OP(*_prepare_rms(x, weight, residual=residual, eps=eps), backend=backend)
+    tensors = (x, residual, weight, None)
+    key, plan = PLANS.look_up(backend, tensors, (eps, False))
+    if plan is not None:
+        try:
+            return plan(*tensors)
+        except RuntimeError:  # is raised below
+            pass
+    args = prepare_rms(x, weight, residual=residual, eps=eps)
+    y, h, *_ = OP(*args, backend=backend)
+    if key is not None:
+        PLANS.remember(key, args, save=False)
     return y if residual is None else (y, h)
 
 
-def _prepare_rms(
+def prepare_rms(
     x: Tensor, weight: Tensor | None = None, *, residual: Tensor | None = None, eps: float | None = None
 ) -> tuple:
     if eps is None and isinstance(x, Tensor) and x.is_floating_point():
@@ -131,11 +156,26 @@ def _backward(op, args, outputs, grads, needs, backend):
     ]
 
 
+_LEAST = {torch.bfloat16: 3 << 16, torch.float32: 1 << 22}  # numbers of a layer norm
+_SHORTEST = 24  # row of an RMS norm
+_LEAST_OF_WEIGHT = 1 << 15  # numbers of an RMS norm whose weight alone has a gradient
+
+
+def _only_weight_learns(x: Tensor, residual: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether a backward would need no gradient of the rows, most of what PyTorch's of an RMS norm takes its time for."""
+    if weight is None or residual is not None or not torch.is_grad_enabled():
+        return False
+    return weight.requires_grad and not x.requires_grad
+
+
 def prefer(x, residual, weight, bias, eps, center) -> tuple[str, ...]:
     """By the table "Normalisation and cross-entropy on the CPU" in docs/decisions.md; on a GPU PyTorch's
     own until the kernels have been timed there."""
-    least = {torch.bfloat16: 1 << 18} if center else {torch.bfloat16: 1 << 15, torch.float32: 1 << 15}
-    worth = x.dtype in least and x.numel() >= least[x.dtype]
+    if center:
+        worth = x.dtype in _LEAST and x.numel() >= _LEAST[x.dtype]
+    else:
+        worth = x.shape[-1] >= _SHORTEST and x.dtype != torch.float16
+        worth = worth and (x.numel() >= _LEAST_OF_WEIGHT or not _only_weight_learns(x, residual, weight))
     return ("cpu", "torch") if worth else ("torch", "cpu")
 
 
@@ -153,5 +193,41 @@ OP = Op(
     results=2,
     reads_results=lambda x, residual, *rest: residual is not None,
 )
+
+
+class _Plans(Plans):
+    """Plans of normalisations, of which the fastest takes 5 us: a key has only what the choice depends on, and is made in one
+    function. Sizes of weight and bias, which PyTorch's function and ours check too, are not in it: where a plan raises, the
+    checks of `prepare` have better words. What is recorded is for the plan itself to ask.
+    """
+
+    def look_up(self, backend: str, tensors: Sequence, options: tuple) -> tuple[tuple | None, Callable | None]:
+        """As of `Plans`; `tensors` are x, residual, weight and bias, `options` eps and what else tells calls apart."""
+        x, residual, weight, bias = tensors
+        if is_dynamo_compiling() or type(x) is not Tensor or not _registry.is_free(backend):
+            return None, None
+        if not x.is_cpu or type(options[0]) not in _EPS:
+            return None, None
+        dtype, added, only_weight = x.dtype, None, False
+        if weight is not None:
+            if type(weight) not in _PLAIN or weight.dtype is not dtype or not weight.is_cpu:
+                return None, None
+            only_weight = torch.is_grad_enabled() and weight.requires_grad and not x.requires_grad
+        if bias is not None and (type(bias) not in _PLAIN or bias.dtype is not dtype or not bias.is_cpu):
+            return None, None
+        if residual is not None:
+            if type(residual) not in _PLAIN or residual.dtype is not dtype or not residual.is_cpu:
+                return None, None
+            added = residual.shape
+        try:
+            key = (x.shape, dtype, added, only_weight, options)
+            return key, self._plans.get(key)
+        except (RuntimeError, TypeError):  # a nested tensor has no shape, a list no hash
+            return None, None
+
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_EPS = frozenset((float, type(None)))
+PLANS = _Plans(OP)
 layer_norm.op, layer_norm.prepare = OP, prepare
-rms_norm.op, rms_norm.prepare = OP, _prepare_rms
+rms_norm.op, rms_norm.prepare = OP, prepare_rms
