@@ -9,6 +9,7 @@ import torch
 import bigmodel_kernels as bmk
 from bigmodel_kernels.ops.attention import op as attention_op
 from bigmodel_kernels.ops.conv import op as conv_op
+from bigmodel_kernels.ops.cross_entropy import op as cross_entropy_op
 from bigmodel_kernels.ops.linear import op as linear_op
 
 CONV_OPTIONS = [
@@ -86,6 +87,28 @@ def test_attention(length, options, dtype, training):
     heads = (4, 2, 2) if "enable_gqa" in options else (4, 4, 4)
     tensors = {name: torch.randn(2, h, length, 32, dtype=dtype) for name, h in zip("qkv", heads)}
     check(attention_op, bmk.attention, tensors, options, training)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy(smoothing, reduction, training):
+    torch.manual_seed(0)
+    logits, target = torch.randn(5, 9), torch.tensor([0, 8, -100, 3, 4])
+    options = {"label_smoothing": smoothing, "reduction": reduction}
+
+    def function(logits, **options):
+        return bmk.cross_entropy(logits, target, **options)
+
+    check(cross_entropy_op, function, {"logits": logits}, options, training)
+    expected = torch.nn.functional.cross_entropy(logits, target, **options)
+    torch.testing.assert_close(function(logits, **options), expected)
+    with pytest.raises(IndexError, match="Target 9 is out of bounds"):
+        bmk.cross_entropy(logits, target.clamp(min=9), **options)
+    with pytest.raises(RuntimeError, match=r"target must have shape \[5\], got \[4\]"):
+        bmk.cross_entropy(logits, target[:4], **options)
+    with pytest.raises(TypeError, match="label_smoothing must be a number, got bool"):
+        bmk.cross_entropy(logits, target, label_smoothing=False, reduction=reduction)
 
 
 @pytest.mark.parametrize("op", ["conv", "linear"])

@@ -15,3 +15,8 @@ def supports(*args) -> str | None:
 def call(logits, target, ignore_index, label_smoothing, reduction):
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
     return F.cross_entropy(logits, target, **options), None
+
+
+def plan(logits, target, *options):
+    """`call` for arguments of these shapes as a function of the two tensors."""
+    return lambda logits, target: call(logits, target, *options)[0]
