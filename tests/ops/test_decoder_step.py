@@ -161,17 +161,6 @@ def check_triton():
             torch.testing.assert_close(y, expected[:, t], rtol=1e-4, atol=1e-5)
 
 
-def test_the_same_for_one_thread_and_two():
-    tensors = problem("wide", torch.float32)
-    threads = torch.get_num_threads()
-    results = []
-    for n in (1, 2):
-        torch.set_num_threads(n)
-        results.append(stream("wide", tensors, backend="cpu")[0])
-    torch.set_num_threads(threads)
-    assert torch.equal(*results)
-
-
 def test_compiled_and_under_autocast():
     tensors = problem("middling", torch.float32)
     x, *weights = tensors

@@ -73,10 +73,22 @@ def smooth(logits):
     return bmk.cross_entropy(logits, torch.arange(len(logits)) % 90, label_smoothing=0.1, backend="cpu")
 
 
+@torch.no_grad()
+def encoder_layer(*tensors):
+    return bmk.encoder_layer(*tensors, num_heads=6, activation="gelu_tanh", backend="cpu")
+
+
+@torch.no_grad()
+def decoder_step(x, k_cache, v_cache, *weights):
+    lengths = torch.tensor([700, 3, 999])
+    return bmk.decoder_step(x, k_cache, v_cache, lengths, *weights, num_heads=6, backend="cpu"), k_cache, v_cache
+
+
 QKV = ((2, 3, 300, 33),) * 3
 LAYER = ((1280, 40), (1280, 320), (1280,), (1280,))
 CELL = ((37, 40), (37, 320), (37, 320), *LAYER)
 ROWS, ROW = (700, 96), (96,)
+CODER = ((288, 96), (288,), (96, 96), (96,), (330, 96), (330,), (96, 330), (96,), *(ROW,) * 4)
 GATED = ((48, 24, 2), (48,), (24, 24, 1), (24,))
 
 # id: op, call, shapes of its tensors. Large enough for every kernel to share its work among threads.
@@ -115,6 +127,8 @@ CALLS = {
     "layer_norm": ("norm", layer_norm, (ROWS, ROW, ROW, ROWS)),
     "rms_norm": ("norm", on_cpu(bmk.rms_norm), (ROWS, ROW)),
     "cross_entropy": ("cross_entropy", smooth, (ROWS,)),
+    "encoder_layer": ("encoder_layer", encoder_layer, ((3, 150, 96), *CODER)),
+    "decoder_step": ("decoder_step", decoder_step, ((3, 96), *((3, 6, 1000, 16),) * 2, *CODER)),
     "lstm": ("lstm", lstm(), ((12, 9, 40), (1, 9, 320), (1, 9, 320), *LAYER)),
     "lstm both ways": (
         "lstm",
