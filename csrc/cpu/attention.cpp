@@ -101,10 +101,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_fwd(const Tensor& q, const Tensor& 
   Tensor kept;
   if (save && q.scalar_type() == ScalarType::BFloat16) {
     if (keeps_rest(a)) {
-      kept = pooled_empty(q, {a.batch * a.heads, a.q_len, a.value_dim}, ScalarType::Short, sizeof *problem.rest);
+      kept = pooled_empty({a.batch * a.heads, a.q_len, a.value_dim}, ScalarType::Short, sizeof *problem.rest);
       problem.rest = static_cast<int16_t*>(kept.mutable_data_ptr());
     } else if (keeps_probabilities(a)) {
-      kept = pooled_empty(q, {a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept);
+      kept = pooled_empty({a.groups(), a.group_rows(), a.kept_row()}, ScalarType::Half, sizeof *problem.kept);
       problem.kept = static_cast<uint16_t*>(kept.mutable_data_ptr());
     }
   }
@@ -167,12 +167,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_fwd(const Tensor& q, const T
                                                         int64_t window_right, bool lower_right, bool save) {
   const Sequences s = read_sequences(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, seed, max_seqlen_q, max_seqlen_k, scale, dropout_p,
                                      softcap, window_left, window_right, lower_right);
-  Tensor out = torch::stable::new_empty(q, {s.all.q_len, s.all.heads, s.all.value_dim});
-  Tensor lse = torch::stable::new_empty(q, {s.all.heads, s.all.q_len}, lse_dtype(q));
+  Tensor out = new_contiguous({s.all.q_len, s.all.heads, s.all.value_dim}, q.scalar_type());
+  Tensor lse = new_contiguous({s.all.heads, s.all.q_len}, lse_dtype(q));
   Tensor kept;
   int16_t* rest = nullptr;
   if (save && q.scalar_type() == ScalarType::BFloat16 && max_seqlen_k > kMostKeysKept) {
-    kept = pooled_empty(q, {s.all.q_len, s.all.heads, s.all.value_dim}, ScalarType::Short, sizeof *rest);
+    kept = pooled_empty({s.all.q_len, s.all.heads, s.all.value_dim}, ScalarType::Short, sizeof *rest);
     rest = static_cast<int16_t*>(kept.mutable_data_ptr());
   }
   std::vector<AttentionForward> problems(s.count);
@@ -217,9 +217,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_varlen_bwd(const Tensor& grad_out, 
     CHECK_SHAPE(*kept, tokens, heads, value_dim);
     all.rest = static_cast<const int16_t*>(kept->const_data_ptr());
   }
-  Tensor dq = torch::stable::new_empty(q, {tokens, heads, s.all.head_dim});
-  Tensor dk = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, s.all.head_dim});
-  Tensor dv = torch::stable::new_empty(q, {s.all.k_len, s.all.kv_heads, value_dim});
+  Tensor dq = new_contiguous({tokens, heads, s.all.head_dim}, q.scalar_type());
+  Tensor dk = new_contiguous({s.all.k_len, s.all.kv_heads, s.all.head_dim}, q.scalar_type());
+  Tensor dv = new_contiguous({s.all.k_len, s.all.kv_heads, value_dim}, q.scalar_type());
   const int64_t size = s.element_size, lse_size = lse.element_size();
   std::vector<AttentionBackward> problems(s.count);
   for (int64_t b = 0; b < s.count; ++b) {

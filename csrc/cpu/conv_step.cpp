@@ -7,23 +7,11 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include "new_tensor.h"
+
 namespace bmk {
 
 using Optional = std::optional<Tensor>;
-
-namespace {
-
-// An uninitialised contiguous CPU tensor. At one step's size a trip through the dispatcher would take as long as the arithmetic.
-Tensor new_matrix(const Tensor& like, int64_t rows, int64_t columns) {
-  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
-  AtenTensorHandle out = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &out));
-  return Tensor(out);
-}
-
-}  // namespace
 
 // Writes x_t into the ring and advances the position; returns (y, skip), skip empty without skip_weight.
 std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor position, const Tensor& weight, const Optional& bias,
@@ -76,8 +64,8 @@ std::tuple<Tensor, Tensor> conv_step_fwd(const Tensor& x, Tensor ring, Tensor po
     }
   int64_t* step = static_cast<int64_t*>(position.mutable_data_ptr());
   STD_TORCH_CHECK(*step >= 0, "position must not be negative, got ", *step);
-  Tensor y = new_matrix(x, batch, out_weight ? out : values);
-  Tensor skip = skip_weight ? new_matrix(x, batch, skips) : torch::stable::new_empty(x, {0});
+  Tensor y = new_contiguous({batch, out_weight ? out : values}, x.scalar_type());
+  Tensor skip = skip_weight ? new_contiguous({batch, skips}, x.scalar_type()) : new_contiguous({0}, x.scalar_type());
   DISPATCH_FLOATING(x.scalar_type(), "conv_step", [&] {
     using S = scalar_t;
     auto pointer = [](const Optional& t) { return static_cast<const S*>(data(t)); };

@@ -9,6 +9,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
+#include "new_tensor.h"
 #include "pooled_tensor.h"
 
 namespace bmk {
@@ -71,8 +72,7 @@ S* data(const Optional& t) {
 
 // [N, C, T]; innermost: stored as [N, T, C].
 Tensor new_signal(const Tensor& like, int64_t batch, int64_t channels, int64_t length, bool innermost) {
-  if (!innermost) return torch::stable::new_empty(like, {batch, channels, length});
-  return torch::stable::transpose(torch::stable::new_empty(like, {batch, length, channels}), 1, 2);
+  return (innermost ? new_channels_last : new_contiguous)({batch, channels, length}, like.scalar_type());
 }
 
 }  // namespace
@@ -82,10 +82,10 @@ std::tuple<Tensor, Tensor, Tensor> gated_conv_fwd(const Tensor& x, const Tensor&
                                           const Optional& out_bias, const Optional& skip_weight, const Optional& skip_bias,
                                           const Optional& skip_sum, int64_t dilation, bool innermost, bool save) {
   const GatedConvShape s = describe(x, weight, bias, out_weight, out_bias, skip_weight, skip_bias, dilation);
-  Tensor out = out_weight ? new_signal(x, s.batch, s.out, s.length, innermost) : torch::stable::new_empty(x, {0});
-  Tensor skip = skip_weight ? new_signal(x, s.batch, s.skips, s.length, innermost) : torch::stable::new_empty(x, {0});
+  Tensor out = out_weight ? new_signal(x, s.batch, s.out, s.length, innermost) : new_contiguous({0}, x.scalar_type());
+  Tensor skip = skip_weight ? new_signal(x, s.batch, s.skips, s.length, innermost) : new_contiguous({0}, x.scalar_type());
   const bool keep = save && x.scalar_type() == ScalarType::BFloat16;
-  Tensor gates = pooled_empty(x, {keep ? s.batch : 0, s.length, kept_row(s.gates)}, ScalarType::Half, sizeof(uint16_t));
+  Tensor gates = pooled_empty({keep ? s.batch : 0, s.length, kept_row(s.gates)}, ScalarType::Half, sizeof(uint16_t));
   DISPATCH_FLOATING(x.scalar_type(), "gated_conv", [&] {
     using S = scalar_t;
     GatedConvForward<S> call{s,
@@ -115,11 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_conv_bw
     CHECK_CONTIGUOUS(gates);
     STD_TORCH_CHECK(gates.scalar_type() == ScalarType::Half, "gates must be float16");
   }
-  const Tensor none = torch::stable::new_empty(x, {0});
+  const Tensor none = new_contiguous({0}, x.scalar_type());
   Tensor d_x = need_x ? new_signal(x, s.batch, s.channels, s.length, innermost) : none;
   std::vector<Tensor> gradients;
   for (const Optional& t : {Optional(weight), bias, out_weight, out_bias, skip_weight, skip_bias})
-    gradients.push_back(need_weights && t ? torch::stable::empty_like(*t) : torch::stable::new_empty(x, {0}));
+    gradients.push_back(need_weights && t ? torch::stable::empty_like(*t) : new_contiguous({0}, x.scalar_type()));
   DISPATCH_FLOATING(x.scalar_type(), "gated_conv", [&] {
     using S = scalar_t;
     auto gradient = [&](int i, const Optional& t) { return need_weights && t ? data<S>(gradients[i]) : nullptr; };

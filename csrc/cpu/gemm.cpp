@@ -8,6 +8,7 @@
 
 #include "../check.h"
 #include "../text.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
@@ -21,7 +22,7 @@ Tensor gemm(const Tensor& a, const Tensor& b) {
   CHECK_SAME_DTYPE(b, a);
   const int64_t m = a.size(0), k = a.size(1), n = b.size(1);
   CHECK_SHAPE(b, k, n);
-  Tensor c = torch::stable::new_empty(a, {m, n});
+  Tensor c = new_contiguous({m, n}, a.scalar_type());
   DISPATCH_FLOATING(a.scalar_type(), "gemm", [&] {
     ISA_CALL(gemm_kernel<scalar_t>, m, n, k, static_cast<const scalar_t*>(a.const_data_ptr()), a.stride(0), a.stride(1),
              static_cast<const scalar_t*>(b.const_data_ptr()), b.stride(0), b.stride(1), static_cast<scalar_t*>(c.mutable_data_ptr()));
@@ -34,7 +35,7 @@ Tensor unary(const Tensor& x, const Text& name) {
   CHECK_CONTIGUOUS(x);
   const int which = name == "exp" ? 0 : name == "tanh" ? 1 : name == "sigmoid" ? 2 : -1;
   STD_TORCH_CHECK(which >= 0, "name must be exp, tanh or sigmoid, got ", std::string(name));
-  Tensor out = torch::stable::empty_like(x);
+  Tensor out = new_like(x);
   DISPATCH_FLOATING(x.scalar_type(), "unary", [&] {
     ISA_CALL(unary_kernel<scalar_t>, which, static_cast<const scalar_t*>(x.const_data_ptr()),
              static_cast<scalar_t*>(out.mutable_data_ptr()), x.numel());

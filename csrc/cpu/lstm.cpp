@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../check.h"
+#include "new_tensor.h"
 #include "pooled_tensor.h"
 
 namespace bmk {
@@ -250,13 +251,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> lstm_fwd(const Tensor
   const LstmShape& s = p.shape;
   const int64_t cells = p.layers * s.directions, kept = save ? cells : 0;
   Tensor output =
-      batch_sizes ? torch::stable::new_empty(x, {s.tokens, s.width()}) : torch::stable::new_empty(x, {s.steps, s.batch, s.width()});
-  Tensor h_n = torch::stable::empty_like(h0), c_n = torch::stable::empty_like(c0);
+      batch_sizes ? new_contiguous({s.tokens, s.width()}, x.scalar_type()) : new_contiguous({s.steps, s.batch, s.width()}, x.scalar_type());
+  Tensor h_n = new_like(h0), c_n = new_like(c0);
   const ScalarType dtype = compute_dtype(x.scalar_type());
   const size_t element_size = dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
-  Tensor gates = pooled_empty(x, {kept, s.tokens, s.gates()}, dtype, element_size);
-  Tensor states = pooled_empty(x, {kept, s.tokens, s.hidden}, dtype, element_size);
-  Tensor hidden = pooled_empty(x, {p.layers - 1, save ? s.tokens : 0, s.width()}, x.scalar_type(),
+  Tensor gates = pooled_empty({kept, s.tokens, s.gates()}, dtype, element_size);
+  Tensor states = pooled_empty({kept, s.tokens, s.hidden}, dtype, element_size);
+  Tensor hidden = pooled_empty({p.layers - 1, save ? s.tokens : 0, s.width()}, x.scalar_type(),
                                x.scalar_type() == ScalarType::BFloat16 ? sizeof(bfloat16) : element_size);
   DISPATCH_FLOATING(x.scalar_type(), "lstm",
                     [&] { run_forward<scalar_t>(p, x, h0, c0, weights, dropout_mask, output, h_n, c_n, gates, states, hidden, save); });
@@ -291,11 +292,11 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_bwd(
   check_gradient(d_output, "d_output", size);
   check_gradient(d_h_n, "d_h_n", h0.numel());
   check_gradient(d_c_n, "d_c_n", c0.numel());
-  Tensor d_x = need_d_x ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor d_h0 = torch::stable::empty_like(h0), d_c0 = torch::stable::empty_like(c0);
+  Tensor d_x = need_d_x ? new_like(x) : new_contiguous({0}, x.scalar_type());
+  Tensor d_h0 = new_like(h0), d_c0 = new_like(c0);
   std::vector<Tensor> d_weights;
   if (need_d_weights)
-    for (const Tensor& w : weights) d_weights.push_back(torch::stable::empty_like(w));
+    for (const Tensor& w : weights) d_weights.push_back(new_like(w));
   DISPATCH_FLOATING(x.scalar_type(), "lstm", [&] {
     run_backward<scalar_t>(p, d_output, d_h_n, d_c_n, output, gates, states, hidden, x, h0, c0, weights, dropout_mask, need_d_x, d_x, d_h0,
                            d_c0, d_weights);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../check.h"
+#include "new_tensor.h"
 
 namespace bmk {
 
@@ -58,7 +59,7 @@ std::tuple<Tensor, Tensor> lstm_cell_infer(const Tensor& x, const Tensor& h, con
       check(**b);
       CHECK_SHAPE(**b, 4 * hidden);
     }
-  Tensor h_new = torch::stable::new_empty(h, {batch, hidden}), c_new = torch::stable::new_empty(c, {batch, hidden});
+  Tensor h_new = new_like(h), c_new = new_like(c);
   const auto pointer = [](const std::optional<Tensor>& t) { return t ? t->const_data_ptr() : nullptr; };
   lstm_cell_step(x.scalar_type(), {batch, input, hidden, x.const_data_ptr(), h.const_data_ptr(), c.const_data_ptr(), w_ih.const_data_ptr(),
                                    w_hh.const_data_ptr(), pointer(b_ih), pointer(b_hh), h_new.mutable_data_ptr(), c_new.mutable_data_ptr()});
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_cell_bwd(
     const Tensor& cells, bool need_d_x, bool need_d_weights, const Tensor& x, const Tensor& h, const Tensor& c, const Tensor& w_ih,
     const Tensor& w_hh, const std::optional<Tensor>& b_ih, const std::optional<Tensor>& b_hh) {
   CHECK_DIM(x, 2);
-  const Tensor no_hidden = torch::stable::new_empty(x, {0, x.size(0), h.size(1)});
+  const Tensor no_hidden = new_contiguous({0, x.size(0), h.size(1)}, x.scalar_type());
   auto [d_x, d_h, d_c, d_weights] =
       lstm_bwd(one(d_h_new), std::nullopt, one(d_c_new), one(h_new), gates, cells, no_hidden, need_d_x, need_d_weights, one(x), one(h),
                one(c), weight_list(w_ih, w_hh, b_ih, b_hh), std::nullopt, std::nullopt, 1, false);

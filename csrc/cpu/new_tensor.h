@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 
@@ -26,6 +27,14 @@ inline torch::stable::Tensor new_contiguous(torch::headeronly::IntHeaderOnlyArra
   int64_t strides[kMostDims], step = 1;
   for (int64_t i = static_cast<int64_t>(sizes.size()) - 1; i >= 0; --i) strides[i] = step, step *= sizes[i] > 0 ? sizes[i] : 1;
   return new_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides, dtype);
+}
+
+// Contiguous, of the sizes and dtype of t.
+inline torch::stable::Tensor new_like(const torch::stable::Tensor& t) {
+  STD_TORCH_CHECK(t.dim() <= kMostDims, "a tensor must have at most ", kMostDims, " dimensions, got ", t.dim());
+  int64_t sizes[kMostDims];
+  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
+  return new_contiguous({sizes, static_cast<size_t>(t.dim())}, t.scalar_type());
 }
 
 // [N, C, ..] with its channels innermost in memory.

@@ -49,12 +49,6 @@ void check_rows(const Tensor& t, const Tensor& like, const char* name) {
                   " must have adjacent columns, and be contiguous unless it is a matrix");
 }
 
-Tensor new_like(const Tensor& t) {
-  int64_t sizes[kMostDims];
-  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return new_contiguous({sizes, static_cast<size_t>(t.dim())}, t.scalar_type());
-}
-
 void check_column_vector(const std::optional<Tensor>& t, const Tensor& x, const char* name) {
   if (!t) return;
   STD_TORCH_CHECK(t->is_cpu() && has_shape(*t, {columns_of(x)}) && t->scalar_type() == x.scalar_type() && t->is_contiguous(), name,

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "../check.h"
+#include "new_tensor.h"
 #include "pooled_tensor.h"
 
 namespace bmk {
@@ -57,13 +58,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_lstm_fwd(const T
                                                                          const Tensor& w, const Tensor& gain, const Tensor& gain_c,
                                                                          const Tensor& bias_c, double eps, double eps_c, bool save) {
   const NormLstmShape s = describe(a, h0, c0, w, gain, gain_c, bias_c, eps, eps_c);
-  Tensor output = torch::stable::new_empty(a, {s.steps, s.batch, s.hidden});
-  Tensor h_n = torch::stable::new_empty(a, {s.batch, s.hidden}), c_n = torch::stable::new_empty(a, {s.batch, s.hidden});
+  Tensor output = new_contiguous({s.steps, s.batch, s.hidden}, a.scalar_type());
+  Tensor h_n = new_contiguous({s.batch, s.hidden}, a.scalar_type()), c_n = new_contiguous({s.batch, s.hidden}, a.scalar_type());
   const ScalarType dtype = saved_dtype(a);
   const size_t size = dtype == ScalarType::Double ? sizeof(double) : sizeof(float);
   const int64_t steps = save ? s.steps : 0;
-  Tensor z = pooled_empty(a, {steps, s.batch, s.gates()}, dtype, size), gates = pooled_empty(a, {steps, s.batch, s.gates()}, dtype, size);
-  Tensor cells = pooled_empty(a, {steps, s.batch, s.hidden}, dtype, size);
+  Tensor z = pooled_empty({steps, s.batch, s.gates()}, dtype, size), gates = pooled_empty({steps, s.batch, s.gates()}, dtype, size);
+  Tensor cells = pooled_empty({steps, s.batch, s.hidden}, dtype, size);
   DISPATCH_FLOATING(a.scalar_type(), "norm_lstm", [&] {
     using S = scalar_t;
     using T = any_isa::compute_t<S>;
@@ -100,8 +101,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> norm_lstm_bwd
   check_gradient(d_output, "d_output", output.numel());
   check_gradient(d_h_n, "d_h_n", h0.numel());
   check_gradient(d_c_n, "d_c_n", c0.numel());
-  const auto like = [](const Tensor& t) { return torch::stable::empty_like(t); };
-  Tensor d_a = like(a), d_h0 = like(h0), d_c0 = like(c0), d_w = like(w), d_gain = like(gain), d_gain_c = like(gain_c), d_bias_c = like(bias_c);
+  Tensor d_a = new_like(a), d_h0 = new_like(h0), d_c0 = new_like(c0), d_w = new_like(w);
+  Tensor d_gain = new_like(gain), d_gain_c = new_like(gain_c), d_bias_c = new_like(bias_c);
   DISPATCH_FLOATING(a.scalar_type(), "norm_lstm", [&] {
     using S = scalar_t;
     using T = any_isa::compute_t<S>;

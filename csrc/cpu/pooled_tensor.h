@@ -10,6 +10,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "new_tensor.h"
 #include "scratch.h"
 
 // Of torch 2.11 and later; null where this library, which is built for 2.10, runs on that.
@@ -43,11 +44,10 @@ inline void give_back(void*, void* context) {
 }  // namespace pooled
 
 // A contiguous, uninitialised CPU tensor of three dimensions.
-inline torch::stable::Tensor pooled_empty(const torch::stable::Tensor& like, std::array<int64_t, 3> sizes,
-                                          torch::headeronly::ScalarType dtype, size_t element_size) {
+inline torch::stable::Tensor pooled_empty(std::array<int64_t, 3> sizes, torch::headeronly::ScalarType dtype, size_t element_size) {
   constexpr size_t kWorthwhile = 64 << 10;
   const size_t bytes = static_cast<size_t>(sizes[0] * sizes[1] * sizes[2]) * element_size;
-  if (!torch_from_blob || bytes < kWorthwhile) return torch::stable::new_empty(like, {sizes[0], sizes[1], sizes[2]}, dtype);
+  if (!torch_from_blob || bytes < kWorthwhile) return new_contiguous({sizes[0], sizes[1], sizes[2]}, dtype);
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   const std::array<int64_t, 3> strides{sizes[1] * sizes[2], sizes[2], 1};
