@@ -145,6 +145,31 @@ def build_transformer(dtype, pass_, *, b: int, s: int, i: int, e: int, hidden: i
     return build(dtype, pass_, plain=plain, ours=ours, x=torch.randn(b, s, i), flops=2.0 * b * s * products)
 
 
+class Padded(nn.Module):
+    """An encoder layer on sequences of which some end early, if it is told where."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:  # [B, S, E], [B, S]
+        return self.layer(x, src_key_padding_mask=padding)
+
+
+def build_encoder_layer(
+    dtype, pass_, *, b: int, s: int, e: int, hidden: int, heads: int, padded: bool = False
+) -> Problem:
+    plain = nn.TransformerEncoderLayer(e, heads, hidden, dropout=0.0, batch_first=True)
+    ours = bmk.nn.TransformerEncoderLayer(e, heads, hidden, dropout=0.0, batch_first=True)
+    ours.load_state_dict(plain.state_dict())
+    padding = torch.arange(s) >= torch.linspace(s // 2, s, b).long()[:, None]
+    inputs = (torch.randn(b, s, e), *([padding] if padded else []))
+    flops = 2.0 * b * s * (4 * e * e + 2 * e * hidden + 2 * s * e)
+    problem = build_layer(dtype, Padded(plain), Padded(ours), inputs, flops)
+    problem.compile = ["eager"]
+    return problem
+
+
 class First(nn.Module):
     """A layer's result, or the first of several: what ours gives beside it, the plain layer does not."""
 
@@ -262,6 +287,19 @@ CASES = [
         "transformer",
         "B64 S28 E128 F256 L2 H4",
         partial(build_transformer, b=64, s=28, i=28, e=128, hidden=256, layers=2, heads=4),
+    ),
+    Case(
+        "transformer",
+        "encoder layer B1 S16 E128 F256 H4",
+        partial(build_encoder_layer, b=1, s=16, e=128, hidden=256, heads=4),
+        (FWD,),
+        BOTH,
+    ),
+    Case(
+        "transformer",
+        "encoder layer B8 S128 E256 F1024 H8 padded",
+        partial(build_encoder_layer, b=8, s=128, e=256, hidden=1024, heads=8, padded=True),
+        (FWD,),
     ),
     Case("resnet", "ResNet-18 B1 224x224", partial(build_resnet, b=1, size=224), passes=(FWD,)),
     Case("bert", "base layer B2 S128 padded", partial(build_bert, b=2, s=128, e=768, heads=12)),
