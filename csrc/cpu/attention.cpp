@@ -2,8 +2,9 @@
 // The kernels, with formulas and who owns what, are in attention_*_kernel.h.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of _mm512_undefined_ps inside _mm512_max_ps
 #define KERNEL_SOURCE "attention_kernel.h"
+#include "attention.h"
+
 #include "attention_read.h"
-#include "attention_tasks.h"
 #include "for_each_isa.h"
 
 #include <torch/csrc/stable/library.h>

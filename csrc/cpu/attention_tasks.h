@@ -2,7 +2,6 @@
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -20,11 +19,6 @@ struct AttentionForward {
   uint16_t* kept = nullptr;  // [B, Hkv, rows of the group, a.kept_row()], where the probabilities are kept
   int16_t* rest = nullptr;   // [B, Hq, Sq, Dv], where what rounding takes from out is kept
 };
-
-void run_attention(const AttentionForward& problem, torch::headeronly::ScalarType dtype);
-
-// Of up to kFewRows queries a group; out and lse as of AttentionForward.
-void run_decode(const AttentionArgs& a, const AttentionCache& cache, void* out, void* lse, torch::headeronly::ScalarType dtype);
 
 struct AttentionBackward {
   AttentionArgs a;

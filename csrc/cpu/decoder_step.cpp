@@ -5,8 +5,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "attention.h"
 #include "attention_read.h"
-#include "attention_tasks.h"
 #include "new_tensor.h"
 #include "transformer_layer.h"
 

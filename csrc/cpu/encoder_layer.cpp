@@ -3,8 +3,8 @@
 
 #include <cmath>
 
+#include "attention.h"
 #include "attention_read.h"
-#include "attention_tasks.h"
 #include "new_tensor.h"
 #include "transformer_layer.h"
 
